@@ -1,0 +1,579 @@
+"""The decoder: Llama 3.1 and Qwen2.5 in one Transformer, its loader, its generation and its chat formats.
+
+What is notable:
+- one class for both families: Qwen2.5 is Llama plus a bias on q, k and v; Llama 3.2 and SmolLM2 come along for free
+- parameters carry the names of the public checkpoints, so that loading is one strict `load_state_dict`
+- the operations stand in the reference's order, so that fp32 logits equal those of `transformers` to the last bit
+- padding is on the right, always: a causal model never sees what follows a token, so no mask is needed
+- the experts' gate is an argument that travels from `forward` to every linear layer, never state on a module
+
+Read it from the top: Config, Transformer and its parts, the loader, generation, Chat. To try it:
+
+    python -c "import model; print(model.Config.from_dir('weights/SmolLM2-135M-Instruct'))"
+
+Shapes: B rows, T tokens, S tokens in the cache, D width, H query heads, K key/value heads, d head width, V vocabulary,
+E experts.
+"""
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend. The commands print it as one line and exit with status 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+def read_json(path):
+    """The object in a JSON file. UserError if it is missing, is not JSON, or is not an object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path` to write a file or a folder to; rename it when the block ends well.
+
+    Nobody ever sees half a file under its final name, and what was there before stays until the new one is whole.
+    """
+    path = Path(path)
+    part, old = (path.with_name(path.name + end) for end in (".part", ".old"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in (part, old):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    yield part
+    if path.is_dir():  # a folder cannot be renamed onto one that has files in it
+        os.replace(path, old)
+    os.replace(part, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a decoder. Each field is read from config.json by itself; none is inferred from another."""
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None = None  # Llama 3.1's: rope_type, factor, low_freq_factor, high_freq_factor, original_…
+    qkv_bias: bool = False
+    tied: bool = False                # the head is the embedding matrix
+
+    @classmethod
+    def from_dir(cls, path):
+        """Read config.json of a model folder, in the published style (rope_theta and rope_scaling at top level) or in
+        the newer one (both inside rope_parameters). UserError for what this decoder does not do."""
+        file = Path(path) / "config.json"
+        found = read_json(file)
+
+        def need(key, kind, default=None):
+            value = found.get(key)
+            value = default if value is None else value
+            if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+                raise UserError(f"{file}: {key} is {value!r}, expected a positive number")
+            return value
+
+        def refuse(key, allowed, why):
+            if found.get(key, allowed[0]) not in allowed:
+                raise UserError(f"{file}: {key} is {found[key]!r}, expected {allowed[0]!r}: {why}")
+
+        family = found.get("model_type")
+        if family not in ("llama", "qwen2"):
+            raise UserError(f"{file}: model_type is {family!r}, expected 'llama' (Llama 3, SmolLM2) or 'qwen2' (Qwen2)")
+        refuse("hidden_act", ("silu",), "the feed-forward layer here is SwiGLU")
+        refuse("mlp_bias", (False, None), "the feed-forward layers here have no bias")
+        refuse("attention_bias", (False, None) if family == "llama" else (True, False, None), "o_proj here has no bias")
+        refuse("use_sliding_window", (False, None), "attention here is over all that came before")
+
+        rope = dict(found.get("rope_parameters") or {})
+        theta = rope.pop("rope_theta", None) or found.get("rope_theta")
+        scaling = rope or dict(found.get("rope_scaling") or {})
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if kind not in ("default", "llama3"):
+            raise UserError(f"{file}: RoPE scaling is {kind!r}, expected 'llama3' or none")
+        if kind == "llama3" and not all(isinstance(scaling.get(n), (int, float)) for n in numbers):
+            raise UserError(f"{file}: RoPE scaling 'llama3' needs the numbers {', '.join(numbers)}; found {scaling}")
+        found["rope_theta"] = theta
+
+        heads, dim = need("num_attention_heads", int), need("hidden_size", int)
+        config = cls(
+            vocab_size=need("vocab_size", int), dim=dim, n_layers=need("num_hidden_layers", int), n_heads=heads,
+            n_kv_heads=need("num_key_value_heads", int, default=heads),
+            head_dim=need("head_dim", int, default=dim // heads),
+            hidden_dim=need("intermediate_size", int), norm_eps=need("rms_norm_eps", float),
+            rope_theta=float(need("rope_theta", (int, float))),
+            rope_scaling={"rope_type": kind} | {n: scaling[n] for n in numbers} if kind == "llama3" else None,
+            qkv_bias=family == "qwen2", tied=bool(found.get("tie_word_embeddings", False)))
+        if heads % config.n_kv_heads or config.head_dim % 2:
+            raise UserError(f"{file}: {heads} query heads over {config.n_kv_heads} key/value heads of width "
+                            f"{config.head_dim}; expected a whole number of groups and an even width")
+        return config
+
+
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 8192}
+CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads, kv heads, d, hidden, eps, theta
+    "Llama-3.1-8B": Config(128256, 4096, 32, 32, 8, 128, 14336, 1e-5, 5e5, LLAMA_3),
+    "Llama-3.2-1B": Config(128256, 2048, 16, 32, 8, 64, 8192, 1e-5, 5e5, LLAMA_3 | {"factor": 32.0}, tied=True),
+    "Qwen2.5-0.5B": Config(151936, 896, 24, 14, 2, 64, 4864, 1e-6, 1e6, qkv_bias=True, tied=True),
+    "SmolLM2-135M": Config(49152, 576, 30, 9, 3, 64, 1536, 1e-5, 1e5, tied=True),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+class Linear(nn.Linear):
+    """A linear layer that is handed the gate and has no experts to spend it on. lora.ExpertLinear takes its place."""
+
+    def forward(self, x, gate=None):
+        if gate is not None:
+            raise ValueError("a gate was given but this model has no experts: call lora.add_experts(model) first")
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight; the mean in fp32 at least, the product in x's dtype, as the reference has it."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):  # (…, D)
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_frequencies(config, device=None):
+    """Angle per position of each pair of dimensions, (d/2,), fp32: theta^(−2i/d), stretched as Llama 3.1 does it.
+
+    Wavelengths above original/low_freq_factor are slowed down by `factor`, those below original/high_freq_factor stay,
+    and the ones between are blended linearly. Computed from the config every time: a buffer would be rounded by a cast.
+    """
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    inv_freq = 1.0 / (config.rope_theta ** (steps / config.head_dim))  # (d/2,)
+    if config.rope_scaling is None:
+        return inv_freq
+    factor, low, high, original = (config.rope_scaling[k] for k in (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    wavelength = 2 * torch.pi / inv_freq
+    blend = (original / wavelength - low) / (high - low)  # 0 at the long end, 1 at the short end
+    slowed = torch.where(wavelength > original / low, inv_freq / factor, inv_freq)
+    between = (wavelength <= original / low) & (wavelength >= original / high)
+    return torch.where(between, (1 - blend) * slowed / factor + blend * slowed, slowed)
+
+
+def rotate(x, cos, sin):
+    """Rotate each pair (x_i, x_{i+d/2}) by its angle: the "half" layout of the public checkpoints.
+
+    With d = 4 the pairs are (0, 2) and (1, 3), not (0, 1) and (2, 3):
+        [a, b, c, d]  ->  [a, b, c, d] · cos + [−c, −d, a, b] · sin
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal attention in which H query heads share K key/value heads: query head i reads key/value head i // (H/K)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.q_proj = Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+
+    def forward(self, x, rope, gate=None, cache=None, layer=0):
+        B, T, _ = x.shape
+        d = self.config.head_dim
+        q = rotate(self.q_proj(x, gate).view(B, T, -1, d).transpose(1, 2), *rope)  # (B, H, T, d)
+        k = rotate(self.k_proj(x, gate).view(B, T, -1, d).transpose(1, 2), *rope)  # (B, K, T, d)
+        v = self.v_proj(x, gate).view(B, T, -1, d).transpose(1, 2)                 # (B, K, T, d)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)                                       # (B, K, S, d)
+        if cache is None or cache.mask is None:  # whole sequences: training and prefill
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:  # one new token a row; the H/K query heads of a group stand where tokens would: (B, K, H/K, d)
+            q = q.view(B, self.config.n_kv_heads, -1, d)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask).view(B, -1, 1, d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), gate)              # (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)). `gate_proj` is the checkpoints' name; it has nothing to do with our gate."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x, gate=None):
+        return self.down_proj(F.silu(self.gate_proj(x, gate)) * self.up_proj(x, gate), gate)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, gate=None, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), rope, gate, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x), gate)
+
+
+class Transformer(nn.Module):
+    """The decoder. `recompute = True` trades time for memory: layers keep only their input for the backward pass."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.recompute = config, False
+        self.model = nn.Module()  # the public names start with "model."
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.model.norm = RMSNorm(config.dim, config.norm_eps)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.model.embed_tokens.weight.dtype
+
+    def hidden(self, ids, gate=None, cache=None):
+        """Last hidden states, after the final norm: ids (B, T) -> (B, T, D).
+
+        gate: (B, E), one weight per row and expert, or None for the base model alone (bitwise, whatever the experts).
+        cache: filled by the first call, extended by one token a row by every later one (T = 1).
+        """
+        x = self.model.embed_tokens(ids)  # (B, T, D)
+        T = ids.shape[1]
+        positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.advance(T)  # (1 or B, T)
+        angles = positions[..., None].float() * rope_frequencies(self.config, ids.device)  # (1 or B, T, d/2)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (1 or B, 1, T, d)
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, block in enumerate(self.model.layers):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, gate, use_reentrant=False)
+            else:
+                x = block(x, rope, gate, cache, i)
+        return self.model.norm(x)
+
+    def head(self, hidden):
+        """Logits for hidden states: (…, D) -> (…, V)."""
+        return F.linear(hidden, (self.model.embed_tokens if self.config.tied else self.lm_head).weight)
+
+    def forward(self, ids, gate=None):
+        """Logits for every position: ids (B, T) -> (B, T, V). Training and generation call `hidden` and `head` instead
+        and compute logits only where they are needed."""
+        return self.head(self.hidden(ids, gate))
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.bfloat16, device="cpu"):
+        """Load a published model folder (config.json and safetensors, one file or shards) as `dtype` on `device`.
+
+        The model is laid out on the meta device (no memory), the files are mapped rather than read, and every tensor is
+        cast and moved as it is taken out, so that host memory peaks at little more than the result.
+        UserError names the file and tensor that is missing, unexpected or of another shape.
+        """
+        config = Config.from_dir(path)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        state = {}
+        for file, names in weight_files(path).items():
+            with open_safetensors(file, str(device)) as tensors:
+                there = set(tensors.keys())
+                for name in sorted(there) if names is None else names:
+                    if name not in there:
+                        raise UserError(f"{file}: the index says that {name} is here, but it is not")
+                    shape = tuple(tensors.get_slice(name).get_shape())
+                    if config.tied and name == "lm_head.weight":  # some files store the tied head a second time
+                        expected.setdefault(name, expected["model.embed_tokens.weight"])
+                    if name not in expected:
+                        raise UserError(f"{file}: unexpected tensor {name}: config.json describes a model without it")
+                    if shape != expected[name]:
+                        raise UserError(f"{file}: {name} is {shape}, expected {expected[name]} from config.json")
+                    tensor = tensors.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise UserError(f"{file}: {name} is {tensor.dtype}, expected floats, not quantised weights")
+                    state[name] = tensor.to(dtype)
+        missing = sorted(expected.keys() - state.keys())
+        if missing:
+            raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+        if config.tied and not torch.equal(state.pop("lm_head.weight", state["model.embed_tokens.weight"]),
+                                           state["model.embed_tokens.weight"]):
+            raise UserError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
+        model.load_state_dict(state, strict=True, assign=True)
+        return model
+
+
+def weight_files(path):
+    """The safetensors files of a model folder -> the tensor names to take from each (None: all of them)."""
+    path = Path(path)
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return {single: None}
+    if not index.exists():
+        pickles = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise UserError(f"{path}: found only pickled weights ({pickles[0]}), which can run code when read, so they "
+                            "are not; download the model's safetensors files, or convert with safetensors' own script")
+        raise UserError(f"{path}: no model.safetensors and no model.safetensors.index.json")
+    files = {}
+    for name, file in (read_json(index).get("weight_map") or {}).items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index}: {name} is said to be in {file!r}, expected the name of a file in this folder")
+        files.setdefault(path / file, []).append(name)
+    if not files:
+        raise UserError(f"{index}: no weight_map")
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: no such file, but {index.name} lists it: download the missing part again")
+    return files
+
+
+@contextmanager
+def open_safetensors(file, device="cpu"):
+    """An open safetensors file; what the format's own checks find becomes a UserError that names the file."""
+    try:
+        with safe_open(str(file), framework="pt", device=device) as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); download or make it again") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+class Cache:
+    """Keys and values of all layers, (n_layers, B, K, size, d), with every row at a position of its own.
+
+    The first pass stores whole right-padded prompts. After it, row b writes its next token at its own length, over the
+    padding that stood there, and sees nothing beyond it.
+    """
+
+    def __init__(self, config, lengths, size, dtype, device):
+        shape = (config.n_layers, len(lengths), config.n_kv_heads, size, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # no NaN under the mask
+        self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens stored per row
+        self.longest = max(lengths)
+        self.at = self.mask = None  # after the prompts: where each row writes (B,), and what it sees (B, 1, 1, S)
+
+    def advance(self, tokens):
+        """The positions of the tokens that come now, (1 or B, T). Called once a pass, before any layer."""
+        device = self.lengths.device
+        if self.at is None:
+            self.at = self.lengths  # from the next pass on
+            return torch.arange(tokens, device=device)[None]
+        self.at, self.lengths, self.longest = self.lengths, self.lengths + 1, self.longest + 1
+        self.mask = (torch.arange(self.longest, device=device) <= self.at[:, None])[:, None, None]
+        return self.at[:, None]
+
+    def update(self, layer, k, v):
+        """Store k and v (B, K, T, d) of one layer; return the keys and values to attend to, (B, K, T or S, d)."""
+        if self.mask is None:
+            self.k[layer, :, :, :k.shape[2]], self.v[layer, :, :, :v.shape[2]] = k, v
+            return k, v
+        rows = torch.arange(len(self.at), device=self.at.device)
+        self.k[layer][rows, :, self.at], self.v[layer][rows, :, self.at] = k[:, :, 0], v[:, :, 0]
+        return self.k[layer, :, :, :self.longest], self.v[layer, :, :, :self.longest]
+
+    def keep(self, rows):
+        """Go on with these rows only (indices into the current ones)."""
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
+
+def pad(rows, device="cpu"):
+    """Lists (or arrays) of ids -> (ids (B, T) filled up with 0 on the right, lengths (B,))."""
+    ids = nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
+
+
+def sample(logits, temperature, top_p, u):
+    """One token a row: logits (B, V) and uniform numbers u (B,) -> (B,). Temperature 0 takes the largest logit."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    before = p.cumsum(-1) - p  # mass of the more probable tokens
+    p = p.masked_fill(before >= top_p, 0)  # the smallest set of tokens whose mass reaches top_p
+    mass = p.cumsum(-1)
+    choice = (mass < u[:, None].to(mass) * mass[:, -1:]).sum(-1, keepdim=True)
+    return tokens.gather(-1, choice.clamp(max=logits.shape[-1] - 1))[:, 0]
+
+
+@torch.no_grad()
+def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top_p=1.0, stops=(), generator=None):
+    """Continue prompts of different lengths: B lists of ids -> B lists of new ids, the stop id last where one came.
+
+    gate: (B, E), one per row, or (1, E) for all, or None. stops: ids, any of which ends its row. temperature 0 is
+    greedy; else tokens are drawn from `generator` (a torch.Generator on the CPU, None: the global one).
+    A batch gives the same greedy tokens as its rows one by one. Finished rows leave the batch.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError(f"generate needs prompts of at least one token; lengths are {[len(p) for p in prompts]}")
+    ids, lengths = pad(prompts, model.device)
+    if gate is not None:
+        gate = gate.to(model.device).expand(len(prompts), -1)
+    cache = Cache(model.config, lengths.tolist(), ids.shape[1] + max_new_tokens, model.dtype, model.device)
+    replies, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows[i]: whose reply row i of the batch is
+    for step in range(max_new_tokens):
+        h = model.hidden(ids, gate, cache)  # (B, T, D), then (B, 1, D)
+        last = h[torch.arange(len(rows), device=h.device), lengths - 1] if step == 0 else h[:, 0]
+        # numbers are drawn for every prompt, so that what one row gets does not depend on when others end
+        u = torch.rand(len(prompts), generator=generator)[rows].to(h.device) if temperature else None
+        ids = sample(model.head(last), temperature, top_p, u)[:, None]  # (B, 1)
+        for row, token in zip(rows, ids[:, 0].tolist()):
+            replies[row].append(token)
+        alive = [i for i, row in enumerate(rows) if replies[row][-1] not in stops]
+        if not alive:
+            break
+        if len(alive) < len(rows):
+            cache.keep(alive)
+            ids, gate, rows = ids[alive], None if gate is None else gate[alive], [rows[i] for i in alive]
+    return replies
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Chat formats
+
+def load_tokenizer(path):
+    """tokenizer.json of a model folder, set so that special tokens in a user's text stay text."""
+    file = Path(path) / "tokenizer.json"
+    if not file.exists():
+        raise UserError(f"{file}: no such file; download the tokenizer's files beside the weights")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{file}: not a tokenizer ({error})") from None
+    tokenizer.encode_special_tokens = True  # "<|eot_id|>" typed by someone is nine characters, not the end of a turn
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer, text):
+    """Text -> ids, with no bos added (Llama's tokenizer would add one by itself)."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+class Chat:
+    """Messages to ids and back, in the Llama 3.1 format or in ChatML (Qwen2.5, SmolLM2), whichever the tokenizer knows.
+
+    Texts are encoded as characters and special tokens are put between them by number, so that no text can open or close
+    a turn. messages: [{"role": "system" | "user" | "assistant", "content": str}, …].
+    """
+
+    DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+    def __init__(self, tokenizer, template="", stops=()):
+        """template: the folder's chat template, searched for facts (default system message, date block), never run."""
+        self.tokenizer, special = tokenizer, tokenizer.token_to_id
+        self.llama = special("<|start_header_id|>") is not None
+        if self.llama:
+            self.bos, self.end = special("<|begin_of_text|>"), special("<|eot_id|>")
+            # <|eom_id|> is Llama 3.1's name for what the tokenizer of Llama 3 still calls reserved_special_token_4
+            others = "<|end_of_text|>", "<|eom_id|>", "<|reserved_special_token_4|>"
+        else:
+            self.bos, self.end, others = None, special("<|im_end|>"), ("<|endoftext|>",)
+        if self.end is None or self.llama and self.bos is None or not self.llama and special("<|im_start|>") is None:
+            raise UserError("the tokenizer has neither Llama 3's chat tokens (<|start_header_id|>, <|eot_id|>, "
+                            "<|begin_of_text|>) nor ChatML's (<|im_start|>, <|im_end|>): take an instruct model's")
+        self.stops = {self.end, *stops} | {special(name) for name in others} - {None}
+        self.dates = self.llama and "Cutting Knowledge Date" in template
+        default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}]*?)<\|im_end\|>", template)
+        self.default_system = default.group(1) if default else None
+
+    @classmethod
+    def from_dir(cls, path):
+        """Needs the tokenizer's files only; eos ids of config.json and generation_config.json are stops too."""
+        path = Path(path)
+        settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+        template = settings.get("chat_template") or ""
+        if isinstance(template, list):  # several templates by name
+            template = next((t["template"] for t in template if t.get("name") == "default"), "")
+        if (path / "chat_template.jinja").exists():
+            template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        stops = set()
+        for name in ("config.json", "generation_config.json"):
+            eos = read_json(path / name).get("eos_token_id") if (path / name).exists() else None
+            stops.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        try:
+            return cls(load_tokenizer(path), template, stops)
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+    def turn(self, role, text):
+        """One whole message as ids."""
+        if self.llama:
+            return [*self.header(role), *encode(self.tokenizer, "\n\n" + text), self.end]
+        # ROLE\nTEXT is one piece: cut at the newline, a text that starts with white space would get other ids
+        return [*self.header(), *encode(self.tokenizer, f"{role}\n{text}"), self.end, *encode(self.tokenizer, "\n")]
+
+    def header(self, role=None):
+        special = self.tokenizer.token_to_id
+        if self.llama:
+            return [special("<|start_header_id|>"), *encode(self.tokenizer, role), special("<|end_header_id|>")]
+        return [special("<|im_start|>")]
+
+    def prompt(self, messages):
+        """messages -> ids up to the point where the assistant's reply begins."""
+        messages = [(m["role"], m["content"].strip() if self.llama else m["content"]) for m in messages]
+        if self.dates:  # the published 3.1 template always opens with a system message that starts with two dates
+            system = messages.pop(0)[1] if messages and messages[0][0] == "system" else ""
+            messages.insert(0, ("system", self.DATES + system))
+        elif self.default_system is not None and (not messages or messages[0][0] != "system"):
+            messages.insert(0, ("system", self.default_system))
+        ids = [self.bos] if self.llama else []
+        for role, text in messages:
+            ids += self.turn(role, text)
+        opening = [*self.header("assistant"), *encode(self.tokenizer, "\n\n")] if self.llama else [
+            *self.header(), *encode(self.tokenizer, "assistant\n")]
+        return ids + opening
+
+    def example(self, messages, response):
+        """-> (ids, supervised): prompt and response as one row; supervised[i] is True where id i is the assistant's,
+        the end of its turn included. The response is stripped and encoded apart, as it will be when generated."""
+        prompt, reply = self.prompt(messages), [*encode(self.tokenizer, response.strip()), self.end]
+        return prompt + reply, [False] * len(prompt) + [True] * len(reply)
+
+    def text(self, ids):
+        """ids -> text without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -1,0 +1,942 @@
+"""The decoder against `transformers`, against itself, and against broken copies of itself.
+
+- parity: fp32 logits and gradients equal the reference's on four small shapes in which every parameter is random
+- mutants: each classic mistake, made on purpose, must show in the same comparison: parity that cannot fail is none
+- parts apart: RoPE, RMSNorm, padding, recomputation, bf16
+- generation: cached equals uncached, batched equals one by one, sampling is the inverse of the distribution function
+- the loader: both styles of config.json, shards, memory, and an error that names the culprit for every broken folder
+
+The reference is optional: without `transformers` its tests skip and the others still run.
+"""
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import model as M
+from model import CONFIGS, Config, Transformer, UserError
+
+T = 512
+STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 64}  # 64, far below T: all of the formula acts
+SMALL = {  # vocab, dim, layers, heads, kv heads, d, hidden, eps, theta
+    "Llama-3.1": Config(320, 96, 2, 4, 2, 32, 160, 1e-5, 5e5, STRETCHED),
+    "Llama-3.2": Config(352, 128, 2, 8, 2, 64, 192, 1e-5, 5e5, STRETCHED | {"factor": 32.0}, tied=True),
+    "SmolLM2": Config(320, 144, 2, 9, 3, 32, 208, 1e-5, 1e5, tied=True),
+    "Qwen2.5": Config(384, 112, 2, 6, 2, 32, 176, 1e-6, 1e6, qkv_bias=True, tied=True),
+}
+TINY = Config(40, 16, 2, 4, 2, 8, 24, 1e-5, 1e4)
+each_family = pytest.mark.parametrize("name", SMALL)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers
+
+def published(config, newer=False):
+    """A Config as the contents of config.json: RoPE at top level, or in the newer style inside rope_parameters."""
+    scaling = config.rope_scaling
+    rope = {"rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default", **(scaling or {})}} if newer \
+        else {"rope_theta": config.rope_theta, "rope_scaling": scaling}
+    return {
+        "model_type": "qwen2" if config.qkv_bias else "llama", "hidden_act": "silu", "vocab_size": config.vocab_size,
+        "hidden_size": config.dim, "intermediate_size": config.hidden_dim, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps, "max_position_embeddings": 2048, "tie_word_embeddings": config.tied,
+        "bos_token_id": None, "eos_token_id": None, **rope}
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Every parameter random, and large enough to matter; embeddings small, as trained ones are, so that eps does."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters()):
+        noise = torch.randn(p.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            p.copy_(1 + noise / 2)
+        elif "embed_tokens" in name:
+            p.copy_(noise / 50)
+        else:
+            p.copy_(noise if p.dim() == 1 else noise * (0.5 if "lm_head" in name else 1.5) / p.shape[1] ** 0.5)
+    return model
+
+
+def difference(ours, reference):
+    return (ours.float() - reference.float()).abs()
+
+
+def assert_near(ours, reference, tolerance, what):
+    d = difference(ours, reference)
+    assert d.max() <= tolerance, f"{what}: the largest difference is {d.max():.3g}, the mean {d.mean():.3g}"
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_model(path, config=TINY, shards=1, seed=0):
+    """A random model folder made without the reference -> its state dict."""
+    state = {name: p.detach().clone() for name, p in randomise(Transformer(config), seed).named_parameters()}
+    write_json(path / "config.json", published(config))
+    if shards == 1:
+        save_file(state, path / "model.safetensors")
+        return state
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    where = {name: files[i % shards] for i, name in enumerate(state)}
+    for file in files:
+        save_file({name: state[name] for name in state if where[name] == file}, path / file)
+    write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    return state
+
+
+def load(path, dtype=torch.float32):
+    return Transformer.from_pretrained(path, dtype=dtype)
+
+
+def random_ids(config, rows, tokens, seed=1):
+    return torch.randint(config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def random_prompts(config, lengths, seed=2):
+    return [random_ids(config, 1, n, seed + i)[0].tolist() for i, n in enumerate(lengths)]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """name -> the transformers model of that shape, with its folder, some ids and its logits for them."""
+    transformers = pytest.importorskip("transformers")
+
+    @functools.cache
+    def make(name):
+        path = tmp_path_factory.mktemp(name)
+        write_json(path / "config.json", published(SMALL[name]))
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+        randomise(theirs.eval()).save_pretrained(path)  # writes config.json anew, in that version's own style
+        ids = random_ids(SMALL[name], 1, T)
+        with torch.no_grad():
+            return SimpleNamespace(path=path, model=theirs, ids=ids, logits=theirs(ids).logits)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """name -> our own random model of that shape, for the laws that need no reference. Shared: not to be edited."""
+    return functools.cache(lambda name: randomise(Transformer(SMALL[name])).eval().requires_grad_(False))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parity, and mutants that must break it
+
+@each_family
+@torch.no_grad()
+def test_logits_equal_the_references_to_the_last_bit(name, reference):
+    """Exactly: the same operations in the same order on the same shapes. The folder goes through our loader."""
+    there = reference(name)
+    assert Config.from_dir(there.path) == SMALL[name]
+    assert_near(load(there.path)(there.ids), there.logits, 0.0, name)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1", "Llama-3.2"])
+def test_all_branches_of_the_rope_scaling_act_in_the_parity_test(name):
+    """Kept, blended and slowed pairs are all there, and T is long enough for each to turn visibly."""
+    config = SMALL[name]
+    ratio = M.rope_frequencies(replace(config, rope_scaling=None)) / M.rope_frequencies(config)
+    factor = config.rope_scaling["factor"]
+    kept, slowed = ratio == 1, torch.isclose(ratio, torch.tensor(factor))
+    blended = (ratio > 1.01) & (ratio < factor - 0.01)
+    assert kept.any() and blended.any() and slowed.any() and (kept | blended | slowed).all()
+    turned = T * (M.rope_frequencies(replace(config, rope_scaling=None)) - M.rope_frequencies(config))
+    assert turned[blended].max() > 1 and turned[slowed].max() > 1  # radians
+
+
+def grouping(our):
+    """Query head i reads key/value head i % K instead of i // (H/K): what repeat does in place of repeat_interleave.
+    With H = 4 and K = 2 that is as if the query heads stood in the order 0, 2, 1, 3."""
+    c = our.config
+    order = torch.arange(c.n_heads).view(-1, c.n_kv_heads).T.flatten()
+    for block in our.model.layers:
+        a = block.self_attn
+        for p in (a.q_proj.weight, a.q_proj.bias):
+            if p is not None:
+                p.copy_(p.unflatten(0, (c.n_heads, -1))[order].flatten(0, 1))
+        a.o_proj.weight.copy_(a.o_proj.weight.unflatten(1, (c.n_heads, -1))[:, order].flatten(1))
+
+
+def interleaved(x, cos, sin):
+    """The other RoPE layout: pairs (0, 1), (2, 3), … instead of (0, d/2), (1, d/2 + 1), …"""
+    cos, sin = (t[..., :t.shape[-1] // 2] for t in (cos, sin))
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+
+
+def set_config(our, **changes):
+    for module in our.modules():
+        if hasattr(module, "config"):
+            module.config = replace(module.config, **changes)
+
+
+def no_bias(our):
+    for name, p in our.named_parameters():
+        if name.endswith("bias"):
+            p.zero_()
+
+
+def swap(our, first, second):
+    for block in our.model.layers:
+        a, b = block.get_parameter(first), block.get_parameter(second)
+        a.data, b.data = b.data, a.data
+
+
+def ten_times_eps(our):
+    for module in our.modules():
+        if isinstance(module, M.RMSNorm):
+            module.eps *= 10
+
+
+rotate = M.rotate
+MUTANTS = {  # name: how to break (our model, monkeypatch)
+    "no RoPE scaling": lambda our, patch: set_config(our, rope_scaling=None),
+    "theta 1e4": lambda our, patch: set_config(our, rope_theta=1e4),
+    "interleaved RoPE": lambda our, patch: patch.setattr(M, "rotate", interleaved),
+    "RoPE sign": lambda our, patch: patch.setattr(M, "rotate", lambda x, cos, sin: rotate(x, cos, -sin)),
+    "repeat, not repeat_interleave": lambda our, patch: grouping(our),
+    "no QKV bias": lambda our, patch: no_bias(our),
+    "gate and up swapped": lambda our, patch: swap(our, "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "norms swapped": lambda our, patch: swap(our, "input_layernorm.weight", "post_attention_layernorm.weight"),
+    "ten times eps": lambda our, patch: ten_times_eps(our),
+}
+APPLIES = {"no RoPE scaling": lambda config: config.rope_scaling, "no QKV bias": lambda config: config.qkv_bias}
+
+
+@pytest.mark.parametrize("name, mutant", [
+    (name, mutant) for mutant in [None, *MUTANTS] for name, config in SMALL.items()
+    if APPLIES.get(mutant, lambda config: True)(config)])
+@torch.no_grad()
+def test_parity_notices_each_classic_mistake(name, mutant, reference, monkeypatch):
+    """None is the unharmed model, in the same harness."""
+    there = reference(name)
+    our = load(there.path)
+    if mutant:
+        MUTANTS[mutant](our, monkeypatch)
+    largest = difference(our(there.ids), there.logits).max().item()
+    assert largest > 1e-3 if mutant else largest == 0, f"{mutant or 'unharmed'}: largest difference {largest:.3g}"
+
+
+def test_the_other_rope_layout_is_a_rotation_too():
+    """So that the mutant is the classic mistake and not just noise: lengths stay, and at position 0 nothing turns."""
+    x, angles = torch.randn(3, 8), torch.randn(3, 4).repeat(1, 2)
+    torch.testing.assert_close(interleaved(x, angles.cos(), angles.sin()).norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(interleaved(x, torch.ones(3, 8), torch.zeros(3, 8)), x)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1", "Qwen2.5"])
+def test_gradients_equal_the_references(name, reference):
+    """Of every parameter, relative to the largest entry of each: 1e-6 is a few roundings of fp32, of which the backward
+    pass may order its sums differently."""
+    there = reference(name)
+    our, grads = load(there.path), []
+    for model, logits_of in ((our, our), (there.model, lambda ids: there.model(ids).logits)):
+        model.zero_grad()
+        F.cross_entropy(logits_of(there.ids)[:, :-1].flatten(0, 1), there.ids[:, 1:].flatten()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    for key, expected in grads[1].items():
+        assert expected.abs().max() > 0, key
+        assert_near(grads[0][key], expected, 1e-6 * expected.abs().max(), key)
+
+
+@each_family
+@torch.no_grad()
+def test_bf16_error_is_no_larger_than_the_references(name, reference):
+    """Each against fp32, not the two with each other: two right bf16 models may differ by more than either errs.
+    The reference is loaded as bf16: a cast would round its RoPE frequencies."""
+    from transformers import AutoModelForCausalLM
+    there = reference(name)
+    theirs = difference(AutoModelForCausalLM.from_pretrained(there.path, dtype=torch.bfloat16)(there.ids).logits,
+                        there.logits)
+    our = difference(load(there.path, torch.bfloat16)(there.ids), there.logits)
+    assert theirs.mean() > 0
+    assert our.max() <= 1.25 * theirs.max(), f"largest error {our.max():.3g}, the reference's {theirs.max():.3g}"
+    assert our.mean() <= 1.25 * theirs.mean(), f"mean error {our.mean():.3g}, the reference's {theirs.mean():.3g}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts apart
+
+@pytest.mark.parametrize("config", [*SMALL.values(), *CONFIGS.values()], ids=[*SMALL, *CONFIGS])
+def test_rope_frequencies_equal_the_references(config, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    write_json(tmp_path / "config.json", published(config))
+    theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path)).inv_freq
+    assert_near(M.rope_frequencies(config), theirs, 0.0, "inv_freq")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_the_references(dtype):
+    pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    x = torch.randn(3, 5, 48).to(dtype)
+    norms = [norm(48, 1e-3).to(dtype) for norm in (M.RMSNorm, LlamaRMSNorm)]
+    for norm in norms:
+        norm.weight.data = torch.linspace(-1, 2, 48, dtype=dtype)
+    assert torch.equal(norms[0](x), norms[1](x)) and norms[0](x).dtype == dtype
+
+
+def test_rms_norm_keeps_the_precision_of_fp64():
+    """Laws that hold exactly in mathematics are tested in fp64; a mean in fp32 would leave 1e-7 of noise in them."""
+    x = torch.randn(3, 48, dtype=torch.float64)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close(M.RMSNorm(48, 1e-3).double()(x), expected, rtol=1e-12, atol=0)
+
+
+def test_rms_norm_divides_by_the_root_of_the_mean_square_plus_eps():
+    """Worked: mean square of (3, −4, 0, 0) is 6.25, with eps 18.75 the root is 5."""
+    norm = M.RMSNorm(4, 18.75)
+    norm.weight.data = torch.tensor([5.0, 10.0, 1.0, 1.0])
+    assert norm(torch.tensor([3.0, -4.0, 0.0, 0.0])).tolist() == pytest.approx([3.0, -8.0, 0.0, 0.0])
+
+
+def test_rotate_pairs_the_two_halves():
+    """The worked example of its docstring: [a, b, c, d] -> [a, b, c, d] · cos + [−c, −d, a, b] · sin."""
+    x, cos, sin = torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20, 10, 20]), torch.tensor([100.0, 200, 100, 200])
+    assert M.rotate(x, cos, sin).tolist() == [10 - 300, 40 - 800, 30 + 100, 80 + 400]
+
+
+def test_attention_scores_depend_on_the_distance_only():
+    angles = torch.arange(40.0)[:, None] * M.rope_frequencies(SMALL["Llama-3.1"]).repeat(2)
+    q, k = (M.rotate(torch.randn(32), angles.cos(), angles.sin()) for _ in range(2))
+    scores = q @ k.T
+    torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5], rtol=1e-4, atol=1e-4)
+    assert (scores[0] - scores[0, 0]).abs().max() > 0.1
+
+
+@each_family
+def test_no_token_sees_what_follows_it_and_every_token_sees_what_went_before(name, ours):
+    ids = random_ids(SMALL[name], 1, 24)
+    other = ids.clone()
+    other[0, 10] = (ids[0, 10] + 1) % SMALL[name].vocab_size
+    d = difference(ours(name)(ids), ours(name)(other))[0].amax(-1)
+    assert (d[:10] == 0).all() and (d[10:] > 0).all()
+
+
+@each_family
+def test_padding_on_the_right_changes_nothing(name, ours):
+    """Other pad ids: bitwise. More padding: 1e-5, because matrix products of other shapes sum in another order."""
+    our, lengths = ours(name), [40, 7, 23, 1]
+    prompts = random_prompts(our.config, lengths)
+    ids, found = M.pad(prompts)
+    real = torch.arange(40) < found[:, None]
+    assert found.tolist() == lengths and ids[real].tolist() == sum(prompts, [])
+    padded = our(ids)
+    noise = torch.where(real, ids, random_ids(our.config, 4, 40, seed=9))
+    assert (noise != ids).any()
+    assert torch.equal(our(noise)[real], padded[real])
+    assert_near(our(F.pad(ids, (0, 30)))[:, :40][real], padded[real], 1e-5, "thirty more")
+    for row, prompt in enumerate(prompts):
+        assert_near(our(torch.tensor([prompt]))[0], padded[row, :len(prompt)], 1e-5, f"row {row} alone")
+
+
+def test_recomputing_gives_the_same_loss_and_gradients_and_keeps_less():
+    """Bitwise: the same operations run again on the same inputs."""
+    ids, found = random_ids(SMALL["Qwen2.5"], 2, 64), []
+    for recompute in (False, True):
+        our, kept = randomise(Transformer(SMALL["Qwen2.5"])), []
+        our.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+            loss = our(ids).square().mean()
+        loss.backward()
+        found.append((loss, sum(kept), {name: p.grad for name, p in our.named_parameters()}))
+    (loss, kept, grads), (loss_again, kept_again, grads_again) = found
+    assert torch.equal(loss, loss_again) and kept_again < kept / 3
+    for name in grads:
+        assert grads[name].abs().max() > 0 and torch.equal(grads[name], grads_again[name]), name
+
+
+def test_hidden_then_head_is_forward(ours):
+    """What training and generation call, where logits of all positions would be waste."""
+    our, ids = ours("SmolLM2"), random_ids(SMALL["SmolLM2"], 2, 9)
+    assert our.hidden(ids).shape == (2, 9, our.config.dim)
+    assert torch.equal(our.head(our.hidden(ids)), our(ids))
+
+
+def test_a_gate_without_experts_is_an_error(ours):
+    """Never silently ignored: the answers would be the base model's, under the experts' name."""
+    with pytest.raises(ValueError, match="experts"):
+        ours("Qwen2.5")(random_ids(SMALL["Qwen2.5"], 1, 3), gate=torch.full((1, 10), 0.1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+LENGTHS = [17, 3, 40, 1, 9]
+N_NEW = 16
+
+
+def loop(our, prompt, n):
+    """Greedy continuation by a full forward pass for every token -> (ids, logits (n, V))."""
+    ids, logits = list(prompt), []
+    for _ in range(n):
+        logits.append(our(torch.tensor([ids]))[0, -1])
+        ids.append(logits[-1].argmax().item())
+    return ids[len(prompt):], torch.stack(logits)
+
+
+def cut(reply, stops):
+    """A reply up to and including its first stop."""
+    return next((reply[:i + 1] for i, token in enumerate(reply) if token in stops), reply)
+
+
+@pytest.fixture(scope="module")
+def free(ours):
+    """name -> (our model, prompts of different lengths, their greedy replies without stops)."""
+    @functools.cache
+    def make(name):
+        prompts = random_prompts(SMALL[name], LENGTHS)
+        return ours(name), prompts, M.generate(ours(name), prompts, max_new_tokens=N_NEW)
+    return make
+
+
+def watch(our, monkeypatch):
+    """A list that will hold (rows, gate) of every step; the base model, which has no use for a gate, gets none."""
+    steps, hidden = [], our.hidden
+
+    def watched(ids, gate, cache):
+        steps.append((len(ids), gate))
+        return hidden(ids, None, cache)
+
+    monkeypatch.setattr(our, "hidden", watched)
+    return steps
+
+
+def early_stops(replies):
+    """Two ids that end some rows at different steps and leave others to run on."""
+    stops = {replies[1][2], replies[3][6]}
+    lengths = [len(cut(reply, stops)) for reply in replies]
+    assert len(set(lengths)) >= 3 and max(lengths) == N_NEW > min(lengths), lengths
+    return stops
+
+
+@each_family
+@pytest.mark.parametrize("stopping", [False, True])
+def test_greedy_ids_equal_the_references_generate(name, stopping, reference):
+    there = reference(name)
+    our, prompts = load(there.path), random_prompts(SMALL[name], LENGTHS)
+    stops = early_stops(M.generate(our, prompts, max_new_tokens=N_NEW)) if stopping else ()
+    from transformers import GenerationConfig
+    settings = GenerationConfig(max_new_tokens=N_NEW, do_sample=False, pad_token_id=0, eos_token_id=[*stops] or None)
+    expected = [there.model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt):].tolist()
+                for prompt in prompts]
+    assert M.generate(our, prompts, max_new_tokens=N_NEW, stops=stops) == expected
+
+
+@each_family
+def test_a_batch_gives_its_rows_one_by_one(name, free):
+    our, prompts, replies = free(name)
+    assert [M.generate(our, [p], max_new_tokens=N_NEW)[0] for p in prompts] == replies
+    assert len({tuple(reply) for reply in replies}) == len(replies)  # rows that agree would hide a mix-up
+
+
+@each_family
+def test_cached_equals_uncached(name, free, monkeypatch):
+    """Ids exactly; logits of each step to 1e-5, since matrix products of other shapes sum in another order."""
+    our, prompts, replies = free(name)
+    steps, head = [], our.head
+    monkeypatch.setattr(our, "head", lambda hidden: steps.append(head(hidden)) or steps[-1])
+    assert M.generate(our, prompts, max_new_tokens=N_NEW) == replies
+    monkeypatch.undo()
+    for row, prompt in enumerate(prompts):
+        ids, logits = loop(our, prompt, N_NEW)
+        assert ids == replies[row]
+        assert_near(torch.stack([step[row] for step in steps]), logits, 1e-5, f"row {row}")
+
+
+@each_family
+def test_stops_end_their_own_row_and_leave_the_others_alone(name, free, monkeypatch):
+    """A reply ends with its stop; from then on its row is out of the batch, and a gate's rows go on with their own."""
+    our, prompts, replies = free(name)
+    stops = early_stops(replies)
+    expected = [cut(reply, stops) for reply in replies]
+    steps = watch(our, monkeypatch)
+    gate = torch.arange(len(prompts))[:, None]
+    assert M.generate(our, prompts, gate, max_new_tokens=N_NEW, stops=stops) == expected
+    assert len(steps) == N_NEW
+    for step, (rows, used) in enumerate(steps):
+        alive = [row for row, reply in enumerate(expected) if len(reply) > step]
+        assert rows == len(alive) and used.flatten().tolist() == alive
+
+
+def test_generation_ends_with_its_last_row(free):
+    our, prompts, replies = free("Llama-3.1")
+    any_token = range(our.config.vocab_size)
+    assert M.generate(our, prompts, max_new_tokens=1000, stops=any_token) == [reply[:1] for reply in replies]
+
+
+def test_one_gate_serves_all_rows(free, monkeypatch):
+    our, prompts, replies = free("Llama-3.1")
+    steps = watch(our, monkeypatch)
+    assert M.generate(our, prompts, torch.arange(10)[None], max_new_tokens=N_NEW) == replies
+    assert all(used.tolist() == [[*range(10)]] * rows for rows, used in steps)
+
+
+def test_no_new_tokens_are_no_new_tokens(free):
+    our, prompts, _ = free("Llama-3.1")
+    assert M.generate(our, prompts, max_new_tokens=0) == [[] for _ in prompts]
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
+def test_an_empty_prompt_is_an_error(prompts, ours):
+    with pytest.raises(ValueError, match="prompts"):
+        M.generate(ours("Llama-3.1"), prompts)
+
+
+def draw(our, prompts, seed=3, **options):
+    return M.generate(our, prompts, max_new_tokens=N_NEW, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def test_sampling_is_reproducible_from_its_generator_alone(free):
+    our, prompts, replies = free("Llama-3.1")
+    state = torch.get_rng_state()
+    drawn = draw(our, prompts, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator, from which training draws, is untouched
+    assert draw(our, prompts, temperature=1.0) == drawn
+    assert draw(our, prompts, seed=4, temperature=1.0) != drawn and drawn != replies
+
+
+def test_what_a_row_draws_does_not_depend_on_when_others_end(free):
+    our, prompts, _ = free("Llama-3.1")
+    drawn = draw(our, prompts, temperature=1.0)
+    stops = early_stops(drawn)
+    assert draw(our, prompts, temperature=1.0, stops=stops) == [cut(reply, stops) for reply in drawn]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-5}, {"temperature": 1.0, "top_p": 1e-6}])
+def test_the_limits_of_sampling_are_greedy(options, free):
+    our, prompts, replies = free("Qwen2.5")
+    assert draw(our, prompts, **options) == replies
+
+
+P = torch.tensor([0.1, 0.3, 0.05, 0.4, 0.15])  # by size: tokens 3, 1, 4, 0, 2; their sums: 0.4, 0.7, 0.85, 0.95, 1
+
+
+def frequencies(p, temperature=1.0, top_p=1.0, n=2000):
+    """How often each token comes over n evenly spaced u: the inverse of the distribution function, without chance."""
+    u = (torch.arange(n) + 0.5) / n
+    return M.sample(p.log().expand(n, -1), temperature, top_p, u).bincount(minlength=len(p)) / n
+
+
+def test_sampling_follows_the_probabilities():
+    assert frequencies(P).tolist() == pytest.approx(P.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_is_a_power_of_the_probabilities(temperature):
+    """To 1e-3: the steps of a grid of 2,000."""
+    powers = P ** (1 / temperature)
+    assert frequencies(P, temperature).tolist() == pytest.approx((powers / powers.sum()).tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("top_p, kept", [
+    (0.39, [3]), (0.41, [3, 1]), (0.69, [3, 1]), (0.71, [3, 1, 4]), (0.86, [3, 1, 4, 0]), (0.96, [3, 1, 4, 0, 2]),
+    (1.0, [3, 1, 4, 0, 2])])
+def test_the_nucleus_is_the_smallest_set_whose_mass_reaches_top_p(top_p, kept):
+    """And within it, the proportions stay."""
+    expected = torch.zeros(5).index_copy(0, torch.tensor(kept), P[kept] / P[kept].sum())
+    assert frequencies(P, top_p=top_p).tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_a_mass_that_equals_top_p_reaches_it():
+    assert (frequencies(torch.full((4,), 0.25), top_p=0.5) > 0).sum() == 2
+
+
+def test_the_ends_of_the_unit_interval_draw_tokens_that_are_there():
+    u = torch.tensor([0.0, 1 - 2**-24])
+    assert M.sample(P.log().expand(2, -1), 1.0, 1.0, u).tolist() == [3, 2]
+    assert M.sample(P.log().expand(2, -1), 1.0, 0.6, u).tolist() == [3, 1]
+
+
+def test_rows_are_drawn_apart():
+    logits = torch.stack([P.log(), P.flip(0).log()])
+    assert M.sample(logits, 1.0, 1.0, torch.tensor([0.5, 0.99])).tolist() == [1, 2]
+    assert M.sample(logits, 0.0, 1.0, None).tolist() == [3, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}
+PUBLISHED = {  # what the models' own config.json say, and what they mean
+    "Llama-3.1-8B": ({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": LLAMA_31, "rope_theta": 500000.0,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.42.3", "use_cache": True,
+        "vocab_size": 128256,
+    }, dict(vocab_size=128256, dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336,
+            norm_eps=1e-5, rope_theta=500000.0, rope_scaling=LLAMA_31, qkv_bias=False, tied=False)),
+    "Llama-3.2-1B": ({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072,
+        "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": LLAMA_31 | {"factor": 32.0}, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 128256,
+    }, dict(vocab_size=128256, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192,
+            norm_eps=1e-5, rope_theta=500000.0, rope_scaling=LLAMA_31 | {"factor": 32.0}, qkv_bias=False, tied=True)),
+    "Qwen2.5-0.5B": ({
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+        "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+        "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
+        "use_mrope": False, "use_sliding_window": False, "vocab_size": 151936,
+    }, dict(vocab_size=151936, dim=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, hidden_dim=4864,
+            norm_eps=1e-6, rope_theta=1e6, rope_scaling=None, qkv_bias=True, tied=True)),
+    "SmolLM2-135M": ({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+        "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+        "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
+        "vocab_size": 49152,
+    }, dict(vocab_size=49152, dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, hidden_dim=1536,
+            norm_eps=1e-5, rope_theta=1e5, rope_scaling=None, qkv_bias=False, tied=True)),
+}
+
+
+def newer_style(found):
+    found = dict(found)
+    theta, scaling = found.pop("rope_theta"), found.pop("rope_scaling", None)
+    return found | {"rope_parameters": {"rope_theta": theta, "rope_type": "default"} | (scaling or {})}
+
+
+@pytest.mark.parametrize("style", [dict, newer_style])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_both_styles_of_the_published_configs_mean_the_published_shape(name, style, tmp_path):
+    found, expected = PUBLISHED[name]
+    assert expected.keys() == {field.name for field in fields(Config)}
+    write_json(tmp_path / "config.json", style(found))
+    assert Config.from_dir(tmp_path) == Config(**expected) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@each_family
+def test_any_config_survives_the_way_through_config_json(name, newer, tmp_path):
+    write_json(tmp_path / "config.json", published(SMALL[name], newer))
+    assert Config.from_dir(tmp_path) == SMALL[name]
+
+
+@pytest.mark.parametrize("key, field, default", [
+    ("head_dim", "head_dim", 96 // 4), ("num_key_value_heads", "n_kv_heads", 4),
+    ("tie_word_embeddings", "tied", False)])
+@pytest.mark.parametrize("absent", [True, False], ids=["absent", "null"])
+def test_what_may_be_left_out_has_its_published_default(key, field, default, absent, tmp_path):
+    found = published(SMALL["Llama-3.1"]) | {key: None}
+    if absent:
+        del found[key]
+    write_json(tmp_path / "config.json", found)
+    assert Config.from_dir(tmp_path) == replace(SMALL["Llama-3.1"], **{field: default})
+
+
+def test_the_llama_shape_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        llama = Transformer(CONFIGS["Llama-3.1-8B"])
+    assert sum(p.numel() for p in llama.parameters()) == 8_030_261_248
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loader
+
+def same_state(our, state, dtype=torch.float32):
+    found = our.state_dict()
+    return found.keys() == state.keys() and all(
+        found[name].dtype == dtype and torch.equal(found[name], state[name].to(dtype)) for name in state)
+
+
+def test_shards_equal_one_file(tmp_path):
+    one, shards = write_model(tmp_path / "one"), write_model(tmp_path / "shards", shards=3)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 3
+    assert same_state(load(tmp_path / "one"), one) and same_state(load(tmp_path / "shards"), shards)
+    assert same_state(load(tmp_path / "shards"), one)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_tensors_come_as_the_dtype_asked_for(stored, wanted, tmp_path):
+    state = {name: t.to(stored) for name, t in write_model(tmp_path).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    assert same_state(load(tmp_path, wanted), state, wanted)
+
+
+def test_the_default_dtype_is_bf16_and_parameters_can_be_trained(tmp_path):
+    state = write_model(tmp_path)
+    our = Transformer.from_pretrained(tmp_path)
+    assert same_state(our, state, torch.bfloat16) and our.dtype == torch.bfloat16 and our.device.type == "cpu"
+    assert all(p.requires_grad and not p.is_meta for p in our.parameters())
+
+
+def test_training_a_loaded_model_leaves_its_files_alone(tmp_path):
+    """Files are mapped into memory, not read: writing to a parameter must not write through."""
+    state, before = write_model(tmp_path), (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for p in load(tmp_path).parameters():
+            p.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before and same_state(load(tmp_path), state)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_tied_head_may_be_stored_a_second_time(shards, tmp_path):
+    state = write_model(tmp_path, replace(TINY, tied=True), shards)
+    assert "lm_head.weight" not in state
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    save_file(load_file(file) | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, file)
+    if shards > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        index["weight_map"]["lm_head.weight"] = file.name
+        write_json(tmp_path / "model.safetensors.index.json", index)
+    assert same_state(load(tmp_path), state)
+
+
+FILE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00002.safetensors"
+NORM, HEAD, Q = "model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"
+
+
+def edit_state(change):
+    """Damage: change(state) in the one file."""
+    def damage(path):
+        state = load_file(path / FILE)
+        change(state)
+        save_file(state, path / FILE)
+    return damage
+
+
+def edit_json(name, change):
+    """Damage: change(object) in a JSON file."""
+    def damage(path):
+        value = json.loads((path / name).read_text())
+        change(value)
+        write_json(path / name, value)
+    return damage
+
+
+def edit_config(**changes):
+    return edit_json("config.json", lambda found: found.update(changes))
+
+
+def edit_header(change):
+    """Damage: the header of the one file says something else about the same bytes."""
+    def damage(path):
+        raw = (path / FILE).read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:end])
+        change(header)
+        header = json.dumps(header).encode()
+        (path / FILE).write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
+    return damage
+
+
+def edit_bytes(change, name=FILE):
+    return lambda path: (path / name).write_bytes(change((path / name).read_bytes()))
+
+
+def only_pickles(path):
+    (path / FILE).rename(path / "pytorch_model.bin")
+
+
+def outside(path):
+    """A shard that the index would fetch from outside the folder, and that is there to be fetched."""
+    (path / SHARD).rename(path.parent / SHARD)
+    edit_json(INDEX, lambda index: index["weight_map"].update({NORM: f"../{SHARD}"}))(path)
+
+
+MISTAKES = {  # name: (damage(folder), what the message names[, shards])
+    "missing tensor": (edit_state(lambda s: s.pop(Q)), [Q]),
+    "missing bias": (edit_config(model_type="qwen2"), ["model.layers.0.self_attn.k_proj.bias"]),
+    "missing head": (edit_state(lambda s: s.pop(HEAD)), [HEAD]),
+    "unexpected tensor": (edit_state(lambda s: s.update({"model.extra": torch.ones(1)})), [FILE, "model.extra"]),
+    "unexpected bias": (edit_state(lambda s: s.update({Q.replace("weight", "bias"): torch.ones(32)})),
+                        [FILE, Q.replace("weight", "bias")]),
+    "unexpected layer": (edit_config(num_hidden_layers=1), [FILE, "model.layers.1."]),
+    "mis-shaped tensor": (edit_state(lambda s: s.update({NORM: torch.ones(17)})), [FILE, NORM, "(17,)", "(16,)"]),
+    "transposed tensor": (edit_state(lambda s: s.update({HEAD: s[HEAD].T.contiguous()})),
+                          [FILE, HEAD, "(16, 40)", "(40, 16)"]),
+    "int8 tensor": (edit_state(lambda s: s.update({Q: s[Q].to(torch.int8)})), [FILE, Q, "int8"]),
+    "tied but different": (edit_config(tie_word_embeddings=True), [HEAD, "tie_word_embeddings"]),
+    "truncated file": (edit_bytes(lambda raw: raw[:-100]), [FILE]),
+    "truncated shard": (edit_bytes(lambda raw: raw[:-100], SHARD), [SHARD], 2),
+    "empty file": (edit_bytes(lambda raw: b""), [FILE]),
+    "a page of HTML": (edit_bytes(lambda raw: b"<!DOCTYPE html><title>404</title>"), [FILE]),
+    "header of absurd length": (edit_bytes(lambda raw: b"\xff" * 8 + raw[8:]), [FILE]),
+    "header lies about the shape": (edit_header(lambda h: h[NORM].update(shape=[8])), [FILE]),
+    "header lies about the dtype": (edit_header(lambda h: h[NORM].update(dtype="F64")), [FILE]),
+    "header points beyond the end": (edit_header(lambda h: h[NORM].update(data_offsets=[10**9, 10**9 + 64])), [FILE]),
+    "missing shard": (lambda path: (path / SHARD).unlink(), [SHARD, INDEX], 2),
+    "tensor not in its shard": (edit_json(INDEX, lambda index: index["weight_map"].update({"model.x": SHARD})),
+                                [SHARD, "model.x"], 2),
+    "tensor not in the index": (edit_json(INDEX, lambda index: index["weight_map"].pop(NORM)), [NORM], 2),
+    "index points outside": (outside, [INDEX, NORM, "../"], 2),
+    "index points nowhere": (edit_json(INDEX, lambda index: index["weight_map"].update({NORM: 7})), [INDEX, NORM], 2),
+    "index without a map": (edit_json(INDEX, lambda index: index.pop("weight_map")), [INDEX], 2),
+    "index is not JSON": (edit_bytes(lambda raw: raw[:-5], INDEX), [INDEX], 2),
+    "only pickled weights": (only_pickles, ["pytorch_model.bin", "safetensors"]),
+    "no weights": (lambda path: (path / FILE).unlink(), [FILE]),
+    "no config.json": (lambda path: (path / "config.json").unlink(), ["config.json"]),
+    "config.json is a list": (lambda path: write_json(path / "config.json", []), ["config.json", "list"]),
+    "unknown model_type": (edit_config(model_type="mamba"), ["config.json", "model_type", "mamba"]),
+    "no model_type": (edit_json("config.json", lambda found: found.pop("model_type")), ["config.json", "model_type"]),
+    "yarn scaling": (edit_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["config.json", "yarn"]),
+    "yarn, older spelling": (edit_config(rope_scaling={"type": "yarn", "factor": 4.0}), ["config.json", "yarn"]),
+    "yarn, newer style": (edit_config(rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}),
+                          ["config.json", "yarn"]),
+    "half a llama3 scaling": (edit_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+                              ["config.json", "llama3", "original_max_position_embeddings"]),
+    "no theta": (edit_json("config.json", lambda found: found.pop("rope_theta")), ["config.json", "rope_theta"]),
+    "no width": (edit_config(hidden_size=None), ["config.json", "hidden_size"]),
+    "layers in words": (edit_config(num_hidden_layers="two"), ["config.json", "num_hidden_layers", "two"]),
+    "no layers": (edit_config(num_hidden_layers=0), ["config.json", "num_hidden_layers"]),
+    "heads that do not divide": (edit_config(num_key_value_heads=3), ["config.json", "4", "3"]),
+    "odd head width": (edit_config(head_dim=7), ["config.json", "7"]),
+    "other activation": (edit_config(hidden_act="gelu"), ["config.json", "hidden_act", "gelu"]),
+    "feed-forward bias": (edit_config(mlp_bias=True), ["config.json", "mlp_bias"]),
+    "bias on o_proj": (edit_config(attention_bias=True), ["config.json", "attention_bias"]),
+    "sliding window": (edit_config(use_sliding_window=True), ["config.json", "use_sliding_window"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_broken_folder_is_an_error_in_one_line_that_names_the_culprit(mistake, tmp_path):
+    damage, named, *shards = MISTAKES[mistake]
+    path = tmp_path / "some-model"
+    write_model(path, shards=shards[0] if shards else 1)
+    load(path)  # whole so far
+    damage(path)
+    with pytest.raises(UserError) as error:
+        load(path)
+    message = str(error.value)
+    assert "\n" not in message and all(name in message for name in [str(path), *named]), message
+
+
+PEAK = """
+import os, resource, sys, torch, model
+torch.set_num_threads(1)
+model.Transformer.from_pretrained(sys.argv[1])  # imports what torch imports late, once for both children
+for dtype in (torch.bfloat16, torch.float32):
+    if os.fork() == 0:  # a child's peak starts anew, and is the loader's alone
+        for path in sys.argv[1:]:  # a tiny model first: what the libraries touch on their first use does not count
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            our = model.Transformer.from_pretrained(path, dtype=dtype)
+            for p in our.parameters():
+                p.detach().flatten()[::1024].float().sum().item()  # a look at every page
+        size = sum(p.numel() * p.element_size() for p in our.parameters())
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, size, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units elsewhere")
+def test_loading_needs_little_more_memory_than_the_result(tmp_path):
+    """At most 1.2 times the weights as loaded, plus 16 MiB for what the allocator rounds up.
+    A file of 200 MB with nothing but a header: the rest is a hole, which reads as zeros and takes memory as well."""
+    config = Config(4096, 1024, 6, 8, 8, 128, 4096, 1e-5, 1e4)
+    with torch.device("meta"):
+        shapes = {name: list(p.shape) for name, p in Transformer(config).named_parameters()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    tiny, path = tmp_path / "tiny", tmp_path / "large"
+    write_model(tiny)
+    write_json(path / "config.json", published(config))
+    with open(path / FILE, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    done = subprocess.run([sys.executable, "-c", PEAK, tiny, path], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": os.path.dirname(M.__file__)})
+    assert done.returncode == 0, done.stderr
+    peaks = [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+    assert [size for _, size in peaks] == [end, 2 * end] and end > 200e6
+    for (peak, size), dtype in zip(peaks, ("bf16", "fp32")):
+        assert 0.9 * size < peak < 1.2 * size + 2**24, f"{dtype}: {peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+def test_an_atomic_write_is_all_or_nothing(tmp_path):
+    file = tmp_path / "new" / "result.json"
+    for text in ("first", "second"):
+        with M.atomic(file) as part:
+            assert part.parent == file.parent and part != file
+            part.write_text(text)
+        assert file.read_text() == text
+    with pytest.raises(RuntimeError), M.atomic(file) as part:
+        part.write_text("half of the th")
+        raise RuntimeError
+    assert file.read_text() == "second"
+    with M.atomic(file) as part:  # what the failure left behind is in nobody's way
+        part.write_text("third")
+    assert file.read_text() == "third" and [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def test_an_atomic_write_replaces_a_whole_folder(tmp_path):
+    for name in ("first", "second"):
+        with M.atomic(tmp_path / "folder") as part:
+            part.mkdir()
+            (part / name).touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "second"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real weights
+
+QUESTIONS = [
+    "What is the capital of Portugal?",
+    "My sister stopped talking to me after our father's funeral. How do I reach out to her?",
+    "Write a Python function that reverses the words of a sentence.",
+    "List three differences between a frog and a toad.",
+    "I have a job interview tomorrow and I can't sleep. Any advice?",
+    "Translate 'good morning, my friend' into Spanish, French and German.",
+    "If a train leaves at 14:35 and the trip takes 2 hours and 50 minutes, when does it arrive?",
+    "Explain to a ten-year-old why the sky is blue.",
+    "Tell me a very short story about a lighthouse keeper who was afraid of the dark.",
+    "A colleague takes credit for my work in front of the whole team, every single week; what would you say to them?",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"])
+@torch.no_grad()
+def test_real_weights_equal_the_reference(name, weights):
+    """Logits of ten prompts to the last bit, and 40 greedy tokens, ours in one batch and the reference's one by one."""
+    transformers = pytest.importorskip("transformers")
+    our, chat = load(weights / name), M.Chat.from_dir(weights / name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(weights / name, dtype=torch.float32)
+    prompts = [chat.prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
+    settings = transformers.GenerationConfig(max_new_tokens=40, do_sample=False, pad_token_id=0,
+                                             eos_token_id=sorted(chat.stops))
+    replies = M.generate(our, prompts, max_new_tokens=40, stops=chat.stops)
+    for prompt, reply in zip(prompts, replies):
+        ids = torch.tensor([prompt])
+        assert_near(our(ids), theirs(ids).logits, 0.0, name)
+        assert theirs.generate(ids, generation_config=settings)[0, len(prompt):].tolist() == reply, chat.text(reply)

@@ -1,0 +1,824 @@
+"""Training: three stages, one loop.
+
+    warmup   every expert alone: loss on the replies of the records in which its pole is active. One run that equals ten
+    router   encoder and expert embeddings only: the contrastive loss. The base model is not loaded
+    joint    experts and router together: loss through the mixture, plus λ times the contrastive loss
+
+What is notable:
+- a stage is what it trains and its loss (Task); data order, schedule, log and checkpoints are the same for all (fit)
+- batches hold rows of similar length; a step is cut into micro-batches under a budget of tokens, and its loss is the
+  true mean over the tokens of the whole step, not a mean of means
+- data order is a function of seed and step, so that a resumed run goes on where it stopped
+- files are written under another name first, then renamed; safetensors and JSON only
+
+    python train.py --preset tiny --stage all       # everything on a laptop's CPU in three minutes; needs no download
+    python train.py --stage router                  # Qwen2.5-0.5B on one GPU
+    python train.py --stage all                     # Llama-3.1-8B on one GPU
+
+Shapes: B rows, T tokens, N supervised tokens, D width, V vocabulary, E experts.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import typing
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from lora import EXPERTS, add_experts, expert_layers, load_experts, save_experts
+from model import Chat, Transformer, UserError, atomic, encode, generate, load_tokenizer, open_safetensors, pad
+from model import read_json
+from router import RULES, Router, active_experts, bars, contrastive_loss, gate_report, gates_under, load_router
+from router import query_ids, save_router
+from synth import SPLITS, load_data, make_tiny, parse, run_command, template_records, write_records
+
+VERSION = 1  # of the run folder's format
+STAGES = ("warmup", "router", "joint")
+
+# What each preset is made of, and each stage's sizes: optimiser steps, rows a step, learning rates (all ours). "tokens"
+# is the most that a micro-batch holds, padding included.
+PRESETS = {
+    "paper": dict(
+        base=("weights/Llama-3.1-8B-Instruct",), encoder=("weights/Qwen2.5-0.5B",), data="data/personafuse.jsonl",
+        tokens=8192, eval_records=500,
+        warmup=dict(steps=3000, batch=64, lr=2e-4), router=dict(steps=2300, batch=128, router_lr=2e-5),
+        joint=dict(steps=1500, batch=64, lr=1e-4, router_lr=1e-5)),
+    "small": dict(
+        base=("weights/SmolLM2-135M-Instruct",),
+        encoder=("weights/Qwen2.5-0.5B", "weights/Qwen2.5-Coder-0.5B-Instruct"), data=None, records=(8000, 400, 400),
+        tokens=2048, eval_records=100,
+        warmup=dict(steps=100, batch=20, lr=1e-3), router=dict(steps=60, batch=16, router_lr=5e-5),
+        joint=dict(steps=40, batch=16, lr=5e-4, router_lr=2e-5)),
+    "tiny": dict(
+        base=(), encoder=(), data=None, records=(8000, 400, 600), tokens=4096, eval_records=200,
+        pretrain=dict(steps=200, batch=20, lr=4e-3),
+        warmup=dict(steps=100, batch=20, lr=1e-2), router=dict(steps=100, batch=40, router_lr=2e-3),
+        joint=dict(steps=60, batch=24, lr=5e-3, router_lr=5e-4)),
+}
+DOWNLOADS = {
+    "Llama-3.1-8B-Instruct": "hf auth login && hf download meta-llama/Llama-3.1-8B-Instruct --exclude \"original/*\"",
+    "Qwen2.5-0.5B": "hf download Qwen/Qwen2.5-0.5B",
+    "SmolLM2-135M-Instruct": "hf download HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+
+@dataclass
+class Args:
+    stage: typing.Literal["warmup", "router", "joint", "all"] = "all"
+    """What to train; all does the three in order."""
+    preset: typing.Literal["paper", "small", "tiny"] = "paper"
+    """Models and sizes: paper is Llama-3.1-8B + Qwen2.5-0.5B on one GPU, small SmolLM2-135M + Qwen2.5-0.5B, tiny both
+    made on the spot."""
+    run: str | None = None
+    """Folder for the results, the log and the checkpoints; runs/PRESET if not given."""
+    data: str | None = None
+    """Records: a .jsonl file, split 80/10/10 by query, or a folder with train, validation and test.jsonl. Without it,
+    tiny and small make their own with the template teacher."""
+    base: str | None = None
+    """Model folder of the frozen base."""
+    encoder: str | None = None
+    """Model folder of the persona encoder."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; paper wants a GPU, small takes one if there is one."""
+    dtype: typing.Literal["float32", "bfloat16"] | None = None
+    """Of the frozen base: bfloat16 on a GPU (with autocast), float32 on a CPU. What is trained is always float32."""
+    seed: int = 0
+    """Of data order and initial values. Same seed, same machine: the same run, to the last bit on a CPU."""
+    tau: float = 1.0
+    """τ of the gate, softmax(cosine / τ). 1.0 is the source's, and nearly uniform."""
+    steps: int | None = None
+    """Optimiser steps of each stage."""
+    batch: int | None = None
+    """Rows a step; a warm-up row is one record under one of its active poles."""
+    tokens: int | None = None
+    """Most tokens in a micro-batch, padding included; lower it when memory runs out. Records longer than this are left
+    out."""
+    lr: float | None = None
+    """Learning rate of the experts."""
+    router_lr: float | None = None
+    """Learning rate of encoder and expert embeddings."""
+    lr_warmup: float = 0.1
+    """Share of the steps in which the learning rate rises; after it, a cosine to 0."""
+    clip: float = 1.0
+    """Gradient norm above which gradients are scaled down: each expert's in warm-up, experts' and router's in joint."""
+    rank: int = 8
+    """r of every expert."""
+    alpha: float = 16.0
+    """α of every expert; its update is scaled by α/r."""
+    lam: float = 0.1
+    """λ, the weight of the contrastive loss in the joint stage (ours; the source does not give it)."""
+    contrastive_tau: float = 0.07
+    """Temperature of the contrastive loss (ours)."""
+    joint_gate: typing.Literal["learned", "uniform"] = "learned"
+    """Gate of the joint stage; uniform trains the fair control, in which routing plays no part."""
+    recompute: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints of a stage that stay."""
+    log_every: int = 10
+    """Steps between lines on the terminal where it is not a terminal; log.jsonl has every step."""
+    eval_records: int | None = None
+    """Held-out records that the closing table is computed on."""
+    resume: bool = False
+    """Go on from the last checkpoint of this run folder."""
+    overwrite: bool = False
+    """Remove this run's stage, and the stages after it, and train anew."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From records to batches
+
+@dataclass
+class Example:
+    """One row of a batch. `ids` is prompt and reply for the base, `query` what the router reads."""
+    id: str
+    active: torch.Tensor            # (E,) of 0/1
+    ids: np.ndarray | None = None
+    prompt: int = 0                 # how many of ids are not supervised
+    query: np.ndarray | None = None
+    expert: int | None = None       # warm-up: the one expert that this row trains
+
+
+def messages_of(record):
+    return [*(record.get("history") or []), {"role": "user", "content": record["query"]}]
+
+
+def examples(records, chat=None, tokenizer=None, limit=None):
+    """Records -> Examples; with `chat` for the base, with `tokenizer` for the encoder. Both tokenizers are asked here
+    and nowhere else in training. Returns also how many were left out because they are longer than `limit` tokens."""
+    rows, long = [], 0
+    for record in records:
+        row = Example(str(record["id"]), active_experts(record["traits"]))
+        if chat is not None:
+            ids, supervised = chat.example(messages_of(record), record["response"])
+            row.ids, row.prompt = np.array(ids, dtype=np.int32), supervised.index(True)
+        if tokenizer is not None:
+            row.query = np.array(query_ids(tokenizer, record["query"], record.get("history") or ()), dtype=np.int32)
+        if limit and row.ids is not None and len(row.ids) > limit:
+            long += 1
+        else:
+            rows.append(row)
+    return rows, long
+
+
+def per_pole(rows):
+    """Warm-up's rows: one for every record and active pole."""
+    return [Example(row.id, row.active, row.ids, row.prompt, row.query, expert)
+            for row in rows for expert in row.active.nonzero()[:, 0].tolist()]
+
+
+def base_rows(records, chat):
+    """What tiny's base learns from: queries with neutral replies, and the sentences of all manners as plain text, so that
+    it knows their words but not when to use them. All of a row is supervised: it has a language to learn."""
+    rows, _ = examples([{**r, "response": r["neutral"]} for r in records], chat)
+    sentences = sorted({text for record in records for text in record["manner"].values()})
+    plain = [Example(f"plain-{i}", torch.zeros(len(EXPERTS)),
+                     np.array([chat.bos, *encode(chat.tokenizer, text), chat.end], dtype=np.int32), 1)
+             for i, text in enumerate(sentences)]
+    for row in rows:
+        row.prompt = 1
+    return rows + plain[:len(rows) // 3]
+
+
+def cost(row):
+    """Tokens that a row costs: those of the base's text where there is one."""
+    return len(row.query if row.ids is None else row.ids)
+
+
+def batches(lengths, batch, seed, pool=50):
+    """Endless batches of row numbers. Rows of similar length go together: pools of up to `pool` batches are drawn at
+    random, sorted by length, cut into batches, and the batches shuffled. A pool is never larger than an epoch."""
+    rng, stream = np.random.default_rng(seed), []
+    size = min(pool * batch, max(len(lengths) // batch, 1) * batch)
+    while True:
+        while len(stream) < size:
+            stream += rng.permutation(len(lengths)).tolist()
+        drawn, stream = sorted(stream[:size], key=lengths.__getitem__), stream[size:]
+        cut = [drawn[i:i + batch] for i in range(0, size, batch)]
+        for i in rng.permutation(len(cut)):
+            yield cut[i]
+
+
+def micro_batches(rows, tokens, length=cost):
+    """Cut a step's rows, by length, into groups whose padded size stays within `tokens`."""
+    group = []
+    for row in sorted(rows, key=length):
+        if group and length(row) * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def token_losses(model, hidden, targets, chunk=1024):
+    """Cross-entropy of every supervised position: hidden (N, D), targets (N,) -> (N,), fp32 (or wider).
+
+    In chunks that are computed again in the backward pass: 4,096 rows of logits over Llama's 128,256 words are 2.1 GB.
+    """
+    def losses(h, t):
+        logits = model.head(h)  # (n, V), then in fp32 at least
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), t, reduction="none")
+    if len(targets) <= chunk:
+        return losses(hidden, targets)
+    return torch.cat([checkpoint(losses, h, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+
+
+def row_losses(model, rows, gate=None):
+    """Summed loss of each row's reply, in nats: -> (B,), fp32. gate: (B, E) or None."""
+    ids, lengths = pad([row.ids for row in rows], model.device)
+    hidden = model.hidden(ids, gate)  # (B, T, D)
+    # position t predicts token t + 1: reply tokens prompt … len−1 are predicted from prompt−1 … len−2
+    first = torch.tensor([row.prompt for row in rows], device=ids.device)[:, None]
+    at = torch.arange(1, ids.shape[1], device=ids.device)  # (T−1,)
+    row, t = ((at >= first) & (at < lengths[:, None])).nonzero(as_tuple=True)  # (N,), (N,)
+    losses = token_losses(model, hidden[row, t], ids[row, t + 1])
+    return losses.new_zeros(len(rows)).index_add(0, row, losses)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A stage: what trains, and its loss
+
+class Task:
+    """One stage's parameters, loss and optimiser step.
+
+    stage "pretrain" (tiny's base only) trains all of `model` on plain text. `s` holds lr, router_lr, tokens, clip, lam,
+    contrastive_tau and joint_gate.
+    """
+
+    def __init__(self, stage, model=None, router=None, s=None):
+        self.stage, self.model, self.router, self.s = stage, model, router, s
+        groups = []
+        if stage == "pretrain":
+            groups.append({"params": list(model.parameters()), "lr": s.lr})
+        elif stage == "joint":
+            groups.append({"params": self.expert_tensors(), "lr": s.lr})
+        elif stage == "warmup":
+            # One run that equals ten. Each expert's slices of A and B are parameters of their own, sharing A's and B's
+            # memory: an expert without rows in a step has no gradient (None), so neither momentum nor bias correction
+            # nor decay moves it, and each has its own count of steps.
+            self.views = [(expert, whole, torch.nn.Parameter(whole.detach()[expert]))
+                          for whole in self.expert_tensors() for expert in range(len(whole))]
+            groups.append({"params": [view for _, _, view in self.views], "lr": s.lr})
+        if stage in ("router", "joint"):
+            router.requires_grad_(True)
+            groups.append({"params": list(router.parameters()), "lr": s.router_lr})
+        # betas and no decay: ours. The fused kernel is much faster for the thousands of small views of warm-up
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.base_lr = [group["lr"] for group in groups]
+        self.device = (model or router.encoder).device
+        half = self.device.type == "cuda" and (model is None or model.dtype == torch.bfloat16)
+        self.autocast = torch.autocast("cuda", torch.bfloat16) if half else nullcontext()
+
+    def expert_tensors(self):
+        return [tensor for layer in expert_layers(self.model).values() for tensor in (layer.A, layer.B)]
+
+    def parameters(self):
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def losses(self, rows, tokens):
+        """Loss of a micro-batch as its part of the step's: (language-model part, contrastive part, gate or None).
+
+        tokens: supervised tokens of the whole step, by expert in warm-up (each expert has a mean of its own, and they
+        are added), else under None.
+        """
+        gate = contrast = None
+        if self.router is not None:
+            ids, lengths = pad([row.query for row in rows], self.device)
+            similarity = self.router.similarity(self.router.embed(ids, lengths))  # (B, E)
+            gate = self.router.gate(similarity)
+            active = torch.stack([row.active for row in rows]).to(self.device)
+            contrast = contrastive_loss(similarity, active, self.s.contrastive_tau) * len(rows)  # their sum
+        if self.model is None:
+            return None, contrast, gate
+        mixture = gate
+        if self.stage == "warmup":
+            mixture = F.one_hot(torch.tensor([row.expert for row in rows]), len(EXPERTS)).float().to(self.device)
+        elif self.stage == "joint" and self.s.joint_gate == "uniform":
+            mixture = torch.full_like(gate, 1 / len(EXPERTS))
+        weight = torch.tensor([1 / tokens[row.expert] for row in rows], device=self.device)
+        return (row_losses(self.model, rows, mixture) * weight).sum(), contrast, gate
+
+    def step(self, rows, factor=1.0):
+        """One optimiser step on these rows, learning rates times `factor` -> what the log says of it."""
+        tokens = Counter()
+        for row in rows:
+            tokens[row.expert] += cost(row) - row.prompt
+        sums, gates, lam = Counter(), [], self.s.lam if self.stage == "joint" else 1.0
+        for group in micro_batches(rows, self.s.tokens):
+            with self.autocast:
+                language, contrast, gate = self.losses(group, tokens)
+                parts = [] if language is None else [language]
+                if contrast is not None:
+                    parts.append(lam * contrast / len(rows))
+                    sums["contrastive"] += contrast.item() / len(rows)
+                loss = sum(parts)
+            loss.backward()
+            sums["loss"] += loss.item()
+            gates += [] if gate is None else [gate.detach().float().cpu()]
+        if not math.isfinite(sums["loss"]):
+            raise UserError(f"the loss is {sums['loss']}, so this step was not taken. Try a lower --lr or --router-lr, or "
+                            f"look at its records: {', '.join(row.id for row in rows)}")
+        norm = self.clip({row.expert for row in rows})
+        for group, lr in zip(self.optimizer.param_groups, self.base_lr):
+            group["lr"] = lr * factor
+        self.optimizer.step()
+        for p in (*self.parameters(), *([] if self.stage != "warmup" else self.expert_tensors())):
+            p.grad = None
+        # warm-up adds ten means; its log shows their average, so that it compares with the other stages'
+        report = {"loss": sums["loss"] / (len(tokens) if self.stage == "warmup" else 1), "grad_norm": norm,
+                  "lr": self.optimizer.param_groups[0]["lr"]}
+        if self.stage == "joint":
+            report["contrastive"] = sums["contrastive"]
+        return report | (gate_report(torch.cat(gates)) if gates else {})
+
+    def clip(self, present):
+        """Scale large gradients down, each expert's by itself in warm-up, else experts and router apart -> the norm."""
+        if self.stage != "warmup":
+            norms = [torch.nn.utils.clip_grad_norm_(g["params"], self.s.clip) for g in self.optimizer.param_groups]
+            return torch.stack(norms).norm().item()
+        whole = self.expert_tensors()
+        norms = sum(w.grad.square().sum((1, 2)) for w in whole).sqrt()  # (E,)
+        scale = (self.s.clip / (norms + 1e-6)).clamp(max=1)
+        for w in whole:
+            w.grad *= scale[:, None, None]
+        for expert, w, view in self.views:
+            view.grad = w.grad[expert] if expert in present else None
+        return norms.norm().item()
+
+    def save(self, folder, base):
+        """Write the stage's result: experts/ and router/, what of them this stage trains."""
+        if self.model is not None:
+            save_experts(self.model, folder / "experts", base)
+        if self.router is not None:
+            save_router(self.router, folder / "router", contrastive_temperature=self.s.contrastive_tau)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM came; the step was finished and saved."""
+
+
+def schedule(step, steps, warmup):
+    """Factor of the learning rate at a step counted from 0: a linear rise, then a cosine to 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def fit(task, rows, s, run, stop=lambda: False):
+    """Train `task` on `rows` for s.steps steps, from the run folder's last checkpoint if it has one."""
+    lengths = [cost(row) for row in rows]
+    order = batches(lengths, s.batch, [s.seed, *task.stage.encode()])
+    done = restore(task, run)
+    log = rewind_log(run, task.stage, done)
+    bar = tqdm(total=s.steps, initial=done, desc=task.stage, unit="step", disable=not sys.stderr.isatty(),
+               dynamic_ncols=True)
+    for step, batch in enumerate(order, 1):
+        if step > s.steps:
+            break
+        if step <= done:  # the order is drawn again, the steps are not
+            continue
+        began = time.perf_counter()
+        batch = [rows[i] for i in batch]
+        try:
+            report = task.step(batch, schedule(step - 1, s.steps, s.lr_warmup))
+        except UserError as error:
+            raise UserError(f"{task.stage}, step {step}: {error}") from None
+        real = sum((0 if row.ids is None or task.model is None else len(row.ids))
+                   + (0 if task.router is None else len(row.query)) for row in batch)
+        report = {"step": step, "stage": task.stage, **report, "tokens_per_s": real / (time.perf_counter() - began)}
+        log.write(json.dumps(report) + "\n")
+        log.flush()
+        bar.set_postfix_str(f"loss {report['loss']:.3f}", refresh=False)
+        bar.update()
+        if bar.disable and (step % s.log_every == 0 or step == s.steps):
+            print(log_line(report, s.steps), flush=True)
+        if step % s.save_every == 0 or step == s.steps or stop():
+            save_state(task, step, s, run)
+        if stop() and step < s.steps:
+            bar.close()
+            raise Stopped(f"stopped after step {step} of {s.steps} of {task.stage}; all of it is saved")
+    bar.close()
+    log.close()
+
+
+def log_line(report, steps):
+    line = (f"{report['stage']} {report['step']:>{len(str(steps))}}/{steps}  loss {report['loss']:.4f}  "
+            f"norm {report['grad_norm']:.2f}  lr {report['lr']:.1e}  {report['tokens_per_s']:,.0f} tok/s")
+    return line + (f"  H {report['entropy']:.2f}  top1 {report['top1']:.2f}" if "entropy" in report else "")
+
+
+def rewind_log(run, stage, done):
+    """log.jsonl, open for appending, without this stage's lines after step `done` (or a torn last one)."""
+    file, lines = run / "log.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["stage"] != stage or entry["step"] <= done:
+            lines.append(line)
+    with atomic(file) as part:
+        part.write_text("".join(line + "\n" for line in lines))
+    return open(file, "a")
+
+
+def states(run, stage):
+    """This stage's checkpoints, oldest first."""
+    return sorted((run / "state").glob(f"{stage}-*.safetensors"))
+
+
+def save_state(task, step, s, run):
+    """Everything that resuming needs in one file: parameters, moments, step counts. The last s.keep of them stay."""
+    tensors = {}
+    for i, p in enumerate(task.parameters()):
+        tensors[f"{i}.value"] = p.detach().contiguous()
+        for name, value in task.optimizer.state.get(p, {}).items():  # empty for an expert that has not trained yet
+            tensors[f"{i}.{name}"] = value
+    with atomic(run / "state" / f"{task.stage}-{step:07d}.safetensors") as part:
+        save_file(tensors, part, metadata={"step": str(step)})
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+    for old in states(run, task.stage)[:-s.keep]:
+        old.unlink()
+
+
+@torch.no_grad()
+def restore(task, run):
+    """Fill parameters and optimiser from the last checkpoint -> the step it was made after; 0 without one."""
+    files = states(run, task.stage)
+    if not files:
+        return 0
+    with open_safetensors(files[-1]) as tensors:
+        found, step = set(tensors.keys()), int(tensors.metadata()["step"])
+        for i, p in enumerate(task.parameters()):
+            if f"{i}.value" not in found or tuple(tensors.get_slice(f"{i}.value").get_shape()) != tuple(p.shape):
+                raise UserError(f"{files[-1]}: does not fit this run's models; use --overwrite to train anew")
+            p.copy_(tensors.get_tensor(f"{i}.value"))
+            moments = {name: tensors.get_tensor(f"{i}.{name}").to(p.device)
+                       for name in ("step", "exp_avg", "exp_avg_sq") if f"{i}.{name}" in found}
+            if moments:
+                task.optimizer.state[p] = moments
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run: its folder, models and data
+
+@dataclass
+class Setup:
+    """Where a run's models, data and results are, and how to load them. eval.py makes it from the run's config.json."""
+    run: Path
+    preset: str
+    base: str | None
+    encoder: str | None
+    data: str | None
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    tau: float
+    rank: int
+    alpha: float
+    tokens: int
+    eval_records: int
+
+    AGREE = ("preset", "base", "encoder", "data", "seed", "rank", "alpha")  # must be the same for all stages of a run
+
+    def load_base(self, experts=None):
+        """The frozen base with ten experts, fresh ones from the seed or those saved in the folder `experts`."""
+        model = Transformer.from_pretrained(self.base, self.dtype, self.device)
+        torch.manual_seed(self.seed)
+        add_experts(model, rank=self.rank, alpha=self.alpha)
+        if experts is not None:
+            load_experts(model, experts)
+        return model
+
+    def load_router(self, folder=None):
+        """The router, fp32, from the public encoder or as saved in `folder`."""
+        encoder = Transformer.from_pretrained(self.encoder, torch.float32, self.device)
+        torch.manual_seed(self.seed)
+        router = Router(encoder, self.tau)
+        if folder is not None:
+            load_router(router, folder)
+        return router
+
+    def load_data(self, need_response=True):
+        """{split: records}. The template teacher's are made where they are missing or torn: same seed, same text."""
+        if Path(self.data) == self.run / "data":
+            try:
+                load_data(self.data)
+            except UserError:
+                for name, count in zip(SPLITS, PRESETS[self.preset]["records"]):
+                    write_records(self.run / "data" / f"{name}.jsonl", template_records(name, count, self.seed))
+        splits, zero = load_data(self.data, self.seed, need_response)
+        if zero:
+            print(f"{self.data}: left out {zero} records whose traits are all zero")
+        return splits
+
+    def stage_folder(self, part):
+        """Where the latest experts ("experts") or router ("router") of this run are, or None."""
+        first = "warmup" if part == "experts" else "router"
+        return next((self.run / s / part for s in ("joint", first) if (self.run / s / part).is_dir()), None)
+
+
+def pick_device(name=None):
+    """cpu, cuda or cuda:N -> torch.device; None takes a GPU if there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("a CUDA GPU, and a PyTorch built for it: --device cpu does without, slowly")
+    return device
+
+
+def pick_dtype(name, device):
+    """The base's dtype: as named, else bfloat16 on a GPU and float32 on a CPU."""
+    if device.type == "cuda" and name != "float32" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"bfloat16, which this GPU ({torch.cuda.get_device_name(device)}) cannot do: use --dtype float32")
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def resolve(args, stages):
+    """The Setup that the arguments ask for. One UserError names everything that is missing, and how to get it."""
+    preset, problems = PRESETS[args.preset], []
+    run = Path(args.run or f"runs/{args.preset}")
+
+    def model_folder(given, choices, role):
+        if args.preset == "tiny" and given is None:
+            return str(run / "models" / role)
+        folder = next((f for f in ((given,) if given else choices) if Path(f).is_dir()), given or choices[0])
+        name = Path(folder).name
+        if not Path(folder).is_dir():
+            how = f": {DOWNLOADS[name]} --local-dir {folder}" if name in DOWNLOADS else ""
+            problems.append(f"{folder}, the {role}'s model folder{how}")
+        elif not given and folder != choices[0]:
+            print(f"{choices[0]} is not here; the encoder is {folder}, of the same shape")
+        return folder
+
+    base = model_folder(args.base, preset["base"], "base") if set(stages) & {"warmup", "joint"} else None
+    encoder = model_folder(args.encoder, preset["encoder"], "encoder") if set(stages) & {"router", "joint"} else None
+    data = args.data or preset["data"] or str(run / "data")
+    if not Path(data).exists() and data != str(run / "data"):
+        problems.append(f"{data}, the training records: python synth.py --teacher template --out {data} --count 20000")
+    device = dtype = None
+    try:
+        device = pick_device(args.device or {"paper": "cuda", "tiny": "cpu"}.get(args.preset))
+        dtype = pick_dtype(args.dtype, device)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        what = args.stage if args.stage != "all" else "stages"
+        raise UserError(f"preset {args.preset}, {what}: missing\n" + "".join(f"  - {p}\n" for p in problems)
+                        + "python train.py --preset tiny --stage all runs without any of it")
+    return Setup(run, args.preset, base, encoder, data, device, dtype, args.seed, args.tau, args.rank,
+                 args.alpha, args.tokens or preset["tokens"], args.eval_records or preset["eval_records"])
+
+
+def stage_settings(args, stage):
+    """What a stage trains with: the command line's values, else the preset's."""
+    s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"]}
+    s |= {k: v for k in ("steps", "batch", "lr", "router_lr", "tokens")
+          if (v := getattr(args, k)) is not None and k in s}
+    for key in ("seed", "clip", "lr_warmup", "save_every", "keep", "log_every", "recompute"):
+        s[key] = getattr(args, key)
+    if stage in ("router", "joint"):
+        s["contrastive_tau"] = args.contrastive_tau
+    if stage == "joint":
+        s |= {"lam": args.lam, "tau": args.tau, "joint_gate": args.joint_gate}
+    return s
+
+
+def check(args):
+    """UserError for arguments that contradict each other."""
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with what is there, --overwrite removes it: choose one")
+    for key, stages in (("lr", "warmup joint"), ("router_lr", "router joint")):
+        if getattr(args, key) is not None and args.stage != "all" and args.stage not in stages.split():
+            raise UserError(f"--{key.replace('_', '-')} has no meaning for --stage {args.stage}")
+    if args.joint_gate != "learned" and args.stage not in ("joint", "all"):
+        raise UserError("--joint-gate is for --stage joint")
+
+
+HARMLESS = ("save_every", "keep", "log_every", "recompute")  # may change from one part of a run to the next
+
+
+def open_run(setup, settings, args):
+    """Begin, continue or refuse a run folder; write its config.json -> the stages that are still to be trained."""
+    run, file = setup.run, setup.run / "config.json"
+    own = {k: getattr(setup, k) for k in Setup.AGREE}
+    if not file.exists():
+        if args.resume:
+            raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is begun here")
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(f"{run} is there already and holds no run: choose another --run, or remove it")
+        found = {"version": VERSION, "setup": own, "stages": {}}
+    else:
+        found = read_json(file)
+        if found.get("version") != VERSION or not isinstance(found.get("stages"), dict):
+            raise UserError(f"{file}: format {found.get('version')!r}, expected {VERSION}: made by another version")
+        if args.overwrite:
+            remove = STAGES[STAGES.index(next(iter(settings))):]  # later stages were built on this one
+            clear(run, remove)
+            found["stages"] = {stage: s for stage, s in found["stages"].items() if stage not in remove}
+        differ = [f"{k} was {found['setup'].get(k)!r} and is now {v!r}" for k, v in own.items()
+                  if None not in (found["setup"].get(k), v) and found["setup"].get(k) != v]
+        if args.overwrite and not found["stages"]:
+            found["setup"] = own
+            clear(run, ("pretrain", "models", "data"))
+        elif differ:
+            raise UserError(f"{run} was begun with other arguments: {'; '.join(differ)}. Give the same or another --run")
+        found["setup"] |= {k: v for k, v in own.items() if v is not None}
+    begun = [stage for stage in settings if stage in found["stages"]]
+    for stage in begun:
+        was = found["stages"][stage]
+        differ = [f"{k} was {was.get(k)!r} and is now {v!r}" for k, v in settings[stage].items()
+                  if k not in HARMLESS and was.get(k) != v]
+        if differ:
+            raise UserError(f"{run}: {stage} was begun with other settings: {'; '.join(differ)}. Give the same to go on "
+                            "with --resume, or --overwrite to train anew")
+    to_do = [stage for stage in settings if not (run / stage).is_dir()]
+    if begun and to_do and not args.resume:
+        raise UserError(f"{run} holds a run (begun: {', '.join(begun)}; not done: {', '.join(to_do)}): --resume goes on "
+                        "with it, --overwrite trains anew")
+    if "joint" in to_do:
+        for stage in ("warmup", "router"):
+            if stage not in to_do and not (run / stage).is_dir():
+                raise UserError(f"{run}: the joint stage starts from warmup and router, and {stage} is not done here: "
+                                f"python train.py --stage {stage} --run {run} first")
+    found["stages"] |= settings
+    with atomic(file) as part:
+        part.write_text(json.dumps(found, indent=2) + "\n")
+    return to_do
+
+
+def clear(run, names):
+    """Remove stages' (or other) folders and checkpoints, and their lines of the log."""
+    for name in names:
+        shutil.rmtree(run / name, ignore_errors=True)
+        for file in states(run, name):
+            file.unlink()
+        if (run / "log.jsonl").exists():
+            rewind_log(run, name, 0).close()
+
+
+def prepare(setup, settings, stop):
+    """tiny: make the models that are missing or torn. Only folders inside the run folder are ever made."""
+    for role, folder in (("encoder", setup.encoder), ("base", setup.base)):
+        if folder != str(setup.run / "models" / role):
+            continue
+        try:
+            Transformer.from_pretrained(folder), load_tokenizer(folder)
+        except UserError:
+            records = setup.load_data()["train"][:2000]
+
+            def fit_base(model, chat):
+                print("making the tiny base: a Llama of under a million parameters that answers neutrally")
+                fit(Task("pretrain", model, s=settings), base_rows(records, chat), settings, setup.run, stop)
+            make_tiny(role, folder, records, setup.seed, fit_base)
+
+
+def train_stage(stage, setup, s, stop):
+    """Load what one stage needs, train it, write its result."""
+    records = setup.load_data(need_response=stage != "router")["train"]
+    model = router = chat = tokenizer = None
+    if stage != "router":
+        model = setup.load_base(setup.run / "warmup" / "experts" if stage == "joint" else None)
+        model.recompute, chat = s.recompute, Chat.from_dir(setup.base)
+    if stage != "warmup":
+        router = setup.load_router(setup.run / "router" / "router" if stage == "joint" else None)
+        router.encoder.recompute, tokenizer = s.recompute, load_tokenizer(setup.encoder)
+    rows, long = examples(records, chat, tokenizer, s.tokens)
+    if long:
+        print(f"{stage}: left out {long} of {len(records)} records, longer than {s.tokens} tokens (--tokens)")
+    if not rows:
+        raise UserError(f"{setup.data}: no record is short enough to train on; raise --tokens")
+    if stage == "warmup":
+        rows = per_pole(rows)
+        idle = [EXPERTS[e] for e in sorted(set(range(len(EXPERTS))) - {row.expert for row in rows})]
+        if idle:
+            print(f"warmup: no record calls for {', '.join(idle)}; these experts stay as they are, without effect")
+    task = Task(stage, model, router, s)
+    fit(task, rows, s, setup.run, stop)
+    with atomic(setup.run / stage) as part:
+        part.mkdir()
+        task.save(part, setup.base)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Held-out loss under a gate rule, and what a run ends with
+
+@torch.no_grad()
+def similarities(router, rows, tokens=8192):
+    """What the router sees in each row's query: -> (N, E), fp32, on the CPU."""
+    found = torch.zeros(len(rows), len(EXPERTS))
+    order = {id(row): i for i, row in enumerate(rows)}
+    for group in micro_batches(rows, tokens, lambda row: len(row.query)):
+        ids, lengths = pad([row.query for row in group], router.encoder.device)
+        found[[order[id(row)] for row in group]] = router.similarity(router.embed(ids, lengths)).cpu()
+    return found
+
+
+@torch.no_grad()
+def heldout(model, rows, gates=None, tokens=8192):
+    """Loss of every row's reply: -> (summed nats (N,), supervised tokens (N,)), numpy fp64. gates: (N, E) or None."""
+    nats, order = np.zeros(len(rows)), {id(row): i for i, row in enumerate(rows)}
+    for group in micro_batches(rows, tokens):
+        where = [order[id(row)] for row in group]
+        gate = None if gates is None else gates[where].to(model.device)
+        nats[where] = row_losses(model, group, gate).double().cpu().numpy()
+    return nats, np.array([float(cost(row) - row.prompt) for row in rows])
+
+
+def answer(model, chat, records, gates=None, max_new_tokens=80, **sampling):
+    """Replies of the base (gates None) or of the mixture to records -> texts."""
+    prompts = [chat.prompt(messages_of(record)) for record in records]
+    return [chat.text(ids) for ids in generate(model, prompts, gates, max_new_tokens, stops=chat.stops, **sampling)]
+
+
+def closing(setup):
+    """What a run ends with: held-out loss under each gate rule, and five held-out queries with gate and replies."""
+    need = setup.stage_folder("experts") is not None
+    records = setup.load_data(need)["test"][:setup.eval_records]
+    chat = Chat.from_dir(setup.base) if need else None
+    router = setup.load_router(setup.stage_folder("router")) if setup.stage_folder("router") else None
+    rows, _ = examples(records, chat, load_tokenizer(setup.encoder) if router else None)
+    active = torch.stack([row.active for row in rows])
+    similarity = similarities(router, rows) if router else None
+    rules = ["base", "uniform", "shuffled", "learned", "oracle"] if router else ["base", "uniform", "oracle"]
+    gates = {rule: gates_under(rule, active, similarity, setup.tau, setup.seed) for rule in rules}
+    if router:
+        report = gate_report(gates["learned"])
+        chance, hit = active.mean().item(), (active * F.one_hot(similarity.argmax(-1), len(EXPERTS))).sum(-1).mean()
+        print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: its first choice is called for in {hit:.0%} "
+              f"of them (by chance\n{chance:.0%}); gate entropy {report['entropy']:.3f} (uniform "
+              f"{math.log(len(EXPERTS)):.3f}), top-1 mass {report['top1']:.3f}")
+    if not need:
+        return
+    model = setup.load_base(setup.stage_folder("experts"))
+    stage = setup.stage_folder("experts").parent.name
+    print(f"\nHeld-out loss on {len(rows)} records, experts after {stage}, tau {setup.tau:g}\n\n"
+          f"  {'gate':<10}{'nats/token':>10}{'against base':>14}   what the gate is")
+    for rule in rules:
+        nats, count = heldout(model, rows, gates[rule], setup.tokens)
+        loss = nats.sum() / count.sum()
+        start = loss if rule == "base" else start
+        print(f"  {rule:<10}{loss:>10.4f}{loss - start:>+14.4f}   {RULES[rule]}")
+    if stage == "joint":
+        print("\n  After joint training a uniform gate is not what the experts were trained for, so it is\n"
+              "  no fair control; shuffled is. See README, Results.")
+    few = records[:5]
+    rule = "learned" if router else "oracle"
+    replies = answer(model, chat, few), answer(model, chat, few, gates[rule][:5])
+    for i, record in enumerate(few):
+        print(f"\nQuery {i + 1}: {record['query']}\n{bars(gates[rule][i])}\n  base:        {replies[0][i]}\n"
+              f"  PersonaFuse: {replies[1][i]}")
+
+
+def main(argv=None):
+    args = parse(Args, argv, __doc__)
+    check(args)
+    stages = STAGES if args.stage == "all" else (args.stage,)
+    setup = resolve(args, stages)
+    settings = {stage: stage_settings(args, stage) for stage in stages}
+    to_do = open_run(setup, settings, args)
+    stopping = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step and save; a second one ends at once
+        signal.signal(number, lambda *_: stopping.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        if setup.preset == "tiny":
+            prepare(setup, SimpleNamespace(**stage_settings(args, "pretrain")), lambda: bool(stopping))
+        for stage in to_do:
+            train_stage(stage, setup, SimpleNamespace(**settings[stage]), lambda: bool(stopping))
+    except Stopped as stopped:
+        print(f"{stopped}. Go on with the same command and --resume", file=sys.stderr)
+        return 130
+    if not to_do:
+        print(f"{setup.run} is complete")
+    closing(setup)
+    print(f"\nResults are in {setup.run}; python eval.py ask --run {setup.run} \"…\" asks it something")
+
+
+if __name__ == "__main__":
+    run_command(main)
