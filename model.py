@@ -263,7 +263,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.recompute = config, False
         self.model = nn.Module()  # the public names start with "model."
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        table = torch.empty(config.vocab_size, config.dim)
+        if not table.is_meta:  # on the meta device, drawing numbers would import half of PyTorch's compiler: 2 s
+            nn.init.normal_(table, std=0.02)
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.dim, _weight=table)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.model.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tied:
@@ -317,27 +320,30 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        state = {}
+        where, state = {}, {}  # all is checked before anything is loaded
         for file, names in weight_files(path).items():
-            with open_safetensors(file, str(device)) as tensors:
+            with open_safetensors(file) as tensors:
                 there = set(tensors.keys())
                 for name in sorted(there) if names is None else names:
                     if name not in there:
                         raise UserError(f"{file}: the index says that {name} is here, but it is not")
-                    shape = tuple(tensors.get_slice(name).get_shape())
+                    found = tensors.get_slice(name)
+                    shape, kind = tuple(found.get_shape()), found.get_dtype()
                     if config.tied and name == "lm_head.weight":  # some files store the tied head a second time
                         expected.setdefault(name, expected["model.embed_tokens.weight"])
                     if name not in expected:
                         raise UserError(f"{file}: unexpected tensor {name}: config.json describes a model without it")
                     if shape != expected[name]:
                         raise UserError(f"{file}: {name} is {shape}, expected {expected[name]} from config.json")
-                    tensor = tensors.get_tensor(name)
-                    if not tensor.is_floating_point():
-                        raise UserError(f"{file}: {name} is {tensor.dtype}, expected floats, not quantised weights")
-                    state[name] = tensor.to(dtype)
-        missing = sorted(expected.keys() - state.keys())
+                    if kind not in ("BF16", "F16", "F32", "F64"):
+                        raise UserError(f"{file}: {name} is {kind}, expected floats, not quantised weights")
+                    where[name] = file
+        missing = sorted(expected.keys() - where.keys())
         if missing:
             raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+        for name, file in where.items():
+            with open_safetensors(file, str(device)) as tensors:  # a mapping each: what a cast has read is given back
+                state[name] = tensors.get_tensor(name).to(dtype)
         if config.tied and not torch.equal(state.pop("lm_head.weight", state["model.embed_tokens.weight"]),
                                            state["model.embed_tokens.weight"]):
             raise UserError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")

@@ -779,7 +779,7 @@ MISTAKES = {  # name: (damage(folder), what the message names[, shards])
     "mis-shaped tensor": (edit_state(lambda s: s.update({NORM: torch.ones(17)})), [FILE, NORM, "(17,)", "(16,)"]),
     "transposed tensor": (edit_state(lambda s: s.update({HEAD: s[HEAD].T.contiguous()})),
                           [FILE, HEAD, "(16, 40)", "(40, 16)"]),
-    "int8 tensor": (edit_state(lambda s: s.update({Q: s[Q].to(torch.int8)})), [FILE, Q, "int8"]),
+    "int8 tensor": (edit_state(lambda s: s.update({Q: s[Q].to(torch.int8)})), [FILE, Q, "I8"]),
     "tied but different": (edit_config(tie_word_embeddings=True), [HEAD, "tie_word_embeddings"]),
     "truncated file": (edit_bytes(lambda raw: raw[:-100]), [FILE]),
     "truncated shard": (edit_bytes(lambda raw: raw[:-100], SHARD), [SHARD], 2),
@@ -832,7 +832,8 @@ def test_a_broken_folder_is_an_error_in_one_line_that_names_the_culprit(mistake,
     with pytest.raises(UserError) as error:
         load(path)
     message = str(error.value)
-    assert "\n" not in message and all(name in message for name in [str(path), *named]), message
+    assert str(path) in message and "\n" not in message, message
+    assert all(name in message.replace(str(path), "") for name in named), message
 
 
 PEAK = """
