@@ -84,6 +84,7 @@ class Measured:
 
     @cached_property
     def chat(self):
+        self.folder("experts")
         return Chat.from_dir(self.setup.base)
 
     @cached_property
@@ -92,6 +93,7 @@ class Measured:
 
     def rows(self, records):
         """Records as rows for the router alone."""
+        self.folder("router")
         return examples(records, tokenizer=load_tokenizer(self.setup.encoder))[0]
 
     def test_records(self, need_response=True, limit=None):
@@ -280,7 +282,7 @@ def raw_gate(text):
     parts = [part.strip() for part in text.split(",")]
     named = dict(part.partition(":")[::2] for part in parts)
     try:
-        if set(named) <= set(EXPERTS):
+        if set(named) <= set(EXPERTS) and len(named) == len(parts):
             weights = [float(named[e] or 1) if e in named else 0.0 for e in EXPERTS]
         else:
             weights = [float(part) for part in parts]

@@ -53,6 +53,10 @@ def check_record(record, need_response=True):
         text = record.get(key, "-")
         if not isinstance(text, str) or not text.strip():
             return f"{key} is {text!r}, expected some text"
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "half of a surrogate pair (\\ud800 to \\udfff), which is no text"
     if not isinstance(record["id"], (str, int)) or isinstance(record["id"], bool):
         return f"id is {record['id']!r}, expected a string"
     if not isinstance(record["traits"], dict):

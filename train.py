@@ -23,6 +23,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import typing
 from collections import Counter
@@ -131,7 +132,7 @@ class Args:
     keep: int = 2
     """Checkpoints of a stage that stay."""
     log_every: int = 10
-    """Steps between lines on the terminal where it is not a terminal; log.jsonl has every step."""
+    """Steps between lines on the terminal; log.jsonl has every step."""
     eval_records: int | None = None
     """Held-out records that the closing table is computed on."""
     resume: bool = False
@@ -183,8 +184,8 @@ def per_pole(rows):
 
 
 def base_rows(records, chat):
-    """What tiny's base learns from: queries with neutral replies, and the sentences of all manners as plain text, so that
-    it knows their words but not when to use them. All of a row is supervised: it has a language to learn."""
+    """What tiny's base learns from: queries with neutral replies, and the sentences of all manners as plain text, so
+    that it knows their words but not when to use them. All of a row is supervised: it has a language to learn."""
     rows, _ = examples([{**r, "response": r["neutral"]} for r in records], chat)
     sentences = sorted({text for record in records for text in record["manner"].values()})
     plain = [Example(f"plain-{i}", torch.zeros(len(EXPERTS)),
@@ -332,8 +333,8 @@ class Task:
             sums["loss"] += loss.item()
             gates += [] if gate is None else [gate.detach().float().cpu()]
         if not math.isfinite(sums["loss"]):
-            raise UserError(f"the loss is {sums['loss']}, so this step was not taken. Try a lower --lr or --router-lr, or "
-                            f"look at its records: {', '.join(row.id for row in rows)}")
+            raise UserError(f"the loss is {sums['loss']}, so this step was not taken. Try a lower --lr or --router-lr, "
+                            f"or look at its records: {', '.join(row.id for row in rows)}")
         norm = self.clip({row.expert for row in rows})
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
@@ -410,8 +411,9 @@ def fit(task, rows, s, run, stop=lambda: False):
         log.flush()
         bar.set_postfix_str(f"loss {report['loss']:.3f}", refresh=False)
         bar.update()
-        if bar.disable and (step % s.log_every == 0 or step == s.steps):
-            print(log_line(report, s.steps), flush=True)
+        if step % s.log_every == 0 or step == s.steps:
+            bar.write(log_line(report, s.steps), file=sys.stdout)
+            sys.stdout.flush()
         if step % s.save_every == 0 or step == s.steps or stop():
             save_state(task, step, s, run)
         if stop() and step < s.steps:
@@ -556,7 +558,7 @@ def pick_device(name=None):
 def pick_dtype(name, device):
     """The base's dtype: as named, else bfloat16 on a GPU and float32 on a CPU."""
     if device.type == "cuda" and name != "float32" and not torch.cuda.is_bf16_supported():
-        raise UserError(f"bfloat16, which this GPU ({torch.cuda.get_device_name(device)}) cannot do: use --dtype float32")
+        raise UserError(f"bfloat16, which {torch.cuda.get_device_name(device)} cannot do: use --dtype float32")
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
@@ -624,6 +626,12 @@ def check(args):
 HARMLESS = ("save_every", "keep", "log_every", "recompute")  # may change from one part of a run to the next
 
 
+def differences(was, now):
+    """What differs between two dicts of settings, in words; None is "not given", and agrees with anything."""
+    return "; ".join(f"{k} was {was.get(k)!r} and is now {v!r}" for k, v in now.items()
+                     if k not in HARMLESS and None not in (was.get(k), v) and was.get(k) != v)
+
+
 def open_run(setup, settings, args):
     """Begin, continue or refuse a run folder; write its config.json -> the stages that are still to be trained."""
     run, file = setup.run, setup.run / "config.json"
@@ -636,38 +644,35 @@ def open_run(setup, settings, args):
         found = {"version": VERSION, "setup": own, "stages": {}}
     else:
         found = read_json(file)
-        if found.get("version") != VERSION or not isinstance(found.get("stages"), dict):
+        if found.get("version") != VERSION or not all(isinstance(found.get(k), dict) for k in ("setup", "stages")):
             raise UserError(f"{file}: format {found.get('version')!r}, expected {VERSION}: made by another version")
+        # later stages were built on the first one that is trained anew
+        remove = STAGES[STAGES.index(next(iter(settings))):] if args.overwrite else ()
+        found["stages"] = {stage: was for stage, was in found["stages"].items() if stage not in remove}
+        differ = differences(found["setup"], own) if found["stages"] or not args.overwrite else ""
+        if differ:
+            raise UserError(f"{run} was begun with other arguments: {differ}. Give the same or another --run")
         if args.overwrite:
-            remove = STAGES[STAGES.index(next(iter(settings))):]  # later stages were built on this one
-            clear(run, remove)
-            found["stages"] = {stage: s for stage, s in found["stages"].items() if stage not in remove}
-        differ = [f"{k} was {found['setup'].get(k)!r} and is now {v!r}" for k, v in own.items()
-                  if None not in (found["setup"].get(k), v) and found["setup"].get(k) != v]
-        if args.overwrite and not found["stages"]:
-            found["setup"] = own
-            clear(run, ("pretrain", "models", "data"))
-        elif differ:
-            raise UserError(f"{run} was begun with other arguments: {'; '.join(differ)}. Give the same or another --run")
-        found["setup"] |= {k: v for k, v in own.items() if v is not None}
+            clear(run, remove if found["stages"] else (*remove, "pretrain", "models", "data"))
+        found["setup"] = own if not found["stages"] and args.overwrite else found["setup"] | {
+            k: v for k, v in own.items() if v is not None}
     begun = [stage for stage in settings if stage in found["stages"]]
     for stage in begun:
-        was = found["stages"][stage]
-        differ = [f"{k} was {was.get(k)!r} and is now {v!r}" for k, v in settings[stage].items()
-                  if k not in HARMLESS and was.get(k) != v]
+        differ = differences(found["stages"][stage], settings[stage])
         if differ:
-            raise UserError(f"{run}: {stage} was begun with other settings: {'; '.join(differ)}. Give the same to go on "
-                            "with --resume, or --overwrite to train anew")
+            raise UserError(f"{run}: {stage} was begun with other settings: {differ}. Give the same to go on with "
+                            "--resume, or --overwrite to train anew")
     to_do = [stage for stage in settings if not (run / stage).is_dir()]
     if begun and to_do and not args.resume:
-        raise UserError(f"{run} holds a run (begun: {', '.join(begun)}; not done: {', '.join(to_do)}): --resume goes on "
-                        "with it, --overwrite trains anew")
+        raise UserError(f"{run} holds a run (begun: {', '.join(begun)}; not done: {', '.join(to_do)}): --resume goes "
+                        "on with it, --overwrite trains anew")
     if "joint" in to_do:
         for stage in ("warmup", "router"):
             if stage not in to_do and not (run / stage).is_dir():
                 raise UserError(f"{run}: the joint stage starts from warmup and router, and {stage} is not done here: "
-                                f"python train.py --stage {stage} --run {run} first")
+                                f"python train.py --preset {setup.preset} --stage {stage} --run {run} first")
     found["stages"] |= settings
+    setup.base, setup.encoder = (found["setup"][k] for k in ("base", "encoder"))  # the closing may need what others used
     with atomic(file) as part:
         part.write_text(json.dumps(found, indent=2) + "\n")
     return to_do
@@ -689,9 +694,9 @@ def prepare(setup, settings, stop):
         if folder != str(setup.run / "models" / role):
             continue
         try:
-            Transformer.from_pretrained(folder), load_tokenizer(folder)
+            Transformer.from_pretrained(folder), load_tokenizer(folder), read_json(f"{folder}/tokenizer_config.json")
         except UserError:
-            records = setup.load_data()["train"][:2000]
+            records = template_records("train", 2000, setup.seed)
 
             def fit_base(model, chat):
                 print("making the tiny base: a Llama of under a million parameters that answers neutrally")
@@ -771,9 +776,9 @@ def closing(setup):
     if router:
         report = gate_report(gates["learned"])
         chance, hit = active.mean().item(), (active * F.one_hot(similarity.argmax(-1), len(EXPERTS))).sum(-1).mean()
-        print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: its first choice is called for in {hit:.0%} "
-              f"of them (by chance\n{chance:.0%}); gate entropy {report['entropy']:.3f} (uniform "
-              f"{math.log(len(EXPERTS)):.3f}), top-1 mass {report['top1']:.3f}")
+        print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: first choice called for {hit:.0%} (by chance "
+              f"{chance:.0%}),\ngate entropy {report['entropy']:.3f} (uniform {math.log(len(EXPERTS)):.3f}), top-1 mass "
+              f"{report['top1']:.3f}")
     if not need:
         return
     model = setup.load_base(setup.stage_folder("experts"))
@@ -803,17 +808,26 @@ def main(argv=None):
     setup = resolve(args, stages)
     settings = {stage: stage_settings(args, stage) for stage in stages}
     to_do = open_run(setup, settings, args)
-    stopping = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step and save; a second one ends at once
-        signal.signal(number, lambda *_: stopping.append(1) or signal.signal(signal.SIGINT, signal.default_int_handler))
+    stop = threading.Event()
+
+    def ask_to_stop(*_):  # the step is finished and saved; a second signal ends at once
+        stop.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, was[number])
+
+    was = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if setup.preset == "tiny":
-            prepare(setup, SimpleNamespace(**stage_settings(args, "pretrain")), lambda: bool(stopping))
+            prepare(setup, SimpleNamespace(**stage_settings(Args(preset="tiny", seed=args.seed), "pretrain")),
+                    stop.is_set)
         for stage in to_do:
-            train_stage(stage, setup, SimpleNamespace(**settings[stage]), lambda: bool(stopping))
+            train_stage(stage, setup, SimpleNamespace(**settings[stage]), stop.is_set)
     except Stopped as stopped:
         print(f"{stopped}. Go on with the same command and --resume", file=sys.stderr)
         return 130
+    finally:
+        for number, handler in was.items():
+            signal.signal(number, handler)
     if not to_do:
         print(f"{setup.run} is complete")
     closing(setup)

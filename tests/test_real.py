@@ -1,0 +1,65 @@
+"""The small preset on real checkpoints, all of it slow: that each stage learns on SmolLM2-135M and a Qwen of 0.5B.
+
+(Logits and greedy tokens of the real checkpoints are compared with transformers in test_model.py, chat ids in
+test_chat.py.)
+"""
+import pytest
+import torch
+
+import train
+from lora import EXPERTS
+from model import Chat, load_tokenizer
+from router import contrastive_loss, gates_under
+from synth import template_records
+from train import examples, heldout, similarities
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def small(weights, tmp_path_factory):
+    """Run the three stages for a few steps each -> the Setup of the run."""
+    torch.set_num_threads(2)
+    run = tmp_path_factory.mktemp("small") / "run"
+    where = ["--preset", "small", "--run", str(run), "--base", str(weights / "SmolLM2-135M-Instruct"),
+             "--encoder", str(weights / "Qwen2.5-Coder-0.5B-Instruct"), "--device", "cpu", "--eval-records", "6"]
+    for stage, steps, batch in (("warmup", 10, 6), ("router", 6, 8), ("joint", 3, 4)):
+        train.main([*where, "--stage", stage, "--steps", str(steps), "--batch", str(batch)])
+    yield train.resolve(train.parse(train.Args, where), train.STAGES)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def held_out(small):
+    records = template_records("test", 24, seed=5)
+    rows, _ = examples(records, Chat.from_dir(small.base), load_tokenizer(small.encoder))
+    return rows, torch.stack([row.active for row in rows])
+
+
+def loss(model, rows, gates=None):
+    nats, counts = heldout(model, rows, gates)
+    return nats.sum() / counts.sum()
+
+
+def test_warm_up_lowers_held_out_loss(small, held_out):
+    rows, active = held_out
+    model = small.load_base(small.run / "warmup" / "experts")
+    assert loss(model, rows, gates_under("labels", active)) < loss(model, rows) - 0.1
+
+
+def test_the_router_stage_lowers_the_contrastive_loss_of_held_out_queries(small, held_out):
+    rows, active = held_out
+    before, after = (contrastive_loss(similarities(small.load_router(folder), rows), active)
+                     for folder in (None, small.run / "router" / "router"))
+    assert after < before - 0.1 and after.isfinite()
+
+
+def test_joint_training_lowers_held_out_loss_under_the_learned_gate(small, held_out):
+    rows, active = held_out
+    losses = []
+    for experts, router in (("warmup", "router"), ("joint", "joint")):
+        similarity = similarities(small.load_router(small.run / router / "router"), rows)
+        gates = gates_under("learned", active, similarity, small.tau)
+        assert gates.shape == (len(rows), len(EXPERTS))
+        losses.append(loss(small.load_base(small.run / experts / "experts"), rows, gates))
+    assert losses[1] < losses[0]
