@@ -37,14 +37,8 @@ made = {}  # the run and what was printed; test_eval.py imports the fixture belo
 
 @pytest.fixture(autouse=True)
 def reduced(monkeypatch):
-    """The tiny preset at a fortieth of its size, and signals as they were when a test is over."""
-    def unexpected(number, frame):
-        raise AssertionError(f"nobody took signal {number}")
+    """The tiny preset at a fortieth of its size."""
     monkeypatch.setitem(train.PRESETS, "tiny", REDUCED)
-    handlers = [(number, signal.signal(number, unexpected)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -113,16 +107,27 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def stop_in(monkeypatch, stage, step, number=signal.SIGTERM):
-    """Send a signal while this step of this stage is being computed."""
+@contextlib.contextmanager
+def stopping_in(stage, step, number):
+    """Send this process a signal while this step of this stage is being computed."""
     whole, count = train.Task.step, Counter()
+
+    def unexpected(number, frame):  # a program that does not take the signal is not to end the tests
+        raise AssertionError(f"nobody took signal {number}")
 
     def interrupted(task, *args):
         count[task.stage] += 1
         if (task.stage, count[task.stage]) == (stage, step):
             signal.raise_signal(number)
         return whole(task, *args)
-    monkeypatch.setattr(train.Task, "step", interrupted)
+    before = signal.signal(number, unexpected)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.Task, "step", interrupted)
+            yield
+        assert signal.getsignal(number) is unexpected  # the program has put back what it found
+    finally:
+        signal.signal(number, before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,15 +275,14 @@ def test_a_run_of_another_format_is_refused(run_folder, here):
 @pytest.mark.parametrize("stage, step, number", [
     ("pretrain", 2, signal.SIGTERM), ("warmup", 3, signal.SIGINT), ("joint", 1, signal.SIGTERM)])
 def test_a_stopped_run_is_not_trained_over_and_resumes_to_the_same_bits(
-        run_folder, here, monkeypatch, no_closing, capsys, stage, step, number):
+        run_folder, here, no_closing, capsys, stage, step, number):
     """Ctrl-C and SIGTERM finish the step and save it. Nothing but --resume or --overwrite may touch such a run."""
     if stage == "pretrain":  # from nothing at all: so two runs of one seed are the same, too
         run = here / RUN
     else:
         run = undone(run_folder, here, stage)
     only = ["--stage", "all" if stage == "pretrain" else stage]
-    with monkeypatch.context() as patch:
-        stop_in(patch, stage, step, number)
+    with stopping_in(stage, step, number):
         assert tiny(*only) == 130
     shown = capsys.readouterr()
     assert f"stopped after step {step} of {STEPS[stage]} of {stage}" in shown.err and "--resume" in shown.err
