@@ -23,7 +23,7 @@ def small(weights, tmp_path_factory):
     run = tmp_path_factory.mktemp("small") / "run"
     where = ["--preset", "small", "--run", str(run), "--base", str(weights / "SmolLM2-135M-Instruct"),
              "--encoder", str(weights / "Qwen2.5-Coder-0.5B-Instruct"), "--device", "cpu", "--eval-records", "6"]
-    for stage, steps, batch in (("warmup", 10, 6), ("router", 6, 8), ("joint", 3, 4)):
+    for stage, steps, batch in (("warmup", 10, 6), ("router", 12, 8), ("joint", 3, 4)):
         train.main([*where, "--stage", stage, "--steps", str(steps), "--batch", str(batch)])
     yield train.resolve(train.parse(train.Args, where), train.STAGES)
     torch.set_num_threads(1)
