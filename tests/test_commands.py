@@ -37,8 +37,9 @@ made = {}  # the run and what was printed; test_eval.py imports the fixture belo
 
 @pytest.fixture(autouse=True)
 def reduced(monkeypatch):
-    """The tiny preset at a fortieth of its size."""
+    """The tiny preset at a fortieth of its size, its models made from 300 records too."""
     monkeypatch.setitem(train.PRESETS, "tiny", REDUCED)
+    monkeypatch.setattr(train, "template_records", lambda split, n, seed: template_records(split, min(n, 300), seed))
 
 
 @pytest.fixture
@@ -341,6 +342,24 @@ def test_a_stage_alone_ends_well_whatever_was_done_before(run_folder, here, shor
     assert tiny("--stage", stage, "--eval-records", "5") is None
     shown = capsys.readouterr().out
     assert shows in shown and f"Results are in {RUN}" in shown
+
+
+def test_a_stage_starts_from_what_was_made_before_it(run_folder, here, no_closing, monkeypatch):
+    """Joint from warm-up's experts and the router stage's router, that one from the encoder: seen by taking no step."""
+    monkeypatch.setattr(train, "fit", lambda *_: None)
+    run = undone(run_folder, here, "router", "joint")
+    tiny("--stage", "router")
+    router, encoder = (load_file(run / name / "model.safetensors") for name in ("router/router", "models/encoder"))
+    assert router.keys() - encoder.keys() == {"expert_embeddings"}
+    assert all(torch.equal(router[name], tensor) for name, tensor in encoder.items())
+    shutil.rmtree(run / "router")
+    shutil.copytree(run_folder / "router", run / "router")
+    tiny("--stage", "joint")
+    joint = {name: tensors for name, tensors in contents(run, ["joint"]).items() if name.endswith(".safetensors")}
+    assert len(joint) == 11
+    for name, tensors in joint.items():
+        first = "router" if name.startswith("joint/router") else "warmup"
+        assert tensors == (run_folder / name.replace("joint", first, 1)).read_bytes(), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------

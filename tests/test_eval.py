@@ -68,6 +68,13 @@ def test_recall_counts_as_many_places_as_there_are_active_poles():
     assert recall_at_k(similarity[1:2], active[1:2]) == 0.0
     assert abs(recall_at_k(similarity[2:], active[2:]) - 2 / 3) < 1e-12  # .5 .4 .3 are first; .1 is missed
     assert abs(recall_at_k(similarity, active) - (1 + 0 + 2 / 3) / 3) < 1e-12
+    assert recall_at_k(np.array([[.2, .9, .5]]), np.array([[0, 1, 0]])) == 1.0  # ranks, not the order: they differ here
+    rng = np.random.default_rng(0)
+    similarity, active = rng.normal(size=(50, 10)), np.eye(10)[rng.integers(0, 10, 50)]
+    active[::2, 3] = 1
+    shares = [np.mean([e in np.argsort(-s)[:int(a.sum())] for e in np.flatnonzero(a)])
+              for s, a in zip(similarity, active)]
+    assert abs(recall_at_k(similarity, active) - np.mean(shares)) < 1e-12
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -363,6 +363,8 @@ def test_tiny_models_are_model_folders_of_under_a_million_parameters(tiny):
     assert sum(p.numel() for p in model.parameters()) < 1_000_000 and model.config.tied
     assert model.config.qkv_bias == (kind == "encoder") and chat.llama == (kind == "base")
     assert chat.tokenizer.get_vocab_size() == model.config.vocab_size
+    for name, p in model.named_parameters():  # the usual start: PyTorch's embeddings would be fifty times as large
+        assert abs(p.std() - 0.02) < 0.002 if p.dim() == 2 else p.unique().tolist() == [float("norm" in name)], name
     for text in ("Wer rastet, der rostet — 日本 🙂", "tabs\tand\n\nlines"):  # bytes: no text is unknown
         ids = chat.tokenizer.encode(text, add_special_tokens=False).ids
         assert chat.tokenizer.decode(ids) == text
