@@ -62,7 +62,8 @@ class Measured:
         if not (run / "config.json").exists():
             raise UserError(f"{run}: no config.json, so there is no run here; python train.py --preset tiny makes one")
         found, self.args = read_json(run / "config.json"), args
-        own = found["setup"] | {k: v for k in ("base", "encoder", "data") if (v := getattr(args, k)) is not None}
+        own = found["setup"] | {k: getattr(args, k) or Setup.inside(found["setup"][k], run)
+                                for k in ("base", "encoder", "data")}
         device = pick_device(args.device)
         self.setup = Setup(
             run=run, device=device, dtype=pick_dtype(args.dtype, device), tokens=args.tokens,
@@ -278,7 +279,7 @@ class Ask(Common):
 
 
 def raw_gate(text):
-    """`--gate` -> (1, E). UserError unless it is ten weights, or names with weights, that are not negative and sum to 1."""
+    """`--gate` -> (1, E). UserError unless it is ten weights, or names with weights, from 0 up that sum to 1."""
     parts = [part.strip() for part in text.split(",")]
     named = dict(part.partition(":")[::2] for part in parts)
     try:
@@ -301,6 +302,8 @@ def ask(args):
         raise UserError("--persona and --gate both set the gate: choose one")
     if not all(query.strip() for query in args.queries):
         raise UserError("an empty query: say what to ask")
+    if any("\ud800" <= char <= "\udfff" for query in args.queries for char in query):
+        raise UserError("the query is not UTF-8 text: check the terminal's encoding")  # how Python shows stray bytes
     run, records = Measured(args), [{"id": i, "query": query, "traits": {}} for i, query in enumerate(args.queries)]
     if args.gate:
         gates = raw_gate(args.gate).expand(len(records), -1)

@@ -130,7 +130,7 @@ def load_experts(model, folder):
         file = Path(folder) / expert / "adapter_config.json"
         settings = read_json(file)
         for key, value in expected.items():
-            given = settings.get(key, 8 if key in ("r", "lora_alpha") else value)  # 8: what PEFT takes where it is absent
+            given = settings.get(key, 8 if key in ("r", "lora_alpha") else value)  # 8: PEFT's own default
             if given not in (value, None if value in (False, {}) else value):
                 raise UserError(f"{file}: {key} is {given!r}, expected {value!r}")
         targets = settings.get("target_modules")

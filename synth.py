@@ -180,13 +180,15 @@ def template_records(split, count, seed=0):
     rng, records, seen = random.Random(f"{seed} {split}"), [], set()
     held_out = lab()["held_out_domains"]
     domains = [d for d in lab()["domains"] if d not in held_out]
-    while len(records) < count:
+    for _ in range(1000 + 10 * count):
+        if len(records) == count:
+            return records
         domain = rng.choice(held_out if split == "test" and rng.random() < 0.5 else domains)
         record = template_record(rng, split, domain, rng.choices((1, 2, 3), (5, 3, 2))[0])
         if record["query"] not in seen:
             seen.add(record["query"])
             records.append({"id": f"{split}-{len(records)}", **record})
-    return records
+    raise UserError(f"{LAB.name} is too small for {count} different queries for {split}: it gave {len(records)}")
 
 
 @cache
@@ -228,7 +230,7 @@ def make_tiny(kind, folder, records, seed, fit_base):
     config = {"model_type": "llama" if llama else "qwen2", "hidden_act": "silu", "tie_word_embeddings": True,
               "architectures": ["LlamaForCausalLM" if llama else "Qwen2ForCausalLM"],
               "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 128, "intermediate_size": 352,
-              "num_hidden_layers": 4 if llama else 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "num_hidden_layers": 3 if llama else 2, "num_attention_heads": 4, "num_key_value_heads": 2,
               "rms_norm_eps": 1e-5 if llama else 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048,
               "eos_token_id": tokenizer.token_to_id(special[-1]), "bos_token_id": tokenizer.token_to_id(special[0])}
     with atomic(folder) as part:
@@ -255,6 +257,7 @@ def make_tiny(kind, folder, records, seed, fit_base):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line, for all three programs
 
+@cache
 def field_help(cls):
     """{field: the sentence under it} of a dataclass and those it inherits from, read from their source."""
     found = {}

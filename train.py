@@ -66,8 +66,8 @@ PRESETS = {
     "tiny": dict(
         base=(), encoder=(), data=None, records=(8000, 400, 600), tokens=4096, eval_records=200,
         pretrain=dict(steps=200, batch=20, lr=4e-3),
-        warmup=dict(steps=100, batch=20, lr=1e-2), router=dict(steps=100, batch=40, router_lr=2e-3),
-        joint=dict(steps=60, batch=24, lr=5e-3, router_lr=5e-4)),
+        warmup=dict(steps=100, batch=16, lr=1e-2), router=dict(steps=100, batch=40, router_lr=2e-3),
+        joint=dict(steps=60, batch=16, lr=5e-3, router_lr=5e-4)),
 }
 DOWNLOADS = {
     "Llama-3.1-8B-Instruct": "hf auth login && hf download meta-llama/Llama-3.1-8B-Instruct --exclude \"original/*\"",
@@ -216,12 +216,14 @@ def batches(lengths, batch, seed, pool=50):
 
 
 def micro_batches(rows, tokens, length=cost):
-    """Cut a step's rows, by length, into groups whose padded size stays within `tokens`."""
-    group = []
+    """Cut a step's rows, by length, into groups whose padded size stays within `tokens`. A group that already fills an
+    eighth of that ends where one more row would make more than 5 % of it padding."""
+    group, real = [], 0
     for row in sorted(rows, key=length):
-        if group and length(row) * (len(group) + 1) > tokens:
+        real, padded = real + length(row), length(row) * (len(group) + 1)
+        if group and (padded > tokens or padded > tokens / 8 and real < 0.95 * padded):
             yield group
-            group = []
+            group, real = [], length(row)
         group.append(row)
     yield group
 
@@ -393,9 +395,7 @@ def fit(task, rows, s, run, stop=lambda: False):
     log = rewind_log(run, task.stage, done)
     bar = tqdm(total=s.steps, initial=done, desc=task.stage, unit="step", disable=not sys.stderr.isatty(),
                dynamic_ncols=True)
-    for step, batch in enumerate(order, 1):
-        if step > s.steps:
-            break
+    for step, batch in zip(range(1, s.steps + 1), order):
         if step <= done:  # the order is drawn again, the steps are not
             continue
         began = time.perf_counter()
@@ -503,7 +503,13 @@ class Setup:
     tokens: int
     eval_records: int
 
+    RUN = "{run}/"  # how config.json writes paths inside the run folder, so that a run can be moved
     AGREE = ("preset", "base", "encoder", "data", "seed", "rank", "alpha")  # must be the same for all stages of a run
+
+    @staticmethod
+    def inside(path, run):
+        """A path as config.json has it -> as it is now that the run folder is `run`."""
+        return path and path.replace(Setup.RUN, f"{run}/")
 
     def load_base(self, experts=None):
         """The frozen base with ten experts, fresh ones from the seed or those saved in the folder `experts`."""
@@ -526,10 +532,13 @@ class Setup:
     def load_data(self, need_response=True):
         """{split: records}. The template teacher's are made where they are missing or torn: same seed, same text."""
         if Path(self.data) == self.run / "data":
+            counts = PRESETS[self.preset]["records"]
             try:
-                load_data(self.data)
+                torn = [len(records) for records in load_data(self.data)[0].values()] != list(counts)
             except UserError:
-                for name, count in zip(SPLITS, PRESETS[self.preset]["records"]):
+                torn = True
+            if torn:
+                for name, count in zip(SPLITS, counts):
                     write_records(self.run / "data" / f"{name}.jsonl", template_records(name, count, self.seed))
         splits, zero = load_data(self.data, self.seed, need_response)
         if zero:
@@ -636,6 +645,7 @@ def open_run(setup, settings, args):
     """Begin, continue or refuse a run folder; write its config.json -> the stages that are still to be trained."""
     run, file = setup.run, setup.run / "config.json"
     own = {k: getattr(setup, k) for k in Setup.AGREE}
+    own |= {k: own[k].replace(f"{run}/", Setup.RUN) for k in ("base", "encoder", "data") if own[k]}
     if not file.exists():
         if args.resume:
             raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is begun here")
@@ -672,7 +682,8 @@ def open_run(setup, settings, args):
                 raise UserError(f"{run}: the joint stage starts from warmup and router, and {stage} is not done here: "
                                 f"python train.py --preset {setup.preset} --stage {stage} --run {run} first")
     found["stages"] |= settings
-    setup.base, setup.encoder = (found["setup"][k] for k in ("base", "encoder"))  # the closing may need what others used
+    # the closing may need what another stage of this run was given
+    setup.base, setup.encoder = (Setup.inside(found["setup"][k], run) for k in ("base", "encoder"))
     with atomic(file) as part:
         part.write_text(json.dumps(found, indent=2) + "\n")
     return to_do
@@ -776,9 +787,9 @@ def closing(setup):
     if router:
         report = gate_report(gates["learned"])
         chance, hit = active.mean().item(), (active * F.one_hot(similarity.argmax(-1), len(EXPERTS))).sum(-1).mean()
-        print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: first choice called for {hit:.0%} (by chance "
-              f"{chance:.0%}),\ngate entropy {report['entropy']:.3f} (uniform {math.log(len(EXPERTS)):.3f}), top-1 mass "
-              f"{report['top1']:.3f}")
+        print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: its first choice is called for in {hit:.0%}\n"
+              f"(by chance {chance:.0%}), gate entropy {report['entropy']:.3f} (uniform {math.log(len(EXPERTS)):.3f}), "
+              f"top-1 mass {report['top1']:.3f}")
     if not need:
         return
     model = setup.load_base(setup.stage_folder("experts"))

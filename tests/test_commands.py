@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import eval as evaluation
 import synth
 import train
 from lora import EXPERTS
@@ -153,8 +154,8 @@ def test_a_run_folder_is_laid_out_as_promised(run_folder):
 
 def test_the_runs_config_tells_how_to_make_it_again(run_folder):
     found = json.loads((run_folder / "config.json").read_text())
-    assert found["setup"] == {"preset": "tiny", "base": f"{RUN}/models/base", "encoder": f"{RUN}/models/encoder",
-                              "data": f"{RUN}/data", "seed": 0, "rank": 8, "alpha": 16.0}
+    assert found["setup"] == {"preset": "tiny", "base": "{run}/models/base", "encoder": "{run}/models/encoder",
+                              "data": "{run}/data", "seed": 0, "rank": 8, "alpha": 16.0}
     assert list(found["stages"]) == ["warmup", "router", "joint"]
     for stage, settings in found["stages"].items():
         assert settings.items() >= REDUCED[stage].items() and settings["seed"] == 0 and settings["clip"] == 1.0
@@ -187,7 +188,7 @@ def test_a_run_ends_with_losses_under_five_gates_and_five_queries_answered(run_f
         assert [line.split()[0] for line in part[1:6]] == [e.split("_")[1] for e in EXPERTS[::2]]
         assert part[6].startswith("  base:        ") and part[7].startswith("  PersonaFuse: ")
     assert "Query 6" not in shown
-    assert "Router on 8 held-out queries, tau 1" in shown and "no fair control; shuffled is" in shown
+    assert "Router on 8 held-out queries, tau 1: its first choice" in shown and "no fair control; shuffled is" in shown
     assert shown.rstrip().splitlines()[-1] == f"Results are in {RUN}; python eval.py ask --run {RUN} \"…\" asks it " \
                                               "something"
 
@@ -458,6 +459,28 @@ def test_what_is_torn_or_missing_in_data_or_models_is_made_again_identically(run
     monkeypatch.setattr(train, "closing", lambda setup: setup.load_data())
     assert tiny() is None
     assert not differ(run, run_folder, ("data", "models"))
+
+
+def test_data_cut_at_a_lines_end_are_made_again(run_folder, here, monkeypatch):
+    """Every line of them is whole; only their number says that some are missing."""
+    run = copy(run_folder, here)
+    file = run / "data" / "train.jsonl"
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:-3]), encoding="utf-8")
+    monkeypatch.setattr(train, "closing", lambda setup: setup.load_data())
+    assert tiny() is None
+    assert not differ(run, run_folder, ("data",))
+
+
+@pytest.mark.parametrize("name", ["elsewhere", "an/absolute/path"])
+def test_a_run_can_be_moved(run_folder, here, capsys, name):
+    """It is complete there, with no settings that differ, and measured without the models at the old place."""
+    run = here / name if name.startswith("an/") else Path(name)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(copy(run_folder, here), run)
+    assert tiny("--run", str(run)) is None
+    assert f"{run} is complete" in capsys.readouterr().out
+    evaluation.main(["routing", "--run", str(run)])
+    assert "after joint" in capsys.readouterr().out
 
 
 def test_the_tiny_models_are_the_same_whatever_a_stage_is_trained_with(run_folder, here, no_closing):

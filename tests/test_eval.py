@@ -439,7 +439,7 @@ def test_one_joint_expert_alone_is_commented_on(run, capsys, argv, note):
 
 
 @pytest.mark.parametrize("argv, why", [
-    (["Hello?", ""], "an empty query"), ([" \n"], "an empty query"),
+    (["Hello?", ""], "an empty query"), ([" \n"], "an empty query"), (["caf\udce9"], "not UTF-8"),
     (["--persona", "O+", "--gate", "high_openness:1", "Hello?"], "--persona and --gate both set the gate: choose one"),
     (["--persona", "X+", "Hello?"], "persona 'X\\+'"), (["--gate", "1", "Hello?"], "expected ten weights"),
     (["--device", "tpu", "Hello?"], "--device 'tpu'")])

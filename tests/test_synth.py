@@ -281,6 +281,13 @@ def test_twenty_thousand_records_have_twenty_thousand_queries(training):
     assert len({folded(r["query"]) for r in training}) == len({r["id"] for r in training}) == 20_000
 
 
+def test_more_records_than_there_are_queries_is_an_error_and_not_a_wait(monkeypatch):
+    monkeypatch.setattr(synth, "template_record", lambda rng, *_: {"query": f"query {rng.randrange(20)}"})
+    assert len(template_records("train", 20)) == 20
+    with pytest.raises(UserError, match="too small for 21 different queries for train: it gave 20"):
+        template_records("train", 21)
+
+
 def test_the_same_seed_gives_the_same_records_and_another_seed_others(training):
     assert json.dumps(template_records("train", 500)) == json.dumps(training[:500])
     other = template_records("train", 500, seed=1)
