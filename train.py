@@ -646,6 +646,11 @@ def open_run(setup, settings, args):
     run, file = setup.run, setup.run / "config.json"
     own = {k: getattr(setup, k) for k in Setup.AGREE}
     own |= {k: own[k].replace(f"{run}/", Setup.RUN) for k in ("base", "encoder", "data") if own[k]}
+    if "joint" in settings and (args.overwrite or not (run / "joint").is_dir()):
+        for stage in ("warmup", "router"):
+            if stage not in settings and not (run / stage).is_dir():
+                raise UserError(f"{run}: the joint stage starts from warmup and router, and {stage} is not done here: "
+                                f"python train.py --preset {setup.preset} --stage {stage} --run {run} first")
     if not file.exists():
         if args.resume:
             raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is begun here")
@@ -676,11 +681,6 @@ def open_run(setup, settings, args):
     if begun and to_do and not args.resume:
         raise UserError(f"{run} holds a run (begun: {', '.join(begun)}; not done: {', '.join(to_do)}): --resume goes "
                         "on with it, --overwrite trains anew")
-    if "joint" in to_do:
-        for stage in ("warmup", "router"):
-            if stage not in to_do and not (run / stage).is_dir():
-                raise UserError(f"{run}: the joint stage starts from warmup and router, and {stage} is not done here: "
-                                f"python train.py --preset {setup.preset} --stage {stage} --run {run} first")
     found["stages"] |= settings
     # the closing may need what another stage of this run was given
     setup.base, setup.encoder = (Setup.inside(found["setup"][k], run) for k in ("base", "encoder"))
@@ -796,11 +796,11 @@ def closing(setup):
     stage = setup.stage_folder("experts").parent.name
     print(f"\nHeld-out loss on {len(rows)} records, experts after {stage}, tau {setup.tau:g}\n\n"
           f"  {'gate':<10}{'nats/token':>10}{'against base':>14}   what the gate is")
+    losses = {}
     for rule in rules:
         nats, count = heldout(model, rows, gates[rule], setup.tokens)
-        loss = nats.sum() / count.sum()
-        start = loss if rule == "base" else start
-        print(f"  {rule:<10}{loss:>10.4f}{loss - start:>+14.4f}   {RULES[rule]}")
+        losses[rule] = nats.sum() / count.sum()
+        print(f"  {rule:<10}{losses[rule]:>10.4f}{losses[rule] - losses['base']:>+14.4f}   {RULES[rule]}")
     if stage == "joint":
         print("\n  After joint training a uniform gate is not what the experts were trained for, so it is\n"
               "  no fair control; shuffled is. See README, Results.")

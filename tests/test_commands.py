@@ -429,6 +429,13 @@ def test_joint_before_the_others_is_refused_with_the_command_for_them(run_folder
     assert found.preset == "tiny"
 
 
+def test_joint_is_not_removed_where_it_could_not_be_trained_anew(run_folder, here):
+    run = copy(run_folder, here, ["warmup"])
+    with pytest.raises(UserError, match="warmup is not done here"):
+        tiny("--stage", "joint", "--overwrite")
+    assert not differ(run, run_folder, ("joint", "router", "state"))
+
+
 @pytest.mark.parametrize("argv, why", [
     ("--resume --overwrite", "--resume goes on.*--overwrite removes it: choose one"),
     ("--stage router --lr 1e-3", "--lr has no meaning for --stage router"),
