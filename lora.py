@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional as F
 
-from model import Linear, UserError, atomic, open_safetensors, read_json
+from model import Linear, UserError, atomic, linear, open_safetensors, read_json
 
 TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
 EXPERTS = tuple(f"{pole}_{trait}" for trait in TRAITS for pole in ("high", "low"))  # trait t: high 2t, low 2t + 1
@@ -44,14 +43,15 @@ class ExpertLinear(Linear):
         multiplied by  w0 w0 w1 w1  (repeat_interleave), not by  w0 w1 w0 w1  (repeat). Seen as (E, r), it is a
         plain broadcast of the gate over r.
         """
-        y = F.linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
         if gate is None:
             return y
         n_experts, rank, _ = self.A.shape
         A, B = self.A.flatten(0, 1).to(x.dtype), self.B.flatten(0, 1).to(x.dtype)  # (E·r, in), (E·r, out)
         h = (x @ A.T).unflatten(-1, (n_experts, rank))                             # (B, T, E, r)
         h = h * (gate * self.scale).to(h.dtype)[:, None, :, None]
-        return y + h.flatten(-2) @ B                                               # (B, T, out)
+        y.flatten(0, 1).addmm_(h.flatten(-2).flatten(0, 1), B)                     # y += h @ B, with no tensor between
+        return y                                                                   # (B, T, out)
 
 
 def expert_layers(model):

@@ -152,13 +152,31 @@ CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
+def linear(x, weight, bias=None):
+    """F.linear: x (…, in), weight (out, in) -> (…, out).
+
+    A few rows on a CPU (decoding) are multiplied block by block of the weight, each block by a thread: BLAS leaves a
+    product with one row to one thread, and takes twice as long as that for two. See tests/bench.py generate.
+    """
+    rows, (out, width) = x.numel() // x.shape[-1], weight.shape
+    if (rows > FEW_ROWS or weight.numel() < 2**18 or out % BLOCKS or x.dtype != torch.float32 or x.device.type != "cpu"
+            or torch.is_grad_enabled()):
+        return F.linear(x, weight, bias)
+    y = torch.bmm(weight.view(BLOCKS, -1, width), x.reshape(rows, width).T.expand(BLOCKS, -1, -1))  # (8, out/8, rows)
+    y = y.view(out, rows).T.reshape(*x.shape[:-1], out)
+    return y if bias is None else y + bias
+
+
+FEW_ROWS, BLOCKS = 16, 8  # measured: from 32 rows on there is nothing to gain, and more blocks gain no more
+
+
 class Linear(nn.Linear):
     """A linear layer that is handed the gate and has no experts to spend it on. lora.ExpertLinear takes its place."""
 
     def forward(self, x, gate=None):
         if gate is not None:
             raise ValueError("a gate was given but this model has no experts: call lora.add_experts(model) first")
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -280,6 +298,10 @@ class Transformer(nn.Module):
     def dtype(self):
         return self.model.embed_tokens.weight.dtype
 
+    @property
+    def head_weight(self):
+        return (self.model.embed_tokens if self.config.tied else self.lm_head).weight  # (V, D)
+
     def hidden(self, ids, gate=None, cache=None):
         """Last hidden states, after the final norm: ids (B, T) -> (B, T, D).
 
@@ -301,7 +323,7 @@ class Transformer(nn.Module):
 
     def head(self, hidden):
         """Logits for hidden states: (…, D) -> (…, V)."""
-        return F.linear(hidden, (self.model.embed_tokens if self.config.tied else self.lm_head).weight)
+        return linear(hidden, self.head_weight)
 
     def forward(self, ids, gate=None):
         """Logits for every position: ids (B, T) -> (B, T, V). Training and generation call `hidden` and `head` instead
@@ -430,7 +452,15 @@ class Cache:
 def pad(rows, device="cpu"):
     """Lists (or arrays) of ids -> (ids (B, T) filled up with 0 on the right, lengths (B,))."""
     ids = nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
+    return send(ids, device), send([len(row) for row in rows], device)
+
+
+def send(values, device):
+    """Numbers -> a tensor on the device. To a GPU from pinned memory, so that the next step is laid out while the
+    last one computes."""
+    values = torch.as_tensor(values)
+    return values.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else \
+        values.to(device)
 
 
 def sample(logits, temperature, top_p, u):

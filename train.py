@@ -36,12 +36,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lora import EXPERTS, add_experts, expert_layers, load_experts, save_experts
 from model import Chat, Transformer, UserError, atomic, encode, generate, load_tokenizer, open_safetensors, pad
-from model import read_json
+from model import read_json, send
 from router import RULES, Router, active_experts, bars, contrastive_loss, gate_report, gates_under, load_router
 from router import query_ids, save_router
 from synth import SPLITS, load_data, make_tiny, parse, run_command, template_records, write_records
@@ -228,30 +227,56 @@ def micro_batches(rows, tokens, length=cost):
     yield group
 
 
-def token_losses(model, hidden, targets, chunk=1024):
+class FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy through a head that does not train. Its gradient is worked out on the way forward, a chunk of
+    positions at a time, so that no more than a chunk of logits exists at once and none is computed twice."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk):
+        losses, grad = [], torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for at in range(0, len(targets), chunk):
+            h, t = hidden[at:at + chunk], targets[at:at + chunk, None]
+            logits = F.linear(h, weight)  # (n, V), then in fp32 at least
+            p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            losses.append(-p.gather(1, t)[:, 0])
+            if grad is not None:  # d loss / d logits is softmax minus one-hot
+                p = p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=p.dtype))
+                grad[at:at + chunk] = p.to(h.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, upstream):  # (N,)
+        grad, = ctx.saved_tensors
+        return grad * upstream[:, None].to(grad.dtype), None, None, None
+
+
+def token_losses(model, hidden, targets, chunk=None):
     """Cross-entropy of every supervised position: hidden (N, D), targets (N,) -> (N,), fp32 (or wider).
 
-    In chunks that are computed again in the backward pass: 4,096 rows of logits over Llama's 128,256 words are 2.1 GB.
+    In chunks of `chunk` positions: 4,096 rows of fp32 logits over Llama's 128,256 words would be 2.1 GB. As a rule as
+    many as make 32 MiB of logits on a CPU (more is slower: memory of that size is asked of the system each time), and
+    512 MiB on a GPU.
     """
-    def losses(h, t):
-        logits = model.head(h)  # (n, V), then in fp32 at least
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), t, reduction="none")
-    if len(targets) <= chunk:
-        return losses(hidden, targets)
-    return torch.cat([checkpoint(losses, h, t, use_reentrant=False)
-                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+    weight = model.head_weight
+    if weight.requires_grad:  # tiny's base, made from nothing
+        return F.cross_entropy(model.head(hidden), targets, reduction="none")
+    chunk = chunk or max(1, (2**23 if hidden.device.type == "cpu" else 2**27) // len(weight))
+    return FrozenHeadLoss.apply(hidden, weight, targets, chunk)
 
 
 def row_losses(model, rows, gate=None):
     """Summed loss of each row's reply, in nats: -> (B,), fp32. gate: (B, E) or None."""
-    ids, lengths = pad([row.ids for row in rows], model.device)
-    hidden = model.hidden(ids, gate)  # (B, T, D)
-    # position t predicts token t + 1: reply tokens prompt … len−1 are predicted from prompt−1 … len−2
-    first = torch.tensor([row.prompt for row in rows], device=ids.device)[:, None]
-    at = torch.arange(1, ids.shape[1], device=ids.device)  # (T−1,)
-    row, t = ((at >= first) & (at < lengths[:, None])).nonzero(as_tuple=True)  # (N,), (N,)
-    losses = token_losses(model, hidden[row, t], ids[row, t + 1])
-    return losses.new_zeros(len(rows)).index_add(0, row, losses)
+    ids, _ = pad([row.ids for row in rows], model.device)
+    # Position t predicts token t + 1: reply tokens prompt … len−1 are predicted from prompt−1 … len−2. Worked out here,
+    # on the host: a search on the device would have to be waited for
+    T = ids.shape[1]
+    at = np.concatenate([i * T + np.arange(row.prompt - 1, len(row.ids) - 1) for i, row in enumerate(rows)])     # (N,)
+    targets = np.concatenate([row.ids[row.prompt:] for row in rows]).astype(np.int64)                            # (N,)
+    owner = np.repeat(np.arange(len(rows)), [len(row.ids) - row.prompt for row in rows])                         # (N,)
+    hidden = model.hidden(ids, gate).flatten(0, 1)  # (B·T, D)
+    losses = token_losses(model, hidden[send(at, model.device)], send(targets, model.device))
+    return losses.new_zeros(len(rows)).index_add(0, send(owner, model.device), losses)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -383,6 +383,17 @@ def test_a_gate_without_experts_is_an_error(ours):
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (16, 1), (3, 5), (17, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_few_rows_are_multiplied_block_by_block_to_the_same_result(shape, bias):
+    x, weight, b = torch.randn(*shape, 512), torch.randn(768, 512), torch.randn(768) if bias else None
+    wanted = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    with torch.no_grad():
+        found = M.linear(x, weight, b)
+    assert found.shape == wanted.shape and (found - wanted).abs().max() < 2e-4  # |sum of 512| is about 23, fp32
+    assert M.linear(x, weight.requires_grad_(), b).requires_grad
+
+
 LENGTHS = [17, 3, 40, 1, 9]
 N_NEW = 16
 

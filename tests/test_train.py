@@ -57,15 +57,27 @@ def state(task):
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses
 
-@pytest.mark.parametrize("chunk", [3, 1000])
-def test_token_losses_are_the_plain_cross_entropy_whatever_the_chunk(chunk):
-    model = base()
-    h, t = torch.randn(10, 32, requires_grad=True), torch.randint(0, 97, (10,))
+@pytest.mark.parametrize("chunk", [1, 3, None])
+@pytest.mark.parametrize("trains", [False, True])
+def test_token_losses_and_their_gradient_are_those_of_the_plain_cross_entropy(chunk, trains):
+    model = base().double().requires_grad_(trains)
+    h, t = torch.randn(10, 32, requires_grad=True, dtype=torch.float64), torch.randint(0, 97, (10,))
+    weight = torch.rand(10, dtype=torch.float64)  # every position counts for itself
     ours = token_losses(model, h, t, chunk)
     plain = F.cross_entropy(model.head(h), t, reduction="none")
-    assert torch.allclose(ours, plain, atol=1e-6)
-    grads = [torch.autograd.grad(loss.sum(), h, retain_graph=True)[0] for loss in (ours, plain)]
-    assert torch.allclose(*grads, atol=1e-6)
+    assert torch.allclose(ours, plain, atol=1e-12)
+    wanted = [h, model.head_weight] if trains else [h]
+    ours, plain = (torch.autograd.grad((loss * weight).sum(), wanted, retain_graph=True) for loss in (ours, plain))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, plain))
+
+
+def test_no_more_than_a_chunk_of_logits_exists_at_once():
+    model = Transformer(Config(4096, 32, 1, 2, 1, 16, 48, 1e-5, 1e4)).requires_grad_(False)
+    h, t = torch.randn(1000, 32, requires_grad=True), torch.randint(0, 4096, (1000,))
+    with torch.profiler.profile(profile_memory=True) as seen:
+        token_losses(model, h, t, 50).sum().backward()
+    largest = max(e.cpu_memory_usage for e in seen.events())
+    assert 50 * 4096 * 4 <= largest < 3 * 50 * 4096 * 4, largest
 
 
 def test_row_loss_counts_the_reply_and_nothing_else():
