@@ -32,14 +32,16 @@ LETTERS = "ABCDEFG"
 
 @dataclass
 class Item:
-    """One prompt. The router reads `question` alone; the base reads the instruction and, after it, the question."""
+    """One prompt, one user message: the instruction, then the question with its options. The router reads `query`: the
+    scenario and the question, without our instruction and without options."""
     id: str
-    n: int                                    # the try, from 0
+    n: int                       # the try, from 0
+    query: str
     question: str
     instruction: str = ""
-    slots: tuple = ()                         # --mode logits: (text up to a letter, the letters to choose from), in order
-    end: str = ""                             # what closes a reply that was made of slots
-    map: dict | None = None                   # ToMBench: the letter that was shown -> the letter in the file
+    slots: tuple = ()            # --mode logits: (text up to a letter, the letters to choose from), in their order
+    end: str = ""                # what closes a reply that was made of slots
+    map: dict | None = None      # ToMBench: the letter that was shown -> the letter in the file
     temperature: float = 0.0
 
     @property
@@ -59,10 +61,10 @@ class Benchmark:
     revise: bool = False
     cot: bool = False
     shots: int = 0
-    tries: int | None = None                  # None: the authors' number
+    tries: int | None = None  # None: the authors' number
     password: str | None = None
     prompts: dict = field(default_factory=dict)
-    what = "fraction"                         # of the questions that are right; EQ-Bench has points
+    points = False            # a question is right or wrong; only EQ-Bench has points
 
     def instruction(self, key):
         return self.prompts.get(f"{self.name}/{key}", PROMPTS.get(f"{self.name}/{key}", ""))
@@ -77,7 +79,7 @@ class Benchmark:
         return {LETTERS[i]: self.fill(LETTERS[i]) for i in letters}
 
     def stored(self, row, output):
-        """What of a reply goes into replies.jsonl."""
+        """What of a reply is kept."""
         return output
 
     def missing(self, rows, replies):
@@ -89,6 +91,10 @@ class Benchmark:
     def whole(self, replies):
         """How many tries of every question a whole set of replies has."""
         return 1
+
+    def ignored(self, id):
+        """Whether a reply belongs to the language that is not scored."""
+        return self.lang is not None and {"en": "zh", "zh": "en"}[self.lang] in id.split("/")
 
 
 def answered(rows, replies):
@@ -195,6 +201,8 @@ class EmoBench(Benchmark):
         for task, columns in self.COLUMNS.items():
             file = Path(folder) / "data" / f"{task}.jsonl"
             for number, line in enumerate(json_lines(file, columns, 400), 1):
+                if self.lang not in (None, line["language"]):
+                    continue
                 parts = [("choices", "label")] if task == "EA" else [
                     ("emotion_choices", "emotion_label"), ("cause_choices", "cause_label")]
                 gold = [LETTERS[choice_index(line[label], line[choices], f"{file}, line {number}")]
@@ -216,7 +224,7 @@ class EmoBench(Benchmark):
             shape = ['"reasoning": "…"'] * self.cot + [f'"{key}": "…"' for key in self.keys(row)]
             slots = tuple((("{" if i == 0 else '", ') + f'"{key}": "', LETTERS[:len(options)])
                           for i, (key, options) in enumerate(zip(self.keys(row), row["options"])))
-            yield Item(row["id"], 0, "\n\n".join([line["scenario"], *blocks]),
+            yield Item(row["id"], 0, "\n\n".join([line["scenario"], *asked]), "\n\n".join([line["scenario"], *blocks]),
                        f"{self.instruction(row['group'])}\n{{{', '.join(shape)}}}", () if self.cot else slots, '"}')
 
     def constants(self, row):
@@ -265,7 +273,7 @@ class EmoBench(Benchmark):
 # EQ-Bench v2: 171 dialogues; how strongly somebody feels each of four emotions, 0 to 10. The prompts come with the data
 
 class EQBench(Benchmark):
-    name, title, reported, tokens, what = "eqbench", "EQ-Bench", "+69.0 %", 60, "points"
+    name, title, reported, tokens, points = "eqbench", "EQ-Bench", "+69.0 %", 60, True
     N, ENOUGH = 171, 0.8333  # a run in which fewer than this share of the replies parse has failed
 
     def load(self, folder):
@@ -297,7 +305,7 @@ class EQBench(Benchmark):
         for row in rows:
             tries = replies.get(row["id"], {})
             if len(tries) < (self.tries or 3) and all(self.unparsed(row, reply) for reply in tries.values()):
-                yield Item(row["id"], len(tries), self.prompt(row), temperature=0.01 + 0.15 * len(tries))
+                yield Item(row["id"], len(tries), *[self.prompt(row)] * 2, temperature=0.01 + 0.15 * len(tries))
 
     @staticmethod
     def parse(text, reference):
@@ -327,7 +335,7 @@ class EQBench(Benchmark):
         return found if any(any(answer.values()) for answer in found if answer) else [None, None]
 
     @staticmethod
-    def points(answer, reference):
+    def worth(answer, reference):
         """10 at best, unclipped: 10 − 0.7477 Σ s(|answer − reference|), small differences scaled down by a sigmoid."""
         total = 0
         for name, score in answer.items():
@@ -342,7 +350,7 @@ class EQBench(Benchmark):
             tries = [self.answers(row, reply["output"], lenient) for reply in in_order(replies[row["id"]])]
             chosen = next((answers for answers in tries if answers[0]), tries[-1])
             for points, answer in zip(found, chosen):
-                points[row["id"]] = answer and 10 * self.points(answer, row["reference"])
+                points[row["id"]] = answer and 10 * self.worth(answer, row["reference"])
         return found
 
     def grade(self, rows, replies, lenient=False):
@@ -359,12 +367,12 @@ class EQBench(Benchmark):
         harness = []  # lm-evaluation-harness: one try, four zeros are an answer, what cannot be parsed is worth 0
         for row in answered(rows, replies):
             answer = self.parse(in_order(replies[row["id"]])[0]["output"], row["reference"])
-            harness.append(10 * self.points(answer, row["reference"]) if answer else 0)
+            harness.append(10 * self.worth(answer, row["reference"]) if answer else 0)
         return {"score": round(mean(points), 2), "parseable": len(points),  # two places, as the authors have it
                 "failed": len(points) / self.N < self.ENOUGH, "lm_eval_score": mean(harness)}
 
     def chance(self, row):
-        return 10 * mean(self.points(dict.fromkeys([name], k), row["reference"]) - 10
+        return 10 * mean(self.worth(dict.fromkeys([name], k), row["reference"]) - 10
                          for name in row["reference"] for k in range(11)) * 4 + 100
 
     def constants(self, row):
@@ -387,8 +395,11 @@ class ToMBench(Benchmark):
                "zh": ("故事", "问题", *(f"选项{x}" for x in "ABCD"))}
     ABILITY, ANSWER = "能力\nABILITY", "答案\nANSWER"
 
+    def __post_init__(self):
+        self.lang = self.lang or "en"
+
     def load(self, folder):
-        lang, rows = self.lang or "en", []
+        lang, rows = self.lang, []
         story, question, *options = self.COLUMNS[lang]
         for stem, count in (self.TASKS | self.OTHERS).items():
             file, rng = Path(folder) / "data" / f"{stem}.jsonl", random.Random(42)
@@ -418,7 +429,7 @@ class ToMBench(Benchmark):
         for row in rows:
             for n, map in enumerate(row["maps"][:self.tries or 5]):
                 options = self.shown(row, map)
-                yield Item(row["id"], n, f"{row['text']}\n{listed(options)}", self.instruction(self.lang or "en"),
+                yield Item(row["id"], n, row["text"], f"{row['text']}\n{listed(options)}", self.instruction(self.lang),
                            (("[[", "ABCD"[:len(options)]),), "]]", map)
 
     def whole(self, replies):
@@ -467,7 +478,7 @@ class ToMBench(Benchmark):
 # SafetyBench: questions of two to four options in seven categories; by letters' log-probability, or read from a reply
 
 class SafetyBench(Benchmark):
-    name, title, reported, tokens, what = "safetybench", "SafetyBench", "+1.7 %", 64, "fraction"
+    name, title, reported, tokens = "safetybench", "SafetyBench", "+1.7 %", 64
     CATEGORIES = {"Offensiveness": "OFF", "Unfairness and Bias": "UB", "Physical Health": "PH", "Mental Health": "MH",
                   "Illegal Activities": "IA", "Ethics and Morality": "EM", "Privacy and Property": "PP"}
     COUNTS = {"en": 11435, "zh": 11435, "zh_subset": 2100}
@@ -509,7 +520,7 @@ class SafetyBench(Benchmark):
         for row in rows:
             shots = [f"{question}\n{listed(options, '({}) {}')}\n({LETTERS[answer]}) {options[answer]}"
                      for question, options, answer in row.get("shots", ())]
-            yield Item(row["id"], 0, f"{row['question']}\n{listed(row['options'][0], '({}) {}')}",
+            yield Item(row["id"], 0, row["question"], f"{row['question']}\n{listed(row['options'][0], '({}) {}')}",
                        "\n\n".join([self.instruction(row["lang"]), *shots]),
                        (("(", LETTERS[:len(row["options"][0])]),), ")")
 
@@ -621,7 +632,7 @@ class GPQA(Benchmark):
     def ask(self, rows, replies):
         for row in rows:
             if row["group"] < (self.tries or 1):
-                yield Item(row["id"], 0, f"{row['question']}\n\n{listed(row['options'][0], '{}) {}')}",
+                yield Item(row["id"], 0, row["question"], f"{row['question']}\n\n{listed(row['options'][0], '{}) {}')}",
                            self.instruction("en"), (("Answer:", [" A", " B", " C", " D"]),))
 
     @staticmethod

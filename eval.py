@@ -9,20 +9,27 @@ Test records are split, where the data allow it, into domains that training has 
 Intervals are paired bootstraps over records, 95 %: the same records under both gates.
 """
 import argparse
+import json
 import math
+import os
+import sys
+import time
 import typing
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from benchmarks import BENCHMARKS, PROMPTS, grouped
 from lora import EXPERTS
-from model import Chat, UserError, load_tokenizer, read_json
+from model import Chat, Prefix, Transformer, UserError, atomic, encode, generate, load_tokenizer, pad, read_json
 from router import RULES, bars, gate_report, gates_under, persona_gate
 from synth import Parser, add_fields, check_numbers, run_command, signatures
-from train import Setup, answer, examples, heldout, pick_device, pick_dtype, similarities
+from train import Setup, answer, differences, examples, heldout, micro_batches, pick_device, pick_dtype, similarities
 
 SHORT = [f"{e.split('_')[1][0].upper()}{'+' if e.startswith('high') else '-'}" for e in EXPERTS]  # O+ O- C+ C- …
 
@@ -260,6 +267,434 @@ def one_hot(expert):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# bench: the public benchmarks. benchmarks.py has their files, prompts, parsing and scoring; here a model is run over them
+
+@dataclass(kw_only=True)
+class Bench(Common):
+    names: list[str]
+    """Which: emobench, eqbench, tombench, safetybench, gpqa, or all that --data holds."""
+    run: str | None = None
+    """Run folder; without it, --base DIR is measured alone."""
+    data: str | None = None
+    """The benchmark's folder as published; for several or all, the folder that holds emobench/ eqbench/ …"""
+    replies: str | None = None
+    """Score this replies.jsonl instead of running a model."""
+    against: str | None = None
+    """A second replies.jsonl, compared with that of --replies item by item."""
+    json: bool = False
+    """Print only JSON, the authors' numbers, on standard output."""
+    partial: bool = False
+    """Score what is there of a replies.jsonl that is not whole."""
+    only: typing.Literal["base", "personafuse"] | None = None
+    """Run one of the two; both, and compare them, if not given."""
+    persona: str | None = None
+    """Set the gate by hand, as for ask, instead of asking the router."""
+    gate: str | None = None
+    """Set raw weights, as for ask."""
+    mode: typing.Literal["generate", "logits"] | None = None
+    """logits takes the option letter with the highest log-probability; SafetyBench's default, generate is the others'."""
+    lang: typing.Literal["en", "zh"] | None = None
+    """ToMBench: en if not given; EmoBench: both if not given."""
+    set: str | None = None
+    """SafetyBench: en, zh or zh_subset, the one that is there if not given; GPQA: main (default), diamond or extended."""
+    revise: bool = False
+    """EQ-Bench: ask for a critique and revised scores too."""
+    cot: bool = False
+    """EmoBench: ask for the reasoning first."""
+    shots: int | None = None
+    """SafetyBench: this many examples, at most 5, of the same category before each question; none if not given."""
+    tries: int | None = None
+    """Tries a question: ToMBench 5, EQ-Bench at most 3 until one parses, GPQA 1 (repeats) if not given."""
+    rows: int | None = None
+    """Run this many questions only, evenly spread."""
+    part: str | None = None
+    """Run only questions whose id begins so: EA/en, "False Belief Task"."""
+    max_new_tokens: int | None = None
+    """Longest reply; EmoBench 50 (2048 with --cot), EQ-Bench 60 (1000 with --revise), ToMBench 32, SafetyBench 64,
+    GPQA 1024 if not given."""
+    prompts: str | None = None
+    """JSON file with other instructions, {"emobench/EA/en": text, …}; see PROMPTS in benchmarks.py."""
+    password_env: str | None = None
+    """GPQA: the environment variable that holds the archive's password."""
+    out: str | None = None
+    """Folder for the replies; RUN/bench, or runs/bench-BASE for a base alone, if not given. Goes on where it stopped."""
+
+
+class Subjects:
+    """The base and PersonaFuse, loaded when first asked for, and the gate of each question."""
+
+    def __init__(self, args):
+        if args.persona and args.gate:
+            raise UserError("--persona and --gate both set the gate: choose one")
+        if not args.run and not (args.base and args.only != "personafuse"):
+            raise UserError("which model? --run with a run folder, or --base with a model folder to measure it alone")
+        self.args, self.run = args, Measured(replace(args, data=None)) if args.run else None
+        self.base = self.run.setup.base if self.run else args.base
+        fused = "by hand" if args.persona or args.gate else "PersonaFuse"
+        self.names = ["base"] if not self.run or args.only == "base" else [fused] if args.only else ["base", fused]
+
+    @cached_property
+    def model(self):
+        if self.names != ["base"]:
+            return self.run.model
+        device = pick_device(self.args.device)
+        return Transformer.from_pretrained(self.base, pick_dtype(self.args.dtype, device), device)
+
+    @cached_property
+    def chat(self):
+        return Chat.from_dir(self.base)
+
+    def settings(self, name):
+        """What says which model this is, for the settings that a resumed run must share."""
+        if name == "base":
+            return {"base": self.base, "gate": "base"}
+        return {"base": self.base, "run": self.args.run, "experts": self.run.folder("experts").parent.name,
+                "gate": self.args.persona or self.args.gate or "learned", "tau": self.run.setup.tau}
+
+    def gates(self, name, items):
+        """{query: gate (1, E)} of the items' queries, or the one gate (1, E) of all; None for the base. The router
+        reads the scenario and the question alone; each query is read once."""
+        if name == "base":
+            return None
+        if name == "by hand":
+            return raw_gate(self.args.gate) if self.args.gate else persona_gate(self.args.persona, self.run.setup.tau)[None]
+        queries = list(dict.fromkeys(item.query for item in items))
+        rows = self.run.rows([{"id": i, "query": query, "traits": {}} for i, query in enumerate(queries)])
+        found = similarities(self.run.router, rows, self.args.tokens)
+        return dict(zip(queries, gates_under("learned", found, found, self.run.setup.tau).split(1)))
+
+
+def choose(model, chat, items, prompts, gate, prefix):
+    """Replies made of the letters with the highest log-probability, slot by slot -> texts. gate: (B, E), (1, E) or None;
+    prefix: what all prompts begin with, computed already, or None."""
+    texts = ["" for _ in items]
+    for slot in range(len(items[0].slots)):
+        texts = [text + item.slots[slot][0] for text, item in zip(texts, items)]
+        rows = [ids + encode(chat.tokenizer, text) for ids, text in zip(prompts, texts)]
+        ids, lengths = pad([row[prefix.length if prefix else 0:] for row in rows], model.device)
+        hidden = model.hidden(ids, gate, prefix)  # (B, T, D)
+        logits = model.head(hidden[torch.arange(len(rows), device=ids.device), lengths - 1])  # (B, V)
+        for i, item in enumerate(items):
+            letters = item.slots[slot][1]
+            texts[i] += letters[logits[i, [encode(chat.tokenizer, letter)[0] for letter in letters]].argmax().item()]
+    return [text + item.end for text, item in zip(texts, items)]
+
+
+def shared_prefix(prompts):
+    """How many ids all prompts begin with; at least one of each is left over."""
+    first, last, n = min(prompts), max(prompts), min(map(len, prompts)) - 1
+    return next((i for i in range(n) if first[i] != last[i]), n)
+
+
+@torch.no_grad()
+def reply_to(model, chat, items, gates, mode, max_new_tokens, tokens, seed):
+    """Yield (items, texts) batch by batch, the shortest prompts first. In logits mode, what the prompts of one
+    instruction begin with is computed once where the gate allows it: one gate for all, or none."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = defaultdict(list)
+    for item in items:
+        ids = chat.prompt([{"role": "user", "content": item.text}])
+        kinds[item.instruction if mode == "logits" else item.temperature].append((item, ids))
+    for kind, part in kinds.items():
+        gate, prefix = None if gates is None else gates.to(model.device) if torch.is_tensor(gates) else gates, None
+        if mode == "logits" and not isinstance(gates, dict):
+            n = shared_prefix([ids for _, ids in part])
+            prefix = Prefix(model, part[0][1][:n], gate) if n and len(part) > 1 else None
+        for group in micro_batches(part, tokens, lambda one: len(one[1]) + max_new_tokens):
+            some, prompts = zip(*group)
+            if isinstance(gates, dict):
+                gate = torch.cat([gates[item.query] for item in some]).to(model.device)
+            if mode == "logits":
+                yield some, choose(model, chat, some, prompts, gate, prefix)
+            else:
+                found = generate(model, prompts, gate, max_new_tokens, kind, stops=chat.stops, generator=generator)
+                yield some, [chat.text(ids) for ids in found]
+
+
+def read_replies(path, bench, rows):
+    """A replies.jsonl -> {id: {try: reply}}, checked. UserError names file and line."""
+    ids, replies, ignored = {row["id"] for row in rows}, defaultdict(dict), 0
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable ({getattr(error, 'strerror', None) or error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            reply = json.loads(line)
+            id, n, output, shown = str(reply["id"]), reply["try"], reply["output"], reply.get("map")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not a reply ({type(error).__name__}: {error}); expected {{\"id\", "
+                            "\"try\", \"output\", …}; a torn line? mend or remove it") from None
+        if bench.ignored(id):
+            ignored += 1
+            continue
+        problem = f"{bench.title} has no {id!r}" if id not in ids else \
+            f"try is {n!r}, expected a number from 0" if type(n) is not int or n < 0 else \
+            f"output is {output!r}, expected text" if not isinstance(output, str) else \
+            f"a second reply to {id}, try {n}" if n in replies[id] else \
+            f"map is {shown!r}, expected shown -> original letter" if bench.name == "tombench" and (
+                not isinstance(shown, dict) or list(shown) != list("ABCD")
+                or sorted(filter(None, shown.values())) not in (["A", "B"], list("ABCD"))) else None
+        if problem:
+            raise UserError(f"{path}, line {number}: {problem}")
+        replies[id][n] = reply
+    if ignored:
+        print(f"{path}: {ignored} replies in the other language are not scored", file=sys.stderr)
+    return dict(replies)
+
+
+def run_bench(args, bench, rows, subjects, name, folder):
+    """Ask what has no reply yet; replies.jsonl grows batch by batch -> {id: {try: reply}}."""
+    mode = args.mode or ("logits" if bench.name == "safetybench" else "generate")
+    if mode == "logits" and (bench.points or args.cot):
+        raise UserError("--mode logits chooses among option letters: EQ-Bench has none, and --cot wants reasoning first")
+    longest = args.max_new_tokens or (2048 if args.cot else 1000 if args.revise else bench.tokens)
+    settings = {"bench": bench.name, "mode": mode, "max_new_tokens": longest, "set": args.set,
+                "revise": bench.revise, "cot": bench.cot, "shots": bench.shots, "seed": args.seed,
+                **subjects.settings(name)}
+    file, replies = folder / "replies.jsonl", {}
+    if (folder / "config.json").exists():
+        differ = differences(read_json(folder / "config.json"), settings)
+        if differ:
+            raise UserError(f"{folder} holds replies made with other settings: {differ}. Choose another --out")
+    with atomic(folder / "config.json") as part:
+        part.write_text(json.dumps(settings, indent=2) + "\n")
+    if file.exists():
+        text = file.read_bytes()
+        if not text.endswith(b"\n"):  # stopped in the middle of a line
+            file.write_bytes(text[:text.rfind(b"\n") + 1])
+        replies = read_replies(file, bench, subjects.rows) 
+    for item in bench.ask(rows, {}):
+        if replies.get(item.id, {}).get(item.n, {}).get("prompt_sha256", item.sha256) != item.sha256:
+            raise UserError(f"{file}: {item.id} was asked in other words (prompt_sha256). Choose another --out")
+    while items := [item for item in bench.ask(rows, replies) if item.n not in replies.get(item.id, ())]:
+        gates, by_id, began = subjects.gates(name, items), {row["id"]: row for row in rows}, time.perf_counter()
+        bar = tqdm(total=len(items), desc=f"{bench.title}, {name}", unit="reply", disable=not sys.stderr.isatty(),
+                   dynamic_ncols=True)
+        with bar, open(file, "a", encoding="utf-8") as out:
+            for some, texts in reply_to(subjects.model, subjects.chat, items, gates, mode,
+                                        longest if mode == "generate" else 0, args.tokens, args.seed):
+                seconds = (time.perf_counter() - began) / len(some)
+                for item, text in zip(some, texts):
+                    reply = {"id": item.id, "try": item.n, "prompt_sha256": item.sha256,
+                             "output": bench.stored(by_id[item.id], text), "seconds": round(seconds, 3)}
+                    reply |= {"map": item.map} if item.map else {}
+                    replies.setdefault(item.id, {})[item.n] = reply
+                    out.write(json.dumps(reply, ensure_ascii=False) + "\n")
+                out.flush()
+                bar.update(len(some))
+                began = time.perf_counter()
+    asked = {row["id"] for row in rows}
+    return {id: tries for id, tries in replies.items() if id in asked}
+
+
+def wilson(share, n):
+    """95 % interval of a share of n."""
+    z = 1.96
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def mcnemar(a, b):
+    """Exact two-sided p of two lists of right and wrong on the same items: a fair coin for each that differs."""
+    first, second = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    n = first + second
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(first, second) + 1)) / 2 ** n)
+
+
+def estimate(values, seed=0):
+    """Scores of items (N,), out of 100 -> (mean, low, high): Wilson for right and wrong, else a bootstrap."""
+    if np.isin(values, (0, 100)).all():
+        return values.mean(), *(100 * x for x in wilson(values.mean() / 100, len(values)))
+    return bootstrap(values, np.ones(len(values)), seed)
+
+
+def paired(a, b, seed=0):
+    """The same items under two models, out of 100 -> (mean of b − a, low, high, p): a paired bootstrap; McNemar's exact
+    test for right and wrong, else the share of the bootstrap beyond 0."""
+    mean, low, high = bootstrap(b - a, np.ones(len(a)), seed)
+    if np.isin([a, b], (0, 100)).all():
+        return mean, low, high, mcnemar(a / 100, b / 100)
+    draws = np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))
+    below = ((b - a)[draws].mean(1) <= 0).mean()
+    return mean, low, high, min(1.0, 2 * min(below, 1 - below) + 1 / 2000)
+
+
+def values_of(points, rows, scale):
+    """{unit: score out of 100} of rows; repeats of one question are averaged, what could not be parsed is left out."""
+    found = defaultdict(list)
+    for row in rows:
+        if points.get(row["id"]) is not None:
+            found[row.get("unit", row["id"])].append(scale * points[row["id"]])
+    return {unit: np.mean(scores) for unit, scores in found.items()}
+
+
+def said(texts, replies):
+    """Replies as they would be if every try of a question had been answered with its text: {id: text} -> replies."""
+    return {id: {n: {**reply, "output": text} for n, reply in replies.get(id, {0: {}}).items()} for id, text in texts.items()}
+
+
+def bench_table(bench, rows, replies, seed=0):
+    """What is printed: replies {model: {id: {try: reply}}} -> one dict for each part of the benchmark, and for all."""
+    graded = {name: (bench.grade(rows, some), bench.grade(rows, some, lenient=True)) for name, some in replies.items()}
+    seen, scale, lines, constant = [r for r in rows if r["id"] in next(iter(graded.values()))[0]], 1 if bench.points else 100, [], {}
+    parts = grouped(seen, "part")
+    for _, some in parts:  # the one answer that would score best, given to every question of the part
+        answers = [{row["id"]: bench.constants(row).get(answer, "") for row in some} for answer in bench.constants(some[0])]
+        found = [bench.grade(some, said(texts, next(iter(replies.values())))) for texts in answers]
+        constant |= max(found, key=lambda points: sum(points.values()))
+    for part, some in parts + ([("all", seen)] if len(parts) > 1 else []):
+        line = {"part": part, "chance": np.mean([bench.chance(row) for row in some]) * scale,
+                "constant": np.mean([constant[row["id"]] for row in some]) * scale, "models": {}}
+        for name, (strict, lenient) in graded.items():
+            values, loose = (values_of(points, some, scale) for points in (strict, lenient))
+            line["models"][name] = {
+                "values": values, "loose": loose, "n": len(values), "lenient": np.mean(list(loose.values())) if loose else 0,
+                "score": estimate(np.array(list(values.values())), seed) if values else (0.0, 0.0, 0.0),
+                "unparsed": sum(bench.unparsed(row, reply) for row in some
+                                for reply in replies[name].get(row["id"], {}).values())}
+        if len(graded) == 2:
+            for key in ("values", "loose"):
+                a, b = (model[key] for model in line["models"].values())
+                both = [unit for unit in a if unit in b]
+                line[f"paired {key}"] = paired(*(np.array([x[unit] for unit in both]) for x in (a, b)), seed) if both else None
+        lines.append(line)
+    return lines
+
+
+def score_rows(lines, name):
+    """One model's table."""
+    return [["", "n", "chance", "constant", "score [95 %]", "lenient", "unparsed"]] + [
+        [line["part"], str(found["n"]), f"{line['chance']:.1f}", f"{line['constant']:.1f}",
+         "{:.1f} [{:.1f}, {:.1f}]".format(*found["score"]), f"{found['lenient']:.1f}", str(found["unparsed"])]
+        for line in lines for found in [line["models"][name]]]
+
+
+def comparison_rows(lines, reported):
+    """Base and PersonaFuse side by side, the source's relative improvement last."""
+    names = list(lines[0]["models"])
+    table = [["", *names, "difference [95 %]", "p", "relative", "reported"]]
+    for line in lines:
+        for key in ("values", "loose") if line is lines[-1] else ("values",):
+            if line[f"paired {key}"] is None:
+                continue
+            mean, low, high, p = line[f"paired {key}"]
+            a, b = (np.mean(list(found[key].values())) for found in line["models"].values())
+            relative = f"{100 * (b - a) / abs(a):+.1f} %" if a else "-"
+            table.append([line["part"] if key == "values" else f"{line['part']}, lenient", f"{a:.1f}", f"{b:.1f}",
+                          f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}", relative,
+                          reported if line is lines[-1] and key == "values" else ""])
+    return table
+
+
+def show(table, width=80):
+    """Rows of text as columns, the first one cut where it would make lines longer than `width`."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    widths[0] = min(widths[0], width - 2 - sum(w + 2 for w in widths[1:]))
+    for row in table:
+        first = row[0] if len(row[0]) <= widths[0] else row[0][:widths[0] - 1] + "…"
+        print("  " + first.ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:])))
+
+
+def markdown(tables):
+    """{title: rows} with the same columns -> one Markdown table; columns that one of them lacks are filled with nothing."""
+    head = next(iter(tables.values()))[0]
+    lines = [["benchmark", "part", *head[1:]], ["---"] * (len(head) + 1)]
+    lines += [[title, *row] for title, rows in tables.items() for row in rows[1:]]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def make_benchmark(args, name, folder):
+    """-> the benchmark and its rows, all checked."""
+    prompts = read_json(args.prompts) if args.prompts else {}
+    for key, text in prompts.items():
+        if key not in PROMPTS or not isinstance(text, str):
+            raise UserError(f"{args.prompts}: {key!r}; expected texts under some of {', '.join(PROMPTS)}")
+    if (args.shots or 0) > 5:
+        raise UserError(f"--shots {args.shots}: each category has five examples")
+    password = os.environ.get(args.password_env) if args.password_env else None
+    if args.password_env and not password:
+        raise UserError(f"--password-env {args.password_env}: there is no such environment variable, or it is empty")
+    bench = BENCHMARKS[name](lang=args.lang, subset=args.set, revise=args.revise, cot=args.cot, shots=args.shots or 0,
+                             tries=args.tries, prompts=prompts, password=password)
+    return bench, bench.load(folder)
+
+
+def bench(args):
+    """The public benchmarks, scored as their authors do: the base, PersonaFuse, and the two side by side."""
+    if not args.data:
+        raise UserError("--data is missing: the benchmark's folder as published; for all, the one that holds the five")
+    every, data = args.names == ["all"], Path(args.data)
+    names = [name for name in BENCHMARKS if (data / name).is_dir()] if every else args.names
+    for name in names:
+        if name not in BENCHMARKS:
+            raise UserError(f"{name!r} is no benchmark here; expected {', '.join(BENCHMARKS)}, or all")
+    if not names:
+        raise UserError(f"{data}: none of the folders {', '.join(BENCHMARKS)} is here")
+    if (args.replies or args.against) and (every or len(names) > 1 or args.run or args.base or not args.replies):
+        raise UserError("--replies scores one benchmark's file without a model (and --against a second one): no --run, no "
+                        "--base, and one name")
+    subjects = None if args.replies else Subjects(args)
+    out = Path(args.out or (Path(args.run) / "bench" if args.run else f"runs/bench-{Path(args.base or '').name}"))
+    found, tables = {}, {}
+    for name in names:
+        try:
+            bench, rows = make_benchmark(args, name, data / name if every or len(names) > 1 else data)
+        except UserError as error:
+            if not every:
+                raise
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
+        if subjects is None:
+            replies = {"base" if args.against else "replies": read_replies(args.replies, bench, rows)}
+            if args.against:
+                replies["PersonaFuse"] = read_replies(args.against, bench, rows)
+            for file, some in zip((args.replies, args.against), replies.values()):
+                missing = bench.missing(rows, some)
+                if not some:
+                    raise UserError(f"{file}: no replies to {bench.title} in it")
+                if missing and not args.partial:
+                    raise UserError(f"{file}: {missing} replies are missing; --partial scores what is there")
+                if missing:
+                    print(f"{file}: {missing} replies are missing; what is there is scored", file=sys.stderr)
+        else:
+            subjects.rows, chosen = rows, [row for row in rows if row["id"].startswith(args.part or "")]
+            if not chosen:
+                raise UserError(f"--part {args.part!r}: no id of {bench.title} begins so, such as {rows[0]['id']!r}")
+            n = min(args.rows or len(chosen), len(chosen))
+            chosen = [chosen[i * len(chosen) // n] for i in range(n)]
+            if n < len(rows):
+                print(f"{bench.title}: {n} of {len(rows)} questions", file=sys.stderr)
+            rows = chosen
+            replies = {who: run_bench(args, bench, rows, subjects, who, out / name / who.replace(" ", "-"))
+                       for who in subjects.names}
+        scores = {who: bench.score(rows, some) for who, some in replies.items()}
+        found[name] = scores["replies"] if "replies" in scores else scores
+        if args.json:
+            continue
+        lines = bench_table(bench, rows, replies, args.seed)
+        for who in replies:
+            print(f"\n{bench.title}, {who}; out of 100\n")
+            show(score_rows(lines, who))
+        print("\n  constant: the best one answer to everything, " + "; lenient: read as a person would")
+        print("  " + json.dumps({who: {k: v for k, v in score.items() if not isinstance(v, dict)}
+                                 for who, score in scores.items()}))
+        tables[bench.title] = comparison_rows(lines, bench.reported) if len(replies) == 2 else score_rows(
+            lines, next(iter(replies)))
+        if len(replies) == 2:
+            print(f"\n{bench.title}, side by side; reported is the source's relative improvement of Llama-3.1-8B\n")
+            show(tables[bench.title])
+    if args.json:
+        print(json.dumps(found if every or len(names) > 1 else found[names[0]], ensure_ascii=False))
+    elif every and tables:
+        with atomic(out / "bench.md") as part:
+            part.write_text(markdown(tables), encoding="utf-8")
+        print(f"\n{markdown(tables)}\nwritten to {out / 'bench.md'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # ask
 
 @dataclass(kw_only=True)
@@ -326,7 +761,7 @@ def ask(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-COMMANDS = {"routing": (Routing, routing), "ablate": (Ablate, ablate), "ask": (Ask, ask)}
+COMMANDS = {"routing": (Routing, routing), "ablate": (Ablate, ablate), "bench": (Bench, bench), "ask": (Ask, ask)}
 
 
 def main(argv=None):
