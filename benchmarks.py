@@ -65,6 +65,10 @@ class Benchmark:
     password: str | None = None
     prompts: dict = field(default_factory=dict)
     points = False            # a question is right or wrong; only EQ-Bench has points
+    one_lang = None           # ToMBench is scored in one language at a time, English if none is named
+
+    def __post_init__(self):
+        self.lang = self.lang or self.one_lang
 
     def instruction(self, key):
         return self.prompts.get(f"{self.name}/{key}", PROMPTS.get(f"{self.name}/{key}", ""))
@@ -120,18 +124,21 @@ def grouped(rows, key):
     return list(found.items())
 
 
+CALLED = r"(?i:answer|option|choice|choose|答案|选项|选择|选)\**(?i:\s+(?:is|would be)|是|为)?"  # "the answer is …"
+CHOSEN = r"""[\s"'*:：=(\[]*(?:([A-G])(?![A-Za-z'])|([a-g])(?=["'*)\]}.,]|\s*$))"""      # … (B), "B", b.
+MARKED = r"""[\[("'*]([A-G])[\])"'*.:]|(?:^|(?<=\n))\s*([A-G])(?=[).:：、,\s]*(?:$|\n)|[).:：、])"""  # (B), B) at a line's start
+
+
 def lenient_letter(text, options, key=None):
-    """The letter that a reader would take a reply to mean, or None: a letter that is called the answer (the last such),
-    else the first one marked as a letter, (B) or "B" or B), else the one option whose text is quoted. `key` names the
-    question where a reply answers several."""
-    letter = r"""[\s"'*:：=(\[]*(?:([A-G])(?![A-Za-z'])|([a-g])(?=["'*)\]}.,]|\s*$))"""
-    called = rf"(?i:{key})" if key else r"(?i:answer|option|choice|choose|答案|选项|选择|选)\**(?i:\s+(?:is|would be)|是|为)?"
-    found = re.findall(called + letter, text)[-1:]
+    """The letter that a reader would take a reply to mean, or None: the last one that is called the answer; else the
+    one that is marked as a letter; else the one option whose text is quoted. A reply that lists several chooses none.
+    `key` is how a reply to several questions names this one."""
+    found = re.findall((rf"(?i:{key})" if key else CALLED) + CHOSEN, text)[-1:]
     if not found and key is None:
-        found = re.findall(r"""[\[("'*]([A-G])[\])"'*.:]|(?:^|(?<=\n))\s*([A-G])(?=[).:：、,\s]*(?:$|\n)|[).:：、])""", text)[:1]
-    if found:
-        index = LETTERS.index("".join(found[0]).upper())
-        return LETTERS[index] if index < len(options) else None
+        found = re.findall(MARKED, text)
+    letters = {"".join(groups).upper() for groups in found}
+    if letters:
+        return letters.pop() if len(letters) == 1 and letters <= set(LETTERS[:len(options)]) else None
     plain = [option.strip().rstrip(".。").casefold() for option in options]
     quoted = [i for i, option in enumerate(plain) if option and option in text.casefold()]
     quoted = [i for i in quoted if not any(plain[i] in plain[j] and plain[i] != plain[j] for j in quoted)]
@@ -245,12 +252,11 @@ class EmoBench(Benchmark):
 
     def answers(self, row, output, lenient=False):
         """A reply's answers, one for each question of the row; "" where there is none."""
-        if lenient:
-            several = len(row["options"]) > 1
-            return [lenient_letter(output, options, rf"q(?:uestion)?[ _]?{i}\b" if several else None) or ""
-                    for i, options in enumerate(row["options"], 1)]
-        parsed = self.parse(output)
-        return [parsed.get(key, "") if isinstance(parsed, dict) else "" for key in self.keys(row)]
+        parsed, several = self.parse(output), len(row["options"]) > 1
+        strict = [parsed.get(key, "") if isinstance(parsed, dict) else "" for key in self.keys(row)]
+        return strict if not lenient else [
+            answer if answer in list(LETTERS) else lenient_letter(output, options, rf"q(?:uestion)?[ _]?{i}\b" if several else None)
+            for i, (answer, options) in enumerate(zip(strict, row["options"]), 1)]
 
     def unparsed(self, row, reply):
         return not isinstance(self.parse(reply["output"]), dict)
@@ -383,7 +389,7 @@ class EQBench(Benchmark):
 # ToMBench: 2,860 rows in 20 files, two languages. Five tries with the options shuffled; the majority counts
 
 class ToMBench(Benchmark):
-    name, title, reported, tokens = "tombench", "ToMBench", "+11.9 %", 32
+    name, title, reported, tokens, one_lang = "tombench", "ToMBench", "+11.9 %", 32, "en"
     TASKS = {"Unexpected Outcome Test": 300, "Scalar Implicature Test": 200, "Persuasion Story Task": 100,
              "False Belief Task": 600, "Ambiguous Story Task": 200, "Hinting Task Test": 103, "Strange Story Task": 407,
              "Faux-pas Recognition Test": 560}  # the eight that the published average is made of
@@ -394,9 +400,6 @@ class ToMBench(Benchmark):
     COLUMNS = {"en": ("STORY", "QUESTION", *(f"OPTION-{x}" for x in "ABCD")),
                "zh": ("故事", "问题", *(f"选项{x}" for x in "ABCD"))}
     ABILITY, ANSWER = "能力\nABILITY", "答案\nANSWER"
-
-    def __post_init__(self):
-        self.lang = self.lang or "en"
 
     def load(self, folder):
         lang, rows = self.lang, []

@@ -445,15 +445,8 @@ def read_replies(path, bench, rows):
     return dict(replies)
 
 
-def run_bench(args, bench, rows, subjects, name, folder):
-    """Ask what has no reply yet; replies.jsonl grows batch by batch -> {id: {try: reply}}."""
-    mode = args.mode or ("logits" if bench.name == "safetybench" else "generate")
-    if mode == "logits" and (bench.points or args.cot):
-        raise UserError("--mode logits chooses among option letters: EQ-Bench has none, and --cot wants reasoning first")
-    longest = args.max_new_tokens or (2048 if args.cot else 1000 if args.revise else bench.tokens)
-    settings = {"bench": bench.name, "mode": mode, "max_new_tokens": longest, "set": args.set,
-                "revise": bench.revise, "cot": bench.cot, "shots": bench.shots, "seed": args.seed,
-                **subjects.settings(name)}
+def open_replies(folder, settings, bench, rows):
+    """Begin or go on with a folder of replies -> {id: {try: reply}} so far. UserError if they were made differently."""
     file, replies = folder / "replies.jsonl", {}
     if (folder / "config.json").exists():
         differ = differences(read_json(folder / "config.json"), settings)
@@ -463,31 +456,44 @@ def run_bench(args, bench, rows, subjects, name, folder):
         part.write_text(json.dumps(settings, indent=2) + "\n")
     if file.exists():
         text = file.read_bytes()
-        if not text.endswith(b"\n"):  # stopped in the middle of a line
+        if not text.endswith(b"\n"):  # it was stopped in the middle of a line
             file.write_bytes(text[:text.rfind(b"\n") + 1])
-        replies = read_replies(file, bench, subjects.rows) 
+        replies = read_replies(file, bench, rows)
     for item in bench.ask(rows, {}):
         if replies.get(item.id, {}).get(item.n, {}).get("prompt_sha256", item.sha256) != item.sha256:
             raise UserError(f"{file}: {item.id} was asked in other words (prompt_sha256). Choose another --out")
-    while items := [item for item in bench.ask(rows, replies) if item.n not in replies.get(item.id, ())]:
-        gates, by_id, began = subjects.gates(name, items), {row["id"]: row for row in rows}, time.perf_counter()
+    return replies
+
+
+def run_bench(args, bench, rows, chosen, subjects, name, folder):
+    """Ask those of `chosen` (some of `rows`) that have no reply yet; replies.jsonl grows batch by batch -> their replies.
+    Stopped at any time, the same command goes on."""
+    mode = args.mode or ("logits" if bench.name == "safetybench" else "generate")
+    if mode == "logits" and (bench.points or args.cot):
+        raise UserError("--mode logits chooses among option letters: EQ-Bench has none, and --cot asks for reasoning first")
+    longest = args.max_new_tokens or (2048 if args.cot else 1000 if args.revise else bench.tokens)
+    replies = open_replies(folder, {
+        "bench": bench.name, "mode": mode, "max_new_tokens": None if mode == "logits" else longest, "set": args.set, "revise": bench.revise,
+        "cot": bench.cot, "shots": bench.shots, "seed": args.seed, **subjects.settings(name)}, bench, rows)
+    by_id = {row["id"]: row for row in chosen}
+    while items := [item for item in bench.ask(chosen, replies) if item.n not in replies.get(item.id, ())]:
+        gates, began = subjects.gates(name, items), time.perf_counter()
         bar = tqdm(total=len(items), desc=f"{bench.title}, {name}", unit="reply", disable=not sys.stderr.isatty(),
                    dynamic_ncols=True)
-        with bar, open(file, "a", encoding="utf-8") as out:
+        with bar, open(folder / "replies.jsonl", "a", encoding="utf-8") as out:
             for some, texts in reply_to(subjects.model, subjects.chat, items, gates, mode,
                                         longest if mode == "generate" else 0, args.tokens, args.seed):
-                seconds = (time.perf_counter() - began) / len(some)
+                seconds = round((time.perf_counter() - began) / len(some), 3)
                 for item, text in zip(some, texts):
                     reply = {"id": item.id, "try": item.n, "prompt_sha256": item.sha256,
-                             "output": bench.stored(by_id[item.id], text), "seconds": round(seconds, 3)}
+                             "output": bench.stored(by_id[item.id], text), "seconds": seconds}
                     reply |= {"map": item.map} if item.map else {}
                     replies.setdefault(item.id, {})[item.n] = reply
                     out.write(json.dumps(reply, ensure_ascii=False) + "\n")
                 out.flush()
                 bar.update(len(some))
                 began = time.perf_counter()
-    asked = {row["id"] for row in rows}
-    return {id: tries for id, tries in replies.items() if id in asked}
+    return {id: tries for id, tries in replies.items() if id in by_id}
 
 
 def wilson(share, n):
@@ -498,10 +504,10 @@ def wilson(share, n):
 
 
 def mcnemar(a, b):
-    """Exact two-sided p of two lists of right and wrong on the same items: a fair coin for each that differs."""
-    first, second = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    n = first + second
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(first, second) + 1)) / 2 ** n)
+    """Exact two-sided p of two arrays of 0/1 on the same items: those that differ fall either way like a fair coin."""
+    gained, lost = int((a < b).sum()), int((a > b).sum())
+    n = gained + lost
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2 ** n)
 
 
 def estimate(values, seed=0):
@@ -512,18 +518,17 @@ def estimate(values, seed=0):
 
 
 def paired(a, b, seed=0):
-    """The same items under two models, out of 100 -> (mean of b − a, low, high, p): a paired bootstrap; McNemar's exact
-    test for right and wrong, else the share of the bootstrap beyond 0."""
-    mean, low, high = bootstrap(b - a, np.ones(len(a)), seed)
+    """The same items under two models, out of 100 -> (mean of b − a, low, high, p). The interval is a paired bootstrap; p
+    is McNemar's for right and wrong, else how often the bootstrap falls on the other side of 0."""
+    found = bootstrap(b - a, np.ones(len(a)), seed)
     if np.isin([a, b], (0, 100)).all():
-        return mean, low, high, mcnemar(a / 100, b / 100)
-    draws = np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))
-    below = ((b - a)[draws].mean(1) <= 0).mean()
-    return mean, low, high, min(1.0, 2 * min(below, 1 - below) + 1 / 2000)
+        return *found, mcnemar(a, b)
+    means = (b - a)[np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))].mean(1)
+    return *found, min(1.0, 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / 2001)
 
 
 def values_of(points, rows, scale):
-    """{unit: score out of 100} of rows; repeats of one question are averaged, what could not be parsed is left out."""
+    """{question: score out of 100}; repeats of a question are averaged, what could not be parsed is left out."""
     found = defaultdict(list)
     for row in rows:
         if points.get(row["id"]) is not None:
@@ -531,35 +536,39 @@ def values_of(points, rows, scale):
     return {unit: np.mean(scores) for unit, scores in found.items()}
 
 
-def said(texts, replies):
-    """Replies as they would be if every try of a question had been answered with its text: {id: text} -> replies."""
-    return {id: {n: {**reply, "output": text} for n, reply in replies.get(id, {0: {}}).items()} for id, text in texts.items()}
+def best_constant(bench, rows, replies):
+    """{id: points} of the one answer that would score best, given to each of these rows in every try."""
+    graded = []
+    for constant in bench.constants(rows[0]):
+        said = {row["id"]: {n: {**reply, "output": bench.constants(row).get(constant, "")}
+                            for n, reply in replies.get(row["id"], {0: {}}).items()} for row in rows}
+        graded.append(bench.grade(rows, said))
+    return max(graded, key=lambda points: sum(points.values()))
 
 
-def bench_table(bench, rows, replies, seed=0):
-    """What is printed: replies {model: {id: {try: reply}}} -> one dict for each part of the benchmark, and for all."""
+def bench_lines(bench, rows, replies, seed=0):
+    """replies {model: {id: {try: reply}}} -> what the tables show: one dict for each part of the benchmark, and for all."""
     graded = {name: (bench.grade(rows, some), bench.grade(rows, some, lenient=True)) for name, some in replies.items()}
-    seen, scale, lines, constant = [r for r in rows if r["id"] in next(iter(graded.values()))[0]], 1 if bench.points else 100, [], {}
-    parts = grouped(seen, "part")
-    for _, some in parts:  # the one answer that would score best, given to every question of the part
-        answers = [{row["id"]: bench.constants(row).get(answer, "") for row in some} for answer in bench.constants(some[0])]
-        found = [bench.grade(some, said(texts, next(iter(replies.values())))) for texts in answers]
-        constant |= max(found, key=lambda points: sum(points.values()))
+    (strict, _), some_replies, scale = *list(graded.values())[:1], next(iter(replies.values())), 1 if bench.points else 100
+    seen = [row for row in rows if row["id"] in strict]
+    parts, constant, lines = grouped(seen, "part"), {}, []
+    for _, some in parts:
+        constant |= best_constant(bench, some, some_replies)
     for part, some in parts + ([("all", seen)] if len(parts) > 1 else []):
         line = {"part": part, "chance": np.mean([bench.chance(row) for row in some]) * scale,
                 "constant": np.mean([constant[row["id"]] for row in some]) * scale, "models": {}}
-        for name, (strict, lenient) in graded.items():
-            values, loose = (values_of(points, some, scale) for points in (strict, lenient))
+        for name, points in graded.items():
+            values, loose = (values_of(p, some, scale) for p in points)
             line["models"][name] = {
-                "values": values, "loose": loose, "n": len(values), "lenient": np.mean(list(loose.values())) if loose else 0,
+                "values": values, "loose": loose, "n": len(values),
                 "score": estimate(np.array(list(values.values())), seed) if values else (0.0, 0.0, 0.0),
-                "unparsed": sum(bench.unparsed(row, reply) for row in some
-                                for reply in replies[name].get(row["id"], {}).values())}
-        if len(graded) == 2:
-            for key in ("values", "loose"):
-                a, b = (model[key] for model in line["models"].values())
-                both = [unit for unit in a if unit in b]
-                line[f"paired {key}"] = paired(*(np.array([x[unit] for unit in both]) for x in (a, b)), seed) if both else None
+                "lenient": np.mean(list(loose.values())) if loose else 0.0,
+                "unparsed": sum(points[0][row["id"]] is None for row in some) if bench.points else sum(
+                    bench.unparsed(row, reply) for row in some for reply in replies[name].get(row["id"], {}).values())}
+        for key in ("values", "loose") if len(graded) == 2 else ():
+            a, b = (model[key] for model in line["models"].values())
+            both = [unit for unit in a if unit in b]
+            line[f"paired {key}"] = both and paired(*(np.array([x[unit] for unit in both]) for x in (a, b)), seed)
         lines.append(line)
     return lines
 
@@ -573,33 +582,32 @@ def score_rows(lines, name):
 
 
 def comparison_rows(lines, reported):
-    """Base and PersonaFuse side by side, the source's relative improvement last."""
-    names = list(lines[0]["models"])
-    table = [["", *names, "difference [95 %]", "p", "relative", "reported"]]
+    """Two models side by side on the items that both have; the source's relative improvement last."""
+    table = [["", *lines[0]["models"], "difference [95 %]", "p", "relative", "reported"]]
     for line in lines:
         for key in ("values", "loose") if line is lines[-1] else ("values",):
-            if line[f"paired {key}"] is None:
+            if not line[f"paired {key}"]:
                 continue
             mean, low, high, p = line[f"paired {key}"]
             a, b = (np.mean(list(found[key].values())) for found in line["models"].values())
-            relative = f"{100 * (b - a) / abs(a):+.1f} %" if a else "-"
-            table.append([line["part"] if key == "values" else f"{line['part']}, lenient", f"{a:.1f}", f"{b:.1f}",
-                          f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}", relative,
+            table.append([line["part"] + (", lenient" if key == "loose" else ""), f"{a:.1f}", f"{b:.1f}",
+                          f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}", f"{100 * (b - a) / abs(a):+.1f} %" if a else "-",
                           reported if line is lines[-1] and key == "values" else ""])
     return table
 
 
 def show(table, width=80):
-    """Rows of text as columns, the first one cut where it would make lines longer than `width`."""
+    """Print rows of text as columns, the first one cut where lines would be longer than `width`."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     widths[0] = min(widths[0], width - 2 - sum(w + 2 for w in widths[1:]))
     for row in table:
         first = row[0] if len(row[0]) <= widths[0] else row[0][:widths[0] - 1] + "…"
-        print("  " + first.ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:])))
+        line = "  " + first.ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:]))
+        print(line.rstrip())
 
 
 def markdown(tables):
-    """{title: rows} with the same columns -> one Markdown table; columns that one of them lacks are filled with nothing."""
+    """{title: rows, all with the same columns} -> one Markdown table."""
     head = next(iter(tables.values()))[0]
     lines = [["benchmark", "part", *head[1:]], ["---"] * (len(head) + 1)]
     lines += [[title, *row] for title, rows in tables.items() for row in rows[1:]]
@@ -613,7 +621,7 @@ def make_benchmark(args, name, folder):
         if key not in PROMPTS or not isinstance(text, str):
             raise UserError(f"{args.prompts}: {key!r}; expected texts under some of {', '.join(PROMPTS)}")
     if (args.shots or 0) > 5:
-        raise UserError(f"--shots {args.shots}: each category has five examples")
+        raise UserError(f"--shots {args.shots}: there are five examples of each category")
     password = os.environ.get(args.password_env) if args.password_env else None
     if args.password_env and not password:
         raise UserError(f"--password-env {args.password_env}: there is no such environment variable, or it is empty")
@@ -622,76 +630,92 @@ def make_benchmark(args, name, folder):
     return bench, bench.load(folder)
 
 
+def stored_replies(args, bench, rows):
+    """--replies, and --against -> {model: replies}. UserError if any are missing, unless --partial."""
+    found = {}
+    for name, file in (("base" if args.against else "replies", args.replies), ("PersonaFuse", args.against)):
+        if file is None:
+            continue
+        found[name] = read_replies(file, bench, rows)
+        missing = bench.missing(rows, found[name])
+        if not found[name]:
+            raise UserError(f"{file}: no replies to {bench.title} in it")
+        if missing and not args.partial:
+            raise UserError(f"{file}: {missing} replies are missing; --partial scores what is there")
+        if missing:
+            print(f"{file}: {missing} replies are missing; what is there is scored", file=sys.stderr)
+    return found
+
+
+def choose_rows(args, bench, rows):
+    """The questions to ask: --part, and --rows of it, evenly spread."""
+    chosen = [row for row in rows if row["id"].startswith(args.part or "")]
+    if not chosen:
+        raise UserError(f"--part {args.part!r}: no id of {bench.title} begins so; the first is {rows[0]['id']!r}")
+    n = min(args.rows or len(chosen), len(chosen))
+    if n < len(rows):
+        print(f"{bench.title}: {n} of {len(rows)} questions", file=sys.stderr)
+    return [chosen[i * len(chosen) // n] for i in range(n)]
+
+
 def bench(args):
     """The public benchmarks, scored as their authors do: the base, PersonaFuse, and the two side by side."""
-    if not args.data:
-        raise UserError("--data is missing: the benchmark's folder as published; for all, the one that holds the five")
-    every, data = args.names == ["all"], Path(args.data)
+    every, data = args.names == ["all"], Path(args.data or "")
     names = [name for name in BENCHMARKS if (data / name).is_dir()] if every else args.names
-    for name in names:
-        if name not in BENCHMARKS:
-            raise UserError(f"{name!r} is no benchmark here; expected {', '.join(BENCHMARKS)}, or all")
-    if not names:
-        raise UserError(f"{data}: none of the folders {', '.join(BENCHMARKS)} is here")
-    if (args.replies or args.against) and (every or len(names) > 1 or args.run or args.base or not args.replies):
-        raise UserError("--replies scores one benchmark's file without a model (and --against a second one): no --run, no "
-                        "--base, and one name")
+    if not args.data or not names or not set(names) <= set(BENCHMARKS):
+        raise UserError(f"bench {' '.join(args.names)} --data {args.data}: expected the name of a benchmark "
+                        f"({', '.join(BENCHMARKS)}) and its folder as published, or all and a folder that holds some of them")
+    several = every or len(names) > 1
+    if (args.replies or args.against) and (several or args.run or args.base or not args.replies):
+        raise UserError("--replies scores one benchmark's file without a model, --against compares a second one with it: "
+                        "one name, and neither --run nor --base")
     subjects = None if args.replies else Subjects(args)
     out = Path(args.out or (Path(args.run) / "bench" if args.run else f"runs/bench-{Path(args.base or '').name}"))
     found, tables = {}, {}
     for name in names:
         try:
-            bench, rows = make_benchmark(args, name, data / name if every or len(names) > 1 else data)
+            bench, rows = make_benchmark(args, name, data / name if several else data)
         except UserError as error:
             if not every:
                 raise
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
         if subjects is None:
-            replies = {"base" if args.against else "replies": read_replies(args.replies, bench, rows)}
-            if args.against:
-                replies["PersonaFuse"] = read_replies(args.against, bench, rows)
-            for file, some in zip((args.replies, args.against), replies.values()):
-                missing = bench.missing(rows, some)
-                if not some:
-                    raise UserError(f"{file}: no replies to {bench.title} in it")
-                if missing and not args.partial:
-                    raise UserError(f"{file}: {missing} replies are missing; --partial scores what is there")
-                if missing:
-                    print(f"{file}: {missing} replies are missing; what is there is scored", file=sys.stderr)
+            replies = stored_replies(args, bench, rows)
         else:
-            subjects.rows, chosen = rows, [row for row in rows if row["id"].startswith(args.part or "")]
-            if not chosen:
-                raise UserError(f"--part {args.part!r}: no id of {bench.title} begins so, such as {rows[0]['id']!r}")
-            n = min(args.rows or len(chosen), len(chosen))
-            chosen = [chosen[i * len(chosen) // n] for i in range(n)]
-            if n < len(rows):
-                print(f"{bench.title}: {n} of {len(rows)} questions", file=sys.stderr)
-            rows = chosen
-            replies = {who: run_bench(args, bench, rows, subjects, who, out / name / who.replace(" ", "-"))
+            chosen = choose_rows(args, bench, rows)
+            replies = {who: run_bench(args, bench, rows, chosen, subjects, who, out / name / who.replace(" ", "-"))
                        for who in subjects.names}
+            rows = chosen
         scores = {who: bench.score(rows, some) for who, some in replies.items()}
-        found[name] = scores["replies"] if "replies" in scores else scores
-        if args.json:
-            continue
-        lines = bench_table(bench, rows, replies, args.seed)
-        for who in replies:
-            print(f"\n{bench.title}, {who}; out of 100\n")
-            show(score_rows(lines, who))
-        print("\n  constant: the best one answer to everything, " + "; lenient: read as a person would")
-        print("  " + json.dumps({who: {k: v for k, v in score.items() if not isinstance(v, dict)}
-                                 for who, score in scores.items()}))
-        tables[bench.title] = comparison_rows(lines, bench.reported) if len(replies) == 2 else score_rows(
-            lines, next(iter(replies)))
-        if len(replies) == 2:
-            print(f"\n{bench.title}, side by side; reported is the source's relative improvement of Llama-3.1-8B\n")
-            show(tables[bench.title])
+        found[name] = scores.get("replies", scores)
+        if not args.json:
+            tables[bench.title] = bench_report(bench, rows, replies, scores, args.seed)
     if args.json:
-        print(json.dumps(found if every or len(names) > 1 else found[names[0]], ensure_ascii=False))
+        print(json.dumps(found if several else found[names[0]], ensure_ascii=False))
     elif every and tables:
         with atomic(out / "bench.md") as part:
             part.write_text(markdown(tables), encoding="utf-8")
         print(f"\n{markdown(tables)}\nwritten to {out / 'bench.md'}")
+
+
+def bench_report(bench, rows, replies, scores, seed):
+    """Print a table for each model, and one for two side by side -> the rows of the last."""
+    lines = bench_lines(bench, rows, replies, seed)
+    for who in replies:
+        print(f"\n{bench.title}, {who}; out of 100\n")
+        table = score_rows(lines, who)
+        show(table)
+        official = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scores[who].items()
+                             if bench.name != "safetybench" and not isinstance(v, dict))
+        print(f"\n  the authors' own: {official}" if official else "")
+    print("  constant: the one answer that scores best on a part, given to all of it;\n"
+          "  lenient: read as a person would, beside the authors' strict reading in score")
+    if len(replies) == 2:
+        table = comparison_rows(lines, bench.reported)
+        print(f"\n{bench.title}, side by side; reported: the source's relative improvement at 8B\n")
+        show(table)
+    return table
 
 
 # ----------------------------------------------------------------------------------------------------------------------
