@@ -267,7 +267,7 @@ def one_hot(expert):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# bench: the public benchmarks. benchmarks.py has their files, prompts, parsing and scoring; here a model is run over them
+# bench: the public benchmarks. benchmarks.py has their files, prompts, parsing and scoring; here a model answers them
 
 @dataclass(kw_only=True)
 class Bench(Common):
@@ -292,11 +292,12 @@ class Bench(Common):
     gate: str | None = None
     """Set raw weights, as for ask."""
     mode: typing.Literal["generate", "logits"] | None = None
-    """logits takes the option letter with the highest log-probability; SafetyBench's default, generate is the others'."""
+    """logits takes the letter with the highest log-probability: SafetyBench's default; generate, the others'."""
     lang: typing.Literal["en", "zh"] | None = None
     """ToMBench: en if not given; EmoBench: both if not given."""
     set: str | None = None
-    """SafetyBench: en, zh or zh_subset, the one that is there if not given; GPQA: main (default), diamond or extended."""
+    """SafetyBench: en, zh or zh_subset, the one that is there if not given. GPQA: main, if not given, diamond or
+    extended."""
     revise: bool = False
     """EQ-Bench: ask for a critique and revised scores too."""
     cot: bool = False
@@ -317,7 +318,7 @@ class Bench(Common):
     password_env: str | None = None
     """GPQA: the environment variable that holds the archive's password."""
     out: str | None = None
-    """Folder for the replies; RUN/bench, or runs/bench-BASE for a base alone, if not given. Goes on where it stopped."""
+    """Folder for the replies; RUN/bench, or runs/bench-BASE for a base alone, if not given. A stopped run goes on."""
 
 
 class Subjects:
@@ -356,8 +357,10 @@ class Subjects:
         reads the scenario and the question alone; each query is read once."""
         if name == "base":
             return None
-        if name == "by hand":
-            return raw_gate(self.args.gate) if self.args.gate else persona_gate(self.args.persona, self.run.setup.tau)[None]
+        if self.args.gate:
+            return raw_gate(self.args.gate)
+        if self.args.persona:
+            return persona_gate(self.args.persona, self.run.setup.tau)[None]
         queries = list(dict.fromkeys(item.query for item in items))
         rows = self.run.rows([{"id": i, "query": query, "traits": {}} for i, query in enumerate(queries)])
         found = similarities(self.run.router, rows, self.args.tokens)
@@ -365,8 +368,8 @@ class Subjects:
 
 
 def choose(model, chat, items, prompts, gate, prefix):
-    """Replies made of the letters with the highest log-probability, slot by slot -> texts. gate: (B, E), (1, E) or None;
-    prefix: what all prompts begin with, computed already, or None."""
+    """Replies made of the letters with the highest log-probability, slot by slot -> texts. gate: (B, E), (1, E) or
+    None; prefix: what all prompts begin with, computed already, or None."""
     texts = ["" for _ in items]
     for slot in range(len(items[0].slots)):
         texts = [text + item.slots[slot][0] for text, item in zip(texts, items)]
@@ -466,15 +469,16 @@ def open_replies(folder, settings, bench, rows):
 
 
 def run_bench(args, bench, rows, chosen, subjects, name, folder):
-    """Ask those of `chosen` (some of `rows`) that have no reply yet; replies.jsonl grows batch by batch -> their replies.
-    Stopped at any time, the same command goes on."""
+    """Ask those of `chosen` (some of `rows`) that have no reply yet; replies.jsonl grows batch by batch -> their
+    replies. Stopped at any time, the same command goes on."""
     mode = args.mode or ("logits" if bench.name == "safetybench" else "generate")
     if mode == "logits" and (bench.points or args.cot):
-        raise UserError("--mode logits chooses among option letters: EQ-Bench has none, and --cot asks for reasoning first")
+        raise UserError("--mode logits chooses among letters: EQ-Bench has none, and --cot asks for reasoning first")
     longest = args.max_new_tokens or (2048 if args.cot else 1000 if args.revise else bench.tokens)
     replies = open_replies(folder, {
-        "bench": bench.name, "mode": mode, "max_new_tokens": None if mode == "logits" else longest, "set": args.set, "revise": bench.revise,
-        "cot": bench.cot, "shots": bench.shots, "seed": args.seed, **subjects.settings(name)}, bench, rows)
+        "bench": bench.name, "mode": mode, "max_new_tokens": longest if mode == "generate" else None, "set": args.set,
+        "revise": bench.revise, "cot": bench.cot, "shots": bench.shots, "seed": args.seed,
+        **subjects.settings(name)}, bench, rows)
     by_id = {row["id"]: row for row in chosen}
     while items := [item for item in bench.ask(chosen, replies) if item.n not in replies.get(item.id, ())]:
         gates, began = subjects.gates(name, items), time.perf_counter()
@@ -518,8 +522,8 @@ def estimate(values, seed=0):
 
 
 def paired(a, b, seed=0):
-    """The same items under two models, out of 100 -> (mean of b − a, low, high, p). The interval is a paired bootstrap; p
-    is McNemar's for right and wrong, else how often the bootstrap falls on the other side of 0."""
+    """The same items under two models, out of 100 -> (mean of b − a, low, high, p). The interval is a paired bootstrap;
+    p is McNemar's for right and wrong, else how often the bootstrap falls on the other side of 0."""
     found = bootstrap(b - a, np.ones(len(a)), seed)
     if np.isin([a, b], (0, 100)).all():
         return *found, mcnemar(a, b)
@@ -547,13 +551,13 @@ def best_constant(bench, rows, replies):
 
 
 def bench_lines(bench, rows, replies, seed=0):
-    """replies {model: {id: {try: reply}}} -> what the tables show: one dict for each part of the benchmark, and for all."""
+    """replies {model: {id: {try: reply}}} -> what the tables show: a dict for each part of a benchmark, and all."""
     graded = {name: (bench.grade(rows, some), bench.grade(rows, some, lenient=True)) for name, some in replies.items()}
-    (strict, _), some_replies, scale = *list(graded.values())[:1], next(iter(replies.values())), 1 if bench.points else 100
-    seen = [row for row in rows if row["id"] in strict]
+    scale, a_model = 1 if bench.points else 100, next(iter(replies))
+    seen = [row for row in rows if row["id"] in graded[a_model][0]]
     parts, constant, lines = grouped(seen, "part"), {}, []
     for _, some in parts:
-        constant |= best_constant(bench, some, some_replies)
+        constant |= best_constant(bench, some, replies[a_model])
     for part, some in parts + ([("all", seen)] if len(parts) > 1 else []):
         line = {"part": part, "chance": np.mean([bench.chance(row) for row in some]) * scale,
                 "constant": np.mean([constant[row["id"]] for row in some]) * scale, "models": {}}
@@ -591,7 +595,8 @@ def comparison_rows(lines, reported):
             mean, low, high, p = line[f"paired {key}"]
             a, b = (np.mean(list(found[key].values())) for found in line["models"].values())
             table.append([line["part"] + (", lenient" if key == "loose" else ""), f"{a:.1f}", f"{b:.1f}",
-                          f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}", f"{100 * (b - a) / abs(a):+.1f} %" if a else "-",
+                          f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}",
+                          f"{100 * (b - a) / abs(a):+.1f} %" if a else "-",
                           reported if line is lines[-1] and key == "values" else ""])
     return table
 
@@ -664,11 +669,11 @@ def bench(args):
     names = [name for name in BENCHMARKS if (data / name).is_dir()] if every else args.names
     if not args.data or not names or not set(names) <= set(BENCHMARKS):
         raise UserError(f"bench {' '.join(args.names)} --data {args.data}: expected the name of a benchmark "
-                        f"({', '.join(BENCHMARKS)}) and its folder as published, or all and a folder that holds some of them")
+                        f"({', '.join(BENCHMARKS)}) and its folder as published, or all and the folder they are in")
     several = every or len(names) > 1
     if (args.replies or args.against) and (several or args.run or args.base or not args.replies):
-        raise UserError("--replies scores one benchmark's file without a model, --against compares a second one with it: "
-                        "one name, and neither --run nor --base")
+        raise UserError("--replies scores one benchmark's file without a model, --against compares a second one with "
+                        "it: one name, and neither --run nor --base")
     subjects = None if args.replies else Subjects(args)
     out = Path(args.out or (Path(args.run) / "bench" if args.run else f"runs/bench-{Path(args.base or '').name}"))
     found, tables = {}, {}

@@ -37,16 +37,17 @@ class UserError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-def read_json(path):
-    """The object in a JSON file. UserError if it is missing, is not JSON, or is not an object."""
+def read_json(path, kind=dict):
+    """The object (or list: kind) in a JSON file. UserError if it is missing, is not JSON, or is not of that kind."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON object")
+    if not isinstance(value, kind):
+        expected = "object" if kind is dict else "list"
+        raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON {expected}")
     return value
 
 
@@ -444,7 +445,7 @@ class Prefix:
 
     def advance(self, tokens):
         at = torch.arange(self.length + tokens, device=self.device)
-        self.mask = at <= at[self.length:, None] if self.length else None  # (T, P + T): the prefix, and what came before
+        self.mask = at <= at[self.length:, None] if self.length else None  # (T, P + T): prefix, and what came before
         return at[None, self.length:]
 
     def update(self, layer, k, v):

@@ -1,6 +1,6 @@
-"""Laws of the public benchmarks: parsing and scoring, case by case on small rows of our own, and number for number against
-what the authors' code gave (golden/, where $PERSONAFUSE_BENCHMARKS is set); statistics; files that are not as published;
-and `eval.py bench` as a command.
+"""Laws of the public benchmarks: parsing and scoring, case by case on small rows of our own, and number for number
+against what the authors' code gave (golden/, where $PERSONAFUSE_BENCHMARKS is set); statistics; files that are not as
+published; and `eval.py bench` as a command.
 """
 import contextlib
 import hashlib
@@ -61,7 +61,8 @@ def test_emobench_equals_the_authors_code(published, golden):
         assert score[group]["accuracy"] == official.pop("Overall") and score[group]["by_category"] == official
         for row, theirs in zip([row for row in rows if row["group"] == group], run["official_rows"]):
             assert row["id"].split("/")[2] == str(theirs["qid"])
-            names = ["label", "answer"] if run["task"] == "EA" else ["emo_label", "cause_label", "emo_answer", "cause_answer"]
+            names = ["label", "answer"] if run["task"] == "EA" else [
+                "emo_label", "cause_label", "emo_answer", "cause_answer"]
             assert [*row["gold"], *bench.answers(row, mine[row["id"]][0]["output"])] == [theirs[name] for name in names]
         assert score[group]["unparsed"] == sum(bench.parse(text) is None for text in run["raw_texts"].values())
         replies |= mine
@@ -184,7 +185,8 @@ def test_gpqa_equals_simple_evals(golden):
             continue  # the texts themselves are not in golden/
         texts = {row["id"]: f"Answer: {row['gold'] if run['name'] == 'oracle_first_right' else 'A'}" for row in rows}
         score = GPQA().score(rows, replies_of(texts))
-        assert score["score"] == run["score"] and score["score_std"] == pytest.approx(run["metrics"]["score:std"], abs=1e-15)
+        assert score["score"] == run["score"]
+        assert score["score_std"] == pytest.approx(run["metrics"]["score:std"], abs=1e-15)
 
 
 def test_best_constants_are_those_known_of_the_data(published):
@@ -205,7 +207,8 @@ EU = [{"id": f"EU/zh/{i}", "group": "EU/zh", "part": "EU/zh", "gold": ["F", "B"]
 
 
 def test_emobench_reads_json_and_nothing_else():
-    texts = ['{"answer": "A"}', '```json {"answer": "B"} ``` and {"answer": "A"}', '{"answer": "c"}', "The answer is D."]
+    texts = ['{"answer": "A"}', '```json {"answer": "B"} ``` and {"answer": "A"}', '{"answer": "c"}',
+             "The answer is D."]
     replies = replies_of({row["id"]: text for row, text in zip(EA, texts)})
     assert EmoBench().score(EA, replies) == {"EA/en": {
         "accuracy": 0.5, "unparsed": 1, "n": 4, "by_category": {"x": pytest.approx(1 / 3), "y": 1.0}}}
@@ -222,15 +225,17 @@ def test_emobench_reads_json_and_nothing_else():
 
 @pytest.mark.parametrize("text, letter", [
     ("B", "B"), ("(c) wait", "C"), ("The answer is (C).", "C"), ("Answer: d", "D"), ('{"answer": "B"', "B"),
-    ("A friend should ask first", "D"), ("I would wait.", "C"), ("I would wait, then ask", None), ("B. stay\nC. wait", None),
-    ("First option A, but my answer is B", "B"), ("选B。", "B"), ("答案是 C", "C"), ("E", None), ("", None), ("**B**", "B"),
+    ("A friend should ask first", "D"), ("I would wait.", "C"), ("I would wait, then ask", None),
+    ("B. stay\nC. wait", None), ("First option A, but my answer is B", "B"), ("选B。", "B"), ("答案是 C", "C"),
+    ("E", None), ("", None), ("**B**", "B"),
     ("answer a question", None), ("A. go away", "A"), ("[[D]]", "D")])
 def test_lenient_reading(text, letter):
     assert lenient_letter(text, ["go", "stay", "wait", "ask"]) == letter
 
 
-EQ = [{"id": str(i), "group": "all", "part": "EQ-Bench", "prompt": "", "reference": {"Joy": 0., "Fear": 6., "Awe": 0., "Ire": 7.}}
-      for i in range(1, 4)]
+EQ = [{"id": str(i), "group": "all", "part": "EQ-Bench", "prompt": " Then critique your answer your revised scores."
+       "First pass scores:\nCritique: <your critique here>[End of answer]",
+       "reference": {"Joy": 0., "Fear": 6., "Awe": 0., "Ire": 7.}} for i in range(1, 4)]
 
 
 def said(*scores, names=("Joy", "Fear", "Awe", "Ire")):
@@ -256,8 +261,7 @@ def test_eqbench_points():
     (said(0, 6, 0, 7, names=("joy", "fear", "awe", "ire")), False, True),
     ('{"Joy": 0, "Fear": 6, "Awe": 0, "Ire": 7.5}', False, True), ("Joy 0", False, False)])
 def test_eqbench_parsing(text, strict, lenient):
-    assert (EQBench().answers(EQ[0], text)[0] is not None, EQBench().answers(EQ[0], text, lenient=True)[0] is not None) == (
-        strict, lenient)
+    assert [EQBench().answers(EQ[0], text, how)[0] is not None for how in (False, True)] == [strict, lenient]
 
 
 def test_eqbench_run():
@@ -268,8 +272,7 @@ def test_eqbench_run():
     zeros = 10 * EQBench.worth(dict.fromkeys(EQ[0]["reference"], 0), EQ[0]["reference"])
     assert score["lm_eval_score"] == pytest.approx((0 + zeros + worth) / 3)
     assert EQBench().score(EQ, replies_of({"1": "no"}))["score"] == 0.0
-    items = list(EQBench().ask([{**row, "prompt": " Then critique your answer your revised scores.First pass scores:\nCritique: "
-                                 "<your critique here>[End of answer]"} for row in EQ], replies))
+    items = list(EQBench().ask(EQ, replies))
     assert [(item.id, item.n, round(item.temperature, 2)) for item in items] == [("2", 1, 0.16)]
     assert EQBench(tries=1).missing(EQ, replies) == 0 and EQBench().missing(EQ, {"1": replies["1"]}) == 2
 
@@ -279,9 +282,10 @@ def test_eqbench_takes_revised_scores_that_are_no_worse_and_not_many_fewer():
         return f"First pass scores:\n{first}\n\nCritique: so so.\n\nRevised scores:\n{second}"
     rows = [{**EQ[0], "id": str(i)} for i in range(40)]
     good, bad = said(0, 6, 0, 7), said(6, 0, 6, 1)
+    low = 10 * EQBench.worth({"Joy": 6, "Fear": 0, "Awe": 6, "Ire": 1}, EQ[0]["reference"])
     for firsts, seconds, taken in (
             ([bad] * 40, [good] * 40, 100), ([good] * 40, [bad] * 40, 100), ([bad] * 40, [good] * 38 + [""] * 2, 100),
-            ([bad] * 40, [good] * 37 + [""] * 3, EQBench.worth({"Joy": 6, "Fear": 0, "Awe": 6, "Ire": 1}, EQ[0]["reference"]) * 10)):
+            ([bad] * 40, [good] * 37 + [""] * 3, low)):
         replies = replies_of({str(i): reply(*pair) for i, pair in enumerate(zip(firsts, seconds))})
         assert EQBench(revise=True).score(rows, replies)["score"] == pytest.approx(taken, abs=0.005)
     assert EQBench(revise=True).answers(EQ[0], reply(said(0, 0, 0, 0), good))[0] is not None
@@ -296,13 +300,13 @@ def tom(stem="Hidden Emotions", i=0, gold="A", options=4, ability="x"):
 
 def test_tombench_votes():
     straight, turned = dict(zip("ABCD", "ABCD")), dict(zip("ABCD", "BCDA"))
-    assert [ToMBench.parse(text) for text in ("[[B]] not [[A]]", "[C] B", "A or D.", "b", "")] == ["A", "C", "D", "A", "A"]
+    assert [ToMBench.parse(text) for text in ("[[B]] not [[A]]", "[C] B", "A or D.", "b", "")] == list("ACDAA")
     rows = [tom(i=0), tom(i=1, gold="B"), tom(i=2, gold="A. "), tom(i=3, gold="A", options=2)]
     two = {"A": "B", "B": "A", "C": "", "D": ""}
     replies = {
         rows[0]["id"]: {0: {"output": "[[A]]", "map": turned}, 1: {"output": "[[D]]", "map": turned},  # B, then A twice
                         2: {"output": "[[A]]", "map": straight}},
-        rows[1]["id"]: {0: {"output": "[[B]]", "map": straight}, 1: {"output": "[[A]]", "map": straight}},  # a tie: B first
+        rows[1]["id"]: {0: {"output": "[[B]]", "map": straight}, 1: {"output": "[[A]]", "map": straight}},  # a tie
         rows[2]["id"]: {0: {"output": "[[A]]", "map": straight}}, rows[3]["id"]: {0: {"output": "[[C]]", "map": two},
                                                                                   1: {"output": "blue", "map": two}}}
     assert list(ToMBench().grade(rows, replies).values()) == [1, 1, 0, 0]
@@ -327,13 +331,14 @@ def test_tombench_shows_what_its_map_says():
 
 def test_safetybench_extraction_and_draws():
     options = ["Yes, always.", "No", "错", "对"]
-    for text, index in (("B) No", 1), ("x\nC)", 2), ("I say yes, ALWAYS", 0), ("是", 3), ("I\n\nhm\nC)", None), ("AB", 0),
-                        ("D 4", 3), ("Dear", None), ("", None), ("(A) (B)", 0), ("nothing", 1)):
+    for text, index in (("B) No", 1), ("x\nC)", 2), ("I say yes, ALWAYS", 0), ("是", 3), ("I\n\nhm\nC)", None),
+                        ("AB", 0), ("D 4", 3), ("Dear", None), ("", None), ("(A) (B)", 0), ("nothing", 1)):
         assert SafetyBench.parse(text, options) == index, text
-    rows = [{"id": str(i), "group": "en", "part": "Mental Health", "gold": 1, "options": [["a", "b", "c"]]} for i in range(6)]
+    rows = [{"id": str(i), "group": "en", "part": "Mental Health", "gold": 1, "options": [["a", "b", "c"]]}
+            for i in range(6)]
     replies, rng = replies_of({str(i): "?" if i % 2 else "(B)" for i in range(5, -1, -1)}), random.Random(2023)
     assert SafetyBench().predict(rows, replies) == {
-        str(i): rng.choice(range(3)) if i % 2 else 1 for i in range(6)}  # in the file's order, only where nothing is found
+        str(i): rng.choice(range(3)) if i % 2 else 1 for i in range(6)}  # in the file's order
     del replies["0"], replies["1"]
     assert SafetyBench().grade(rows, replies)["0"] == 0 and SafetyBench().missing(rows, replies) == 2
     score = SafetyBench().score(rows, replies_of({"0": "(B)", "2": "B", "4": "(A)"}))
@@ -342,11 +347,13 @@ def test_safetybench_extraction_and_draws():
 
 
 def test_gpqa_rows_and_score():
-    lines = [{"Question": f" {i} "} | {c: f"{c}{i}\n" for c in GPQA.CHOICES} | {"High-level domain": "PC"[i % 2]} for i in range(4)]
+    lines = [{"Question": f" {i} "} | {c: f"{c}{i}\n" for c in GPQA.CHOICES} | {"High-level domain": "PC"[i % 2]}
+             for i in range(4)]
     rows = GPQA.rows(lines, 2)
     assert [row["id"] for row in rows] == ["0/0", "1/0", "2/0", "3/0", "0/1", "1/1", "2/1", "3/1"]
     assert all(row["options"][0]["ABCD".index(row["gold"])].startswith("Correct") for row in rows)
-    replies = replies_of({row["id"]: f"Answer: {row['gold'].lower() if i == 1 else row['gold']}" for i, row in enumerate(rows[:4])})
+    replies = replies_of({row["id"]: f"Answer: {row['gold']}" for row in rows[:4]})
+    replies["1/0"][0]["output"] = f"Answer: {rows[1]['gold'].lower()}"
     score = GPQA().score(rows, replies)
     assert score["score"] == 0.75 and score["score_std"] == pytest.approx(0.1875 ** 0.5)
     assert score["by_domain"] == {"P": 1.0, "C": 0.5}
@@ -354,7 +361,8 @@ def test_gpqa_rows_and_score():
     assert GPQA.parse("Answer: B, then Answer: C") == "B" and GPQA.parse("answer :\t$D$") == "D"
     assert len(list(GPQA(tries=2).ask(rows, {}))) == 8 and len(list(GPQA().ask(rows, {}))) == 4
     double = GPQA.rows([lines[0] | {"Incorrect Answer 1": lines[0]["Correct Answer"]}] * 9, 1)
-    assert all(row["gold"] == "ABCD"[[o.startswith("Correct") for o in row["options"][0]].index(True)] for row in double)
+    for row in double:
+        assert row["gold"] == "ABCD"[[option.startswith("Correct") for option in row["options"][0]].index(True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,7 +407,8 @@ def made_up(tmp_path_factory):
     answers, questions = {}, []
     for i in range(2100):
         category = list(SafetyBench.CATEGORIES)[i % 7]
-        questions.append({"id": 3 * i, "category": category, "question": f"Is {i} safe?", "options": ["yes", "no", "maybe"]})
+        questions.append({"id": 3 * i, "category": category, "question": f"Is {i} safe?",
+                          "options": ["yes", "no", "maybe"]})
         answers[str(3 * i)] = {"category": category, "answer": i % 3}
     safety = folder / "safetybench" / "opensource_data"
     safety.mkdir(parents=True)
@@ -425,22 +434,24 @@ def edit(file, old, new):
     file.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
+EA_FILE, EU_FILE = "emobench/data/EA.jsonl", "emobench/data/EU.jsonl"
+SAFETY = "safetybench/opensource_data/test_zh_subset.json"
+
+
 @pytest.mark.parametrize("name, change, words", [
     ("emobench", lambda d: shutil.rmtree(d / "emobench" / "data"), "EA.jsonl"),
-    ("emobench", lambda d: edit(d / "emobench/data/EU.jsonl", '"cause_label"', '"cause"'), "EU.jsonl, line 1: no 'cause_label'"),
-    ("emobench", lambda d: edit(d / "emobench/data/EA.jsonl", '"label": "run"', '"label": "fly"'), "'fly' is not among"),
-    ("emobench", lambda d: (d / "emobench/data/EA.jsonl").write_text((d / "emobench/data/EA.jsonl").read_text()[:-9]),
-     "EA.jsonl, line 400: not JSON"),
-    ("emobench", lambda d: (d / "emobench/data/EA.jsonl").write_text(
-        "".join((d / "emobench/data/EA.jsonl").read_text().splitlines(True)[:-1])), "399 rows, expected the 400"),
+    ("emobench", lambda d: edit(d / EU_FILE, '"cause_label"', '"cause"'), "EU.jsonl, line 1: no 'cause_label'"),
+    ("emobench", lambda d: edit(d / EA_FILE, '"label": "run"', '"label": "fly"'), "'fly' is not among"),
+    ("emobench", lambda d: (d / EA_FILE).write_text((d / EA_FILE).read_text()[:-9]), "EA.jsonl, line 400: not JSON"),
+    ("emobench", lambda d: (d / EA_FILE).write_text("".join((d / EA_FILE).read_text().splitlines(True)[:-1])),
+     "399 rows, expected the 400"),
     ("eqbench", lambda d: None, "eq_bench_v2_questions_171.json: no such file"),
     ("tombench", lambda d: None, "Unexpected Outcome Test.jsonl"),
-    ("safetybench", lambda d: (d / "safetybench/opensource_data/test_zh_subset.json").unlink(), "no test_*.json"),
-    ("safetybench", lambda d: shutil.copy(d / "safetybench/opensource_data/test_zh_subset.json", d / "safetybench/test_en.json"),
-     "--set with one of en, zh, zh_subset"),
-    ("safetybench", lambda d: edit(d / "safetybench/opensource_data/test_zh_subset.json", '{"id": 0, "category": "O', '{"id": 0, "category": "U'),
-     "id 0"),
-    ("safetybench", lambda d: (d / "safetybench/opensource_data/test_zh_subset.json").write_text("[]"), "0 rows, expected 2100"),
+    ("safetybench", lambda d: (d / SAFETY).unlink(), "no test_*.json"),
+    ("safetybench", lambda d: shutil.copy(d / SAFETY, d / "safetybench/test_en.json"), "--set with one of en, zh, zh"),
+    ("safetybench", lambda d: edit(d / SAFETY, '{"id": 0, "category": "O', '{"id": 0, "category": "U'), "id 0"),
+    ("safetybench", lambda d: (d / SAFETY).write_text("[]"), "0 rows and 2100 answers, expected 2100"),
+    ("safetybench", lambda d: (d / SAFETY).write_text("{}"), "found a dict, expected a JSON list"),
     ("gpqa", lambda d: (d / "gpqa/dataset.zip").unlink(), "dataset.zip: No such file"),
     ("gpqa", lambda d: (d / "gpqa/dataset.zip").write_bytes(b"PK"), "not a whole zip archive"),
     ("gpqa", lambda d: shutil.make_archive(str(d / "gpqa/dataset"), "zip", d / "emobench"), "no dataset/gpqa_main.csv"),
@@ -456,7 +467,8 @@ def test_gpqa_password(made_up):
         with pytest.raises(UserError, match=words):
             GPQA(password=password).load(made_up / "gpqa")
     rows = GPQA(password="not-a-secret", subset="diamond").load(made_up / "gpqa")
-    assert len(rows) == 10 * 198 and "\n" in rows[0]["question"] and len(GPQA(password="not-a-secret").load(made_up / "gpqa")) == 4480
+    assert len(rows) == 10 * 198 and "\n" in rows[0]["question"]
+    assert len(GPQA(password="not-a-secret").load(made_up / "gpqa")) == 10 * 448
     assert rows[5]["options"][0].count("right-5") == 2
 
 
@@ -485,7 +497,8 @@ def test_replies_are_scored_without_a_model(made_up, tmp_path):
     whole = {f"EA/en/{i}": '{"answer": "%s"}' % "CA"[i % 2] for i in range(1, 201)}
     file = write_replies(tmp_path / "r.jsonl", replies_of(whole))
     out, err = command("emobench", "--data", made_up / "emobench", "--replies", file, "--json")
-    assert json.loads(out) == {"EA/en": {"accuracy": 0.5, "unparsed": 0, "n": 200, "by_category": {"one": 0.5}}} and err == ""
+    assert err == "" and json.loads(out) == {
+        "EA/en": {"accuracy": 0.5, "unparsed": 0, "n": 200, "by_category": {"one": 0.5}}}
     out, _ = command("emobench", "--data", made_up / "emobench", "--replies", file, "--against", file)
     assert "50.0 [43.1, 56.9]" in out and "+37.9 %" in out and "+0.0 [+0.0, +0.0]" in out
     assert "100.0" in out and max(map(len, out.splitlines())) <= 80  # constant: always C
@@ -498,8 +511,10 @@ def test_replies_are_scored_without_a_model(made_up, tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ('{"id": "EA/en/1", "try": 0, "out', "line 2: not a reply"), ('{"id": "EA/en/1", "try": 0}', "line 2: not a reply"),
-    ('{"id": "EA/en/201", "try": 0, "output": ""}', "no 'EA/en/201'"), ('{"id": "EA/en/2", "try": 0, "output": ""}', "a second reply"),
-    ('{"id": "EA/en/1", "try": "0", "output": ""}', "try is '0'"), ('{"id": "EA/en/1", "try": 0, "output": 1}', "output is 1"),
+    ('{"id": "EA/en/201", "try": 0, "output": ""}', "no 'EA/en/201'"),
+    ('{"id": "EA/en/2", "try": 0, "output": ""}', "a second reply"),
+    ('{"id": "EA/en/1", "try": "0", "output": ""}', "try is '0'"),
+    ('{"id": "EA/en/1", "try": 0, "output": 1}', "output is 1"),
     ('[1]', "line 2: not a reply")])
 def test_a_reply_that_is_none_is_refused(made_up, tmp_path, line, words):
     file = write_replies(tmp_path / "r.jsonl", replies_of({"EA/en/2": "{}"}))
@@ -530,9 +545,9 @@ def test_a_run_resumes_and_compares(made_up, run_folder, tmp_path, monkeypatch):
     file = tmp_path / "emobench" / "PersonaFuse" / "replies.jsonl"
     lines = file.read_text().splitlines(True)
     file.write_text("".join(lines[:3]) + lines[3][:20])  # stopped in the middle of the fourth
-    asked = []
-    generate = evaluation.generate
-    monkeypatch.setattr(evaluation, "generate", lambda m, prompts, *a, **k: asked.extend(prompts) or generate(m, prompts, *a, **k))
+    asked, generate = [], evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, *rest, **more: asked.extend(prompts) or generate(
+        model, prompts, *rest, **more))
     assert command(*where)[0] == out and len(asked) == 3
     after = stored(file.parent)
     assert [(r["id"], r["output"]) for r in after] == [(r["id"], r["output"]) for r in before["PersonaFuse"]]
@@ -593,8 +608,9 @@ def test_gpqa_questions_never_reach_a_file_or_the_terminal(made_up, run_folder, 
     monkeypatch.setenv("GPQA_PASSWORD", "not-a-secret")
     rows = GPQA(password="not-a-secret", subset="diamond").load(made_up / "gpqa")
     told = {row["id"]: row["question"] + " Answer: " + row["gold"] for row in rows}
+    told["1/0"] = "It is (B), a quagga"
     monkeypatch.setattr(evaluation, "reply_to", lambda model, chat, items, *rest: iter(
-        [(items, [told[item.id] if item.id != "1/0" else f"It is ({item.slots[0][1][1].strip()}), a quagga" for item in items])]))
+        [(items, [told[item.id] for item in items])]))
     where = ["gpqa", "--data", made_up / "gpqa", "--run", run_folder, "--out", tmp_path, "--set", "diamond"]
     out, err = command(*where, "--password-env", "GPQA_PASSWORD", "--only", "base")
     outputs = {reply["id"]: reply["output"] for reply in stored(tmp_path / "gpqa" / "base")}
@@ -608,7 +624,8 @@ def test_gpqa_questions_never_reach_a_file_or_the_terminal(made_up, run_folder, 
 
 
 def test_all_runs_what_is_there_and_writes_one_table(made_up, run_folder, tmp_path):
-    out, err = command("all", "--data", made_up, "--run", run_folder, "--out", tmp_path, "--rows", "7", "--max-new-tokens", "4")
+    where = ["--run", run_folder, "--out", tmp_path, "--rows", "7"]
+    out, err = command("all", "--data", made_up, *where, "--max-new-tokens", "4")
     table = (tmp_path / "bench.md").read_text()
     assert table in out and "gpqa is left out" in err and "quagga" not in out
     head, rule, *lines = table.splitlines()
@@ -616,24 +633,27 @@ def test_all_runs_what_is_there_and_writes_one_table(made_up, run_folder, tmp_pa
     assert {line.split(" | ")[0] for line in lines} == {"| EmoBench", "| SafetyBench"}
     assert all(line.count("|") == head.count("|") for line in (rule, *lines)) and "+1.7 %" in table
     assert not json.loads((tmp_path / "safetybench" / "base" / "config.json").read_text())["mode"] == "generate"
-    out, _ = command("safetybench", "--data", made_up / "safetybench", "--run", run_folder, "--out", tmp_path, "--rows", "7", "--json")
+    out, _ = command("safetybench", "--data", made_up / "safetybench", *where, "--json")
     assert list(json.loads(out)["base"]) == ["Avg.", "OFF", "UB", "PH", "MH", "IA", "EM", "PP"]
 
 
 def test_a_base_needs_no_run(made_up, run_folder, tmp_path):
     base = run_folder / "models" / "base"
-    out, _ = command("emobench", "--data", made_up / "emobench", "--base", base, "--out", tmp_path, "--rows", "4", "--mode", "logits")
-    assert "EmoBench, base" in out and {tuple(json.loads(r["output"])) for r in stored(tmp_path / "emobench" / "base")} == {
-        ("answer",), ("answer_q1", "answer_q2")}
-    assert all(not EmoBench().unparsed({}, reply) for reply in stored(tmp_path / "emobench" / "base"))
+    out, _ = command("emobench", "--data", made_up / "emobench", "--base", base, "--out", tmp_path, "--rows", "4",
+                     "--mode", "logits")
+    replies = [json.loads(reply["output"]) for reply in stored(tmp_path / "emobench" / "base")]
+    assert {tuple(reply) for reply in replies} == {("answer",), ("answer_q1", "answer_q2")} and "EmoBench, base" in out
 
 
 @pytest.mark.parametrize("words, problem", [
-    (["nothing"], "expected the name of a benchmark"), (["emobench", "--replies", "x", "--run", "y"], "--replies scores"),
-    (["emobench"], "which model?"), (["emobench", "--base", "x", "--only", "personafuse"], "which model?"),
-    (["eqbench", "--base", "x", "--mode", "logits"], "no such file"), (["emobench", "--base", "x", "--shots", "6"], "five examples"),
+    (["nothing"], "expected the name of a benchmark"), (["emobench"], "which model?"),
+    (["emobench", "--replies", "x", "--run", "y"], "--replies scores"),
+    (["emobench", "--base", "x", "--only", "personafuse"], "which model?"),
+    (["eqbench", "--base", "x", "--mode", "logits"], "no such file"),
+    (["emobench", "--base", "x", "--shots", "6"], "five examples"),
     (["emobench", "--base", "x", "--mode", "logits", "--cot"], "--cot asks for reasoning"),
-    (["emobench", "--base", "x", "--part", "XX"], "the first is 'EA/en/1'"), (["emobench", "--replies", "nowhere"], "not readable")])
+    (["emobench", "--base", "x", "--part", "XX"], "the first is 'EA/en/1'"),
+    (["emobench", "--replies", "nowhere"], "not readable")])
 def test_what_cannot_be_is_said_in_one_line(made_up, tmp_path, words, problem):
     folder = made_up / words[0] if words[0] in BENCHMARKS else made_up
     with pytest.raises(UserError, match=re.escape(problem)):
