@@ -329,7 +329,7 @@ class Subjects:
             raise UserError("--persona and --gate both set the gate: choose one")
         if not args.run and not (args.base and args.only != "personafuse"):
             raise UserError("which model? --run with a run folder, or --base with a model folder to measure it alone")
-        self.args, self.run = args, Measured(replace(args, data=None)) if args.run else None
+        self.args, self.run, self.routed = args, Measured(replace(args, data=None)) if args.run else None, {}
         self.base = self.run.setup.base if self.run else args.base
         fused = "by hand" if args.persona or args.gate else "PersonaFuse"
         self.names = ["base"] if not self.run or args.only == "base" else [fused] if args.only else ["base", fused]
@@ -352,19 +352,24 @@ class Subjects:
         return {"base": self.base, "run": self.args.run, "experts": self.run.folder("experts").parent.name,
                 "gate": self.args.persona or self.args.gate or "learned", "tau": self.run.setup.tau}
 
-    def gates(self, name, items):
-        """{query: gate (1, E)} of the items' queries, or the one gate (1, E) of all; None for the base. The router
-        reads the scenario and the question alone; each query is read once."""
+    def gates(self, name):
+        """One gate (1, E) for all questions, None for the base, or what makes the gates of items: items -> (B, E)."""
         if name == "base":
             return None
         if self.args.gate:
             return raw_gate(self.args.gate)
         if self.args.persona:
             return persona_gate(self.args.persona, self.run.setup.tau)[None]
-        queries = list(dict.fromkeys(item.query for item in items))
-        rows = self.run.rows([{"id": i, "query": query, "traits": {}} for i, query in enumerate(queries)])
-        found = similarities(self.run.router, rows, self.args.tokens)
-        return dict(zip(queries, gates_under("learned", found, found, self.run.setup.tau).split(1)))
+        return self.route
+
+    def route(self, items):
+        """The router's gates, each query read once: the scenario and the question, as they stand."""
+        new = [query for query in dict.fromkeys(item.query for item in items) if query not in self.routed]
+        if new:
+            rows = self.run.rows([{"id": i, "query": query, "traits": {}} for i, query in enumerate(new)])
+            similarity = similarities(self.run.router, rows, self.args.tokens)
+            self.routed |= zip(new, gates_under("learned", similarity, similarity, self.run.setup.tau))
+        return torch.stack([self.routed[item.query] for item in items])
 
 
 def choose(model, chat, items, prompts, gate, prefix):
@@ -399,14 +404,14 @@ def reply_to(model, chat, items, gates, mode, max_new_tokens, tokens, seed):
         ids = chat.prompt([{"role": "user", "content": item.text}])
         kinds[item.instruction if mode == "logits" else item.temperature].append((item, ids))
     for kind, part in kinds.items():
-        gate, prefix = None if gates is None else gates.to(model.device) if torch.is_tensor(gates) else gates, None
-        if mode == "logits" and not isinstance(gates, dict):
+        gate, prefix = gates.to(model.device) if torch.is_tensor(gates) else None, None
+        if mode == "logits" and not callable(gates):
             n = shared_prefix([ids for _, ids in part])
             prefix = Prefix(model, part[0][1][:n], gate) if n and len(part) > 1 else None
         for group in micro_batches(part, tokens, lambda one: len(one[1]) + max_new_tokens):
             some, prompts = zip(*group)
-            if isinstance(gates, dict):
-                gate = torch.cat([gates[item.query] for item in some]).to(model.device)
+            if callable(gates):
+                gate = gates(some).to(model.device)
             if mode == "logits":
                 yield some, choose(model, chat, some, prompts, gate, prefix)
             else:
@@ -481,7 +486,7 @@ def run_bench(args, bench, rows, chosen, subjects, name, folder):
         **subjects.settings(name)}, bench, rows)
     by_id = {row["id"]: row for row in chosen}
     while items := [item for item in bench.ask(chosen, replies) if item.n not in replies.get(item.id, ())]:
-        gates, began = subjects.gates(name, items), time.perf_counter()
+        gates, began = subjects.gates(name), time.perf_counter()
         bar = tqdm(total=len(items), desc=f"{bench.title}, {name}", unit="reply", disable=not sys.stderr.isatty(),
                    dynamic_ncols=True)
         with bar, open(folder / "replies.jsonl", "a", encoding="utf-8") as out:

@@ -569,14 +569,16 @@ def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, 
     rows = bench.load(made_up / "safetybench")[:9]
     subjects = evaluation.Subjects(evaluation.Bench(names=["x"], run=str(run_folder)))
     items, model, chat = list(bench.ask(rows, {})), subjects.model, subjects.chat
-    learned = subjects.gates("PersonaFuse", items)
-    assert set(learned) == {row["question"] for row in rows}  # neither options nor examples
-    for gates in (None, learned[items[0].query], learned):
+    learned = subjects.gates("PersonaFuse")
+    one = learned(items[:1])
+    assert torch.allclose(learned(items)[:1], one) and subjects.gates("base") is None
+    assert set(subjects.routed) == {row["question"] for row in rows}  # neither options nor examples
+    for gates in (None, one, learned):
         found = {item.id: text for some, texts in evaluation.reply_to(model, chat, items, gates, "logits", 0, 4096, 0)
                  for item, text in zip(some, texts)}
         for item in items:
             ids = chat.prompt([{"role": "user", "content": item.text}]) + encode(chat.tokenizer, "(")
-            gate = gates[item.query] if isinstance(gates, dict) else gates
+            gate = gates([item]) if callable(gates) else gates
             with torch.no_grad():
                 logits = model(torch.tensor([ids]), gate)[0, -1]
             scores = {x: logits[encode(chat.tokenizer, x)[0]].item() for x in "ABC"}
