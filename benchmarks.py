@@ -185,7 +185,8 @@ def check_columns(row, columns, where):
 # EmoBench: 4 × 200 rows. EA: what helps the person most. EU: what they feel, and why; both must be right
 
 class EmoBench(Benchmark):
-    name, title, reported, tokens = "emobench", "EmoBench", "+37.9 %", 50
+    name, title, reported = "emobench", "EmoBench", "+37.9 %"
+    tokens = property(lambda self: 2048 if self.cot else 50)  # of a reply, at most
     COLUMNS = {"EA": ("qid", "language", "category", "question type", "scenario", "subject", "choices", "label"),
                "EU": ("qid", "language", "coarse_category", "scenario", "subject", "emotion_choices", "emotion_label",
                       "cause_choices", "cause_label")}
@@ -272,7 +273,8 @@ class EmoBench(Benchmark):
 # EQ-Bench v2: 171 dialogues; how strongly somebody feels each of four emotions, 0 to 10. The prompts come with the data
 
 class EQBench(Benchmark):
-    name, title, reported, tokens, points = "eqbench", "EQ-Bench", "+69.0 %", 60, True
+    name, title, reported, points = "eqbench", "EQ-Bench", "+69.0 %", True
+    tokens = property(lambda self: 1000 if self.revise else 60)
     N, ENOUGH = 171, 0.8333  # a run in which fewer than this share of the replies parse has failed
 
     def load(self, folder):

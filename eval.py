@@ -9,6 +9,7 @@ Test records are split, where the data allow it, into domains that training has 
 Intervals are paired bootstraps over records, 95 %: the same records under both gates.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -346,11 +347,18 @@ class Subjects:
         return Chat.from_dir(self.base)
 
     def settings(self, name):
-        """What says which model this is, for the settings that a resumed run must share."""
+        """What says which model this is, wherever its run folder is: a resumed run must share it."""
         if name == "base":
-            return {"base": self.base, "gate": "base"}
-        return {"base": self.base, "run": self.args.run, "experts": self.run.folder("experts").parent.name,
-                "gate": self.args.persona or self.args.gate or "learned", "tau": self.run.setup.tau}
+            return {"base": Path(self.base).name, "gate": "base"}
+        found = {"base": Path(self.base).name, "gate": self.args.persona or self.args.gate or "learned",
+                 "tau": self.run.setup.tau}
+        files = {"experts": self.run.folder("experts") / EXPERTS[0] / "adapter_model.safetensors"}
+        if found["gate"] == "learned":
+            files["router"] = self.run.folder("router") / "model.safetensors"
+        for part, file in files.items():
+            with open(file, "rb") as content:
+                found[part] = hashlib.file_digest(content, "sha256").hexdigest()
+        return found
 
     def gates(self, name):
         """One gate (1, E) for all questions, None for the base, or what makes the gates of items: items -> (B, E)."""
@@ -477,9 +485,7 @@ def run_bench(args, bench, rows, chosen, subjects, name, folder):
     """Ask those of `chosen` (some of `rows`) that have no reply yet; replies.jsonl grows batch by batch -> their
     replies. Stopped at any time, the same command goes on."""
     mode = args.mode or ("logits" if bench.name == "safetybench" else "generate")
-    if mode == "logits" and (bench.points or args.cot):
-        raise UserError("--mode logits chooses among letters: EQ-Bench has none, and --cot asks for reasoning first")
-    longest = args.max_new_tokens or (2048 if args.cot else 1000 if args.revise else bench.tokens)
+    longest = args.max_new_tokens or bench.tokens
     replies = open_replies(folder, {
         "bench": bench.name, "mode": mode, "max_new_tokens": longest if mode == "generate" else None, "set": args.set,
         "revise": bench.revise, "cot": bench.cot, "shots": bench.shots, "seed": args.seed,
@@ -637,7 +643,10 @@ def make_benchmark(args, name, folder):
         raise UserError(f"--password-env {args.password_env}: there is no such environment variable, or it is empty")
     bench = BENCHMARKS[name](lang=args.lang, subset=args.set, revise=args.revise, cot=args.cot, shots=args.shots or 0,
                              tries=args.tries, prompts=prompts, password=password)
-    return bench, bench.load(folder)
+    rows = bench.load(folder)
+    if args.mode == "logits" and (bench.points or args.cot):
+        raise UserError("--mode logits chooses among letters: EQ-Bench has none, and --cot asks for reasoning first")
+    return bench, rows
 
 
 def stored_replies(args, bench, rows):

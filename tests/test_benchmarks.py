@@ -660,3 +660,18 @@ def test_what_cannot_be_is_said_in_one_line(made_up, tmp_path, words, problem):
     folder = made_up / words[0] if words[0] in BENCHMARKS else made_up
     with pytest.raises(UserError, match=re.escape(problem)):
         command(*words, "--data", folder, "--out", tmp_path)
+
+
+def test_the_published_questions_are_asked(published, run_folder, tmp_path):
+    for name, options in (("emobench", {}), ("emobench", {"cot": True}), ("eqbench", {"revise": True}),
+                          ("tombench", {"lang": "zh"}), ("safetybench", {"shots": 5})):
+        bench = BENCHMARKS[name](**options)
+        items = list(bench.ask(bench.load(published / name), {}))
+        assert len(items) == {"emobench": 800, "eqbench": 171, "tombench": 5 * 2860, "safetybench": 2100}[name]
+        assert all(item.query.strip() and item.text.endswith(item.question) for item in items)
+    for name, mode in (("eqbench", "generate"), ("tombench", "logits")):
+        command(name, "--data", published / name, "--run", run_folder, "--out", tmp_path, "--rows", "2", "--only",
+                "personafuse", "--max-new-tokens", "3", "--mode", mode)
+        replies = stored(tmp_path / name / "PersonaFuse")
+        assert Counter(reply["try"] for reply in replies) == dict.fromkeys(range(3 if name == "eqbench" else 5), 2)
+        assert name == "eqbench" or all(re.fullmatch(r"\[\[[A-D]\]\]", reply["output"]) for reply in replies)
