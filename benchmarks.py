@@ -421,7 +421,13 @@ class ToMBench(Benchmark):
 
     @staticmethod
     def shown(row, map):
-        return [row["options"][0]["ABCD".index(letter)] for letter in map.values() if letter]
+        return [row["options"][0]["ABCD".index(map[x])] for x in "ABCD" if map.get(x)]
+
+    @staticmethod
+    def fits(row, map):
+        """Whether a stored map gives each of the row's options one letter."""
+        n = len(row["options"][0])
+        return isinstance(map, dict) and sorted(str(map.get(x)) for x in "ABCD"[:n]) == list("ABCD"[:n])
 
     def ask(self, rows, replies):
         for row in rows:
@@ -458,7 +464,7 @@ class ToMBench(Benchmark):
             for reply in in_order(replies[row["id"]]):
                 letter = lenient_letter(reply["output"], self.shown(row, reply["map"])) if lenient \
                     else self.parse(reply["output"])
-                votes.update([reply["map"][letter]] if letter else [])
+                votes.update([reply["map"].get(letter) or ""] if letter else [])
             gold = row["gold"].strip(" .") if lenient else row["gold"]
             right[row["id"]] = float(bool(votes) and votes.most_common(1)[0][0] == gold)
         return right
@@ -589,16 +595,18 @@ class GPQA(Benchmark):
     CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
     def load(self, folder):
-        file, name = Path(folder) / "dataset.zip", self.subset or "main"
-        if name not in self.COUNTS:
-            raise UserError(f"--set {name}: GPQA has {', '.join(self.COUNTS)}")
+        file = Path(folder) / "dataset.zip"
+        if self.subset not in (None, *self.COUNTS):
+            raise UserError(f"--set {self.subset}: GPQA has {', '.join(self.COUNTS)}")
         if not self.password:
             raise UserError(f"{file} is encrypted, so that its questions stay out of training data: put the password, "
                             "which GPQA's authors give in their README, into an environment variable and name it with "
                             "--password-env")
-        member = f"dataset/gpqa_{name}.csv"
         try:
             with zipfile.ZipFile(file) as archive:
+                there = [name for name in self.COUNTS if f"dataset/gpqa_{name}.csv" in archive.namelist()]
+                name = self.subset or (there or ["main"])[0]
+                member = f"dataset/gpqa_{name}.csv"
                 text = archive.read(member, pwd=self.password.encode()).decode("utf-8")
         except KeyError:
             raise UserError(f"{file}: no {member} in it; expected GPQA's archive as published") from None

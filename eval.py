@@ -2,6 +2,7 @@
 
     python eval.py routing --run runs/tiny                   # does the router find the poles that a query calls for?
     python eval.py ablate --run runs/tiny                    # held-out loss under seven gate rules; each expert alone
+    python eval.py bench emobench --data DIR --run runs/tiny # a public benchmark: base, PersonaFuse, the difference
     python eval.py ask --run runs/tiny "My boss is furious"  # gate, the base's reply, PersonaFuse's reply
     python eval.py ask --run runs/tiny --persona O+,E-:0.5 "My boss is furious"
 
@@ -429,7 +430,7 @@ def reply_to(model, chat, items, gates, mode, max_new_tokens, tokens, seed):
 
 def read_replies(path, bench, rows):
     """A replies.jsonl -> {id: {try: reply}}, checked. UserError names file and line."""
-    ids, replies, ignored = {row["id"] for row in rows}, defaultdict(dict), 0
+    by_id, replies, ignored = {row["id"]: row for row in rows}, defaultdict(dict), 0
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -446,13 +447,12 @@ def read_replies(path, bench, rows):
         if bench.ignored(id):
             ignored += 1
             continue
-        problem = f"{bench.title} has no {id!r}" if id not in ids else \
+        problem = f"{bench.title} has no {id!r}" if id not in by_id else \
             f"try is {n!r}, expected a number from 0" if type(n) is not int or n < 0 else \
             f"output is {output!r}, expected text" if not isinstance(output, str) else \
             f"a second reply to {id}, try {n}" if n in replies[id] else \
-            f"map is {shown!r}, expected shown -> original letter" if bench.name == "tombench" and (
-                not isinstance(shown, dict) or list(shown) != list("ABCD")
-                or sorted(filter(None, shown.values())) not in (["A", "B"], list("ABCD"))) else None
+            f"map is {shown!r}, expected the letter shown -> the letter in the file, for each option" \
+            if bench.name == "tombench" and not bench.fits(by_id[id], shown) else None
         if problem:
             raise UserError(f"{path}, line {number}: {problem}")
         replies[id][n] = reply

@@ -119,7 +119,7 @@ def test_published_eqbench_runs_score_as_published(published, golden):
     assert len(files) == 8 and len(official.keys() & {file.name for file in files}) >= 5
 
 
-def test_tombench_equals_the_authors_code(published, golden):
+def test_tombench_equals_the_authors_code(published, golden, tmp_path):
     cases, maps = golden("tombench"), {}
     assert [ToMBench.parse(case["text"]) for case in cases["extract"]] == [case["letter"] for case in cases["extract"]]
     for case in cases["majority"]:
@@ -138,6 +138,7 @@ def test_tombench_equals_the_authors_code(published, golden):
         for line in lines:
             id = f"{file.removesuffix('_canned-model_results.jsonl')}/{line['idx']}/en"
             replies.setdefault(id, {})[line["number"]] = {"output": line["output"], "map": line["map"]}
+    replies = evaluation.read_replies(write_replies(tmp_path / "r.jsonl", replies), ToMBench(), rows)
     score, official = ToMBench().score(rows, replies), cases["scoring_results"]
     assert {k: v for k, v in score["tasks"].items() if v} == official["tasks"]  # they leave out what is all wrong
     assert {k: v for k, v in score["abilities"].items() if v} == official["abilities"]
@@ -531,6 +532,8 @@ def test_tombench_replies_need_a_map_and_one_language(tmp_path):
     write_replies(file, {rows[0]["id"]: {0: {"output": "A", "map": {"A": "A"}}}})
     with pytest.raises(UserError, match="map is"):
         evaluation.read_replies(file, bench, rows)
+    write_replies(file, {rows[0]["id"]: {0: {"output": "A", "map": {"A": "B", "B": "A"}}}})
+    assert evaluation.read_replies(file, bench, [tom(options=2)])  # two options need no more
 
 
 def test_a_run_resumes_and_compares(made_up, run_folder, tmp_path, monkeypatch):
