@@ -578,7 +578,7 @@ def bench_lines(bench, rows, replies, seed=0):
                 "values": values, "loose": loose, "n": len(values),
                 "score": estimate(np.array(list(values.values())), seed) if values else (0.0, 0.0, 0.0),
                 "lenient": np.mean(list(loose.values())) if loose else 0.0,
-                "unparsed": sum(points[0][row["id"]] is None for row in some) if bench.points else sum(
+                "unparsed": sum(points[0].get(row["id"], 0) is None for row in some) if bench.points else sum(
                     bench.unparsed(row, reply) for row in some for reply in replies[name].get(row["id"], {}).values())}
         for key in ("values", "loose") if len(graded) == 2 else ():
             a, b = (model[key] for model in line["models"].values())
@@ -597,7 +597,8 @@ def score_rows(lines, name):
 
 
 def comparison_rows(lines, reported):
-    """Two models side by side on the items that both have; the source's relative improvement last."""
+    """Two models side by side: the scores of each, the difference on the items that both have, the relative improvement
+    of the scores, and last the source's."""
     table = [["", *lines[0]["models"], "difference [95 %]", "p", "relative", "reported"]]
     for line in lines:
         for key in ("values", "loose") if line is lines[-1] else ("values",):
@@ -694,6 +695,7 @@ def bench(args):
     for name in names:
         try:
             bench, rows = make_benchmark(args, name, data / name if several else data)
+            chosen = choose_rows(args, bench, rows) if subjects else rows
         except UserError as error:
             if not every:
                 raise
@@ -702,14 +704,12 @@ def bench(args):
         if subjects is None:
             replies = stored_replies(args, bench, rows)
         else:
-            chosen = choose_rows(args, bench, rows)
             replies = {who: run_bench(args, bench, rows, chosen, subjects, who, out / name / who.replace(" ", "-"))
                        for who in subjects.names}
-            rows = chosen
-        scores = {who: bench.score(rows, some) for who, some in replies.items()}
+        scores = {who: bench.score(chosen, some) for who, some in replies.items()}
         found[name] = scores.get("replies", scores)
         if not args.json:
-            tables[bench.title] = bench_report(bench, rows, replies, scores, args.seed)
+            tables[bench.title] = bench_report(bench, chosen, replies, scores, args.seed)
     if args.json:
         print(json.dumps(found if several else found[names[0]], ensure_ascii=False))
     elif every and tables:

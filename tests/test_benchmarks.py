@@ -318,6 +318,8 @@ def test_tombench_votes():
     eight = [tom(stem=stem, i=i, gold="AB"[stem == "Hinting Task Test"]) for stem in ToMBench.TASKS for i in range(2)]
     score = ToMBench().score(eight, {row["id"]: {0: {"output": "[[A]]", "map": straight}} for row in eight})
     assert score["average"] == 7 / 8 and len(score["tasks"]) == 8
+    both = replies | {row["id"]: {0: {"output": "[[A]]", "map": straight}} for row in eight}
+    assert ToMBench().score(rows + eight, both)["average"] == 7 / 8  # the other twelve files have no part in it
     assert ToMBench().missing(rows, replies) == 12 - 8 and ToMBench().missing(rows + eight, replies) == 12 - 8
 
 
