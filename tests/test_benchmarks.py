@@ -21,7 +21,7 @@ import torch
 import benchmarks
 import eval as evaluation
 from benchmarks import BENCHMARKS, GPQA, EmoBench, EQBench, SafetyBench, ToMBench, lenient_letter
-from lora import add_experts
+from lora import add_experts, expert_layers
 from model import Config, Prefix, Transformer, UserError, encode, pad
 from test_commands import reduced, run_folder  # noqa: F401: fixtures
 
@@ -568,8 +568,9 @@ def test_a_run_resumes_and_compares(made_up, run_folder, tmp_path, monkeypatch):
     assert len(stored(tmp_path / "emobench" / "by-hand")) == 6
 
 
-def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, tmp_path):
-    """Shared prefixes or not, one gate or one each: the letter is the argmax of the plain model's log-probabilities."""
+def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, monkeypatch):
+    """Shared prefixes or not, one gate or one each: the letter is the argmax of the plain model's log-probabilities. A
+    prefix is shared by a category's questions, but not under gates of their own."""
     bench = SafetyBench(shots=2)
     rows = bench.load(made_up / "safetybench")[:9]
     subjects = evaluation.Subjects(evaluation.Bench(names=["x"], run=str(run_folder)))
@@ -578,7 +579,12 @@ def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, 
     one = learned(items[:1])
     assert torch.allclose(learned(items)[:1], one) and subjects.gates("base") is None
     assert set(subjects.routed) == {row["question"] for row in rows}  # neither options nor examples
-    for gates in (None, one, learned):
+    for layer in expert_layers(model).values():  # so strong that gates matter
+        torch.nn.init.normal_(layer.B, std=0.3)
+    shared = []
+    monkeypatch.setattr(evaluation, "Prefix", lambda *args: shared.append(args) or Prefix(*args))
+    for gates, prefixes in ((None, 2), (one, 2), (learned, 0)):  # of seven categories two have two questions
+        shared.clear()
         found = {item.id: text for some, texts in evaluation.reply_to(model, chat, items, gates, "logits", 0, 4096, 0)
                  for item, text in zip(some, texts)}
         for item in items:
@@ -588,6 +594,7 @@ def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, 
                 logits = model(torch.tensor([ids]), gate)[0, -1]
             scores = {x: logits[encode(chat.tokenizer, x)[0]].item() for x in "ABC"}
             assert found[item.id] == f"({max(scores, key=scores.get)})"
+        assert len(shared) == prefixes
 
 
 def test_a_prefix_computed_once_changes_nothing():
