@@ -385,6 +385,16 @@ def test_intervals_and_tests():
     assert evaluation.estimate(x)[1] < x.mean() < evaluation.estimate(x)[2]
 
 
+def test_two_models_are_compared_on_what_both_have():
+    a = replies_of({"1": said(0, 6, 0, 7), "2": said(6, 6, 0, 7), "3": "none"})
+    b = replies_of({"1": said(0, 6, 0, 7), "2": "none", "3": said(0, 6, 0, 7)})
+    line, = evaluation.bench_lines(EQBench(), EQ, {"base": a, "PersonaFuse": b})
+    assert line["paired values"][0] == 0 and [model["n"] for model in line["models"].values()] == [2, 2]
+    assert [model["unparsed"] for model in line["models"].values()] == [1, 1]
+    row = evaluation.comparison_rows([line], "+69.0 %")[1]
+    assert row[:3] == ["EQ-Bench", f"{100 - 7.477 * 3:.1f}", "100.0"] and row[-1] == "+69.0 %"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files that are not as published
 
@@ -546,6 +556,7 @@ def test_a_run_resumes_and_compares(made_up, run_folder, tmp_path, monkeypatch):
     before = {who: stored(tmp_path / "emobench" / who) for who in ("base", "PersonaFuse")}
     assert all(len(replies) == 6 and list(replies[0]) == ["id", "try", "prompt_sha256", "output", "seconds"]
                for replies in before.values())
+    assert sorted(r["id"] for r in before["base"]) == [f"{task}/en/{i}" for task in ("EA", "EU") for i in (1, 134, 67)]
     assert [r["output"] for r in before["base"]] != [r["output"] for r in before["PersonaFuse"]]
     file = tmp_path / "emobench" / "PersonaFuse" / "replies.jsonl"
     lines = file.read_text().splitlines(True)
@@ -578,6 +589,8 @@ def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, 
     learned = subjects.gates("PersonaFuse")
     one = learned(items[:1])
     assert torch.allclose(learned(items)[:1], one) and subjects.gates("base") is None
+    monkeypatch.setattr(evaluation, "similarities", None)  # each query is read once: five tries cost one reading
+    assert learned(items + items).shape == (18, 10)
     assert set(subjects.routed) == {row["question"] for row in rows}  # neither options nor examples
     for layer in expert_layers(model).values():  # so strong that gates matter
         torch.nn.init.normal_(layer.B, std=0.3)
