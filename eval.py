@@ -485,7 +485,7 @@ def run_bench(args, bench, rows, chosen, subjects, name, folder):
     """Ask those of `chosen` (some of `rows`) that have no reply yet; replies.jsonl grows batch by batch -> their
     replies. Stopped at any time, the same command goes on."""
     mode = args.mode or ("logits" if bench.name == "safetybench" else "generate")
-    longest = args.max_new_tokens or bench.tokens
+    longest, chat = args.max_new_tokens or bench.tokens, subjects.chat  # a wrong folder shows before anything is written
     replies = open_replies(folder, {
         "bench": bench.name, "mode": mode, "max_new_tokens": longest if mode == "generate" else None, "set": args.set,
         "revise": bench.revise, "cot": bench.cot, "shots": bench.shots, "seed": args.seed,
@@ -496,7 +496,7 @@ def run_bench(args, bench, rows, chosen, subjects, name, folder):
         bar = tqdm(total=len(items), desc=f"{bench.title}, {name}", unit="reply", disable=not sys.stderr.isatty(),
                    dynamic_ncols=True)
         with bar, open(folder / "replies.jsonl", "a", encoding="utf-8") as out:
-            for some, texts in reply_to(subjects.model, subjects.chat, items, gates, mode,
+            for some, texts in reply_to(subjects.model, chat, items, gates, mode,
                                         longest if mode == "generate" else 0, args.tokens, args.seed):
                 seconds = round((time.perf_counter() - began) / len(some), 3)
                 for item, text in zip(some, texts):
