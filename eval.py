@@ -485,7 +485,7 @@ def run_bench(args, bench, rows, chosen, subjects, name, folder):
     """Ask those of `chosen` (some of `rows`) that have no reply yet; replies.jsonl grows batch by batch -> their
     replies. Stopped at any time, the same command goes on."""
     mode = args.mode or ("logits" if bench.name == "safetybench" else "generate")
-    longest, chat = args.max_new_tokens or bench.tokens, subjects.chat  # a wrong folder shows before anything is written
+    longest, chat = args.max_new_tokens or bench.tokens, subjects.chat  # a wrong folder shows before any file is
     replies = open_replies(folder, {
         "bench": bench.name, "mode": mode, "max_new_tokens": longest if mode == "generate" else None, "set": args.set,
         "revise": bench.revise, "cot": bench.cot, "shots": bench.shots, "seed": args.seed,
