@@ -597,15 +597,15 @@ def score_rows(lines, name):
 
 
 def comparison_rows(lines, reported):
-    """Two models side by side: the scores of each, the difference on the items that both have, the relative improvement
-    of the scores, and last the source's."""
+    """Two models side by side, on the items that both have; the source's relative improvement last."""
     table = [["", *lines[0]["models"], "difference [95 %]", "p", "relative", "reported"]]
     for line in lines:
         for key in ("values", "loose") if line is lines[-1] else ("values",):
             if not line[f"paired {key}"]:
                 continue
             mean, low, high, p = line[f"paired {key}"]
-            a, b = (np.mean(list(found[key].values())) for found in line["models"].values())
+            first, second = (found[key] for found in line["models"].values())
+            a, b = (np.mean([x[unit] for unit in first if unit in second]) for x in (first, second))
             table.append([line["part"] + (", lenient" if key == "loose" else ""), f"{a:.1f}", f"{b:.1f}",
                           f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}",
                           f"{100 * (b - a) / abs(a):+.1f} %" if a else "-",

@@ -392,7 +392,7 @@ def test_two_models_are_compared_on_what_both_have():
     assert line["paired values"][0] == 0 and [model["n"] for model in line["models"].values()] == [2, 2]
     assert [model["unparsed"] for model in line["models"].values()] == [1, 1]
     row = evaluation.comparison_rows([line], "+69.0 %")[1]
-    assert row[:3] == ["EQ-Bench", f"{100 - 7.477 * 3:.1f}", "100.0"] and row[-1] == "+69.0 %"
+    assert row[:3] == ["EQ-Bench", "100.0", "100.0"] and row[-2:] == ["+0.0 %", "+69.0 %"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
