@@ -37,16 +37,17 @@ class UserError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-def read_json(path):
-    """The object in a JSON file. UserError if it is missing, is not JSON, or is not an object."""
+def read_json(path, kind=dict):
+    """The object (or list: kind) in a JSON file. UserError if it is missing, is not JSON, or is not of that kind."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON object")
+    if not isinstance(value, kind):
+        expected = "object" if kind is dict else "list"
+        raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON {expected}")
     return value
 
 
@@ -242,6 +243,8 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v)                                       # (B, K, S, d)
         if cache is None or cache.mask is None:  # whole sequences: training and prefill
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        elif T > 1:  # what follows a shared prefix
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, enable_gqa=True)
         else:  # one new token a row; the H/K query heads of a group stand where tokens would: (B, K, H/K, d)
             q = q.view(B, self.config.n_kv_heads, -1, d)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask).view(B, -1, 1, d)
@@ -447,6 +450,31 @@ class Cache:
     def keep(self, rows):
         """Go on with these rows only (indices into the current ones)."""
         self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
+
+class Prefix:
+    """What many prompts begin with, computed once: a cache for `hidden` with the keys and values of these tokens.
+
+    ids: list of at least one id. gate: (1, E) or None, the same for all rows that will follow: under gates of their own
+    the same tokens have other keys and values. Calls of model.hidden(rest, gate, prefix) leave it as it is.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, ids, gate=None):
+        self.kv, self.length, self.mask, self.device = [], 0, None, model.device  # kv: (k, v) a layer, (1, K, P, d)
+        model.hidden(torch.tensor([ids], device=self.device), gate, self)
+        self.length = len(ids)
+
+    def advance(self, tokens):
+        at = torch.arange(self.length + tokens, device=self.device)
+        self.mask = at <= at[self.length:, None] if self.length else None  # (T, P + T): prefix, and what came before
+        return at[None, self.length:]
+
+    def update(self, layer, k, v):
+        if not self.length:
+            self.kv.append((k, v))
+            return k, v
+        return tuple(torch.cat((old.expand(len(new), -1, -1, -1), new), 2) for old, new in zip(self.kv[layer], (k, v)))
 
 
 def pad(rows, device="cpu"):
