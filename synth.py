@@ -15,7 +15,6 @@ The last section is the command line that synth.py, train.py and eval.py share.
 """
 import argparse
 import ast
-import contextlib
 import csv
 import email.utils
 import hashlib
@@ -23,6 +22,7 @@ import http.client
 import inspect
 import io
 import json
+import math
 import os
 import queue
 import random
@@ -36,11 +36,12 @@ import typing
 import unicodedata
 import urllib.parse
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from string import Template
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -327,16 +328,16 @@ $message""",
     "traits": f"""
 The manner of a good answer has five traits, each with two poles:
 {POLES}
-For each trait decide which pole the situation of the person below calls for, high or low, and quote the cue: their words
-that call for it. Write 0 where nothing calls for one. One to three traits are called for, never none. Reply with one JSON
-object like this one, which is about another person:
+For each trait decide which pole the situation of the person below calls for, high or low, and quote the cue: their
+words that call for it. Write 0 where nothing calls for one. One to three traits are called for, never none. Reply with
+one JSON object like this one, which is about another person:
 {EXAMPLE}
 
 $message
 Their situation: $situation""",
     "response": """
-Answer the message below in at most 100 words. Your manner: $manner. Let it show in how you write and do not speak of it.
-Write only the answer.
+Answer the message below in at most 100 words. Your manner: $manner. Let it show in how you write and do not speak of
+it. Write only the answer.
 
 $message
 Their situation: $situation""",
@@ -344,8 +345,8 @@ Their situation: $situation""",
 The manner of a good answer has five traits, each with two poles:
 {POLES}
 Reply to the message below with one JSON object. "situation": in two sentences, what is going on, what the person feels
-and needs, and which of their words show it. "traits": for each trait the pole that the situation calls for, high or low,
-with the cue, their words that call for it; 0 where nothing does. One to three traits are called for, never none.
+and needs, and which of their words show it. "traits": for each trait the pole that the situation calls for, high or
+low, with the cue, their words that call for it; 0 where nothing does. One to three traits are called for, never none.
 "response": an answer of at most 100 words in that manner, without speaking of it. An example, about another person:
 {{"situation": "They must write a report, feel lost and need a first step.", "traits": {EXAMPLE},
 "response": "There is time for this. First write down your three main points. Then ..."}}
@@ -389,22 +390,24 @@ class Reply:
     written: int = 0   # tokens of the reply
 
 
-# A mark, a text in double or single quotes, or bare words. A quote ends a text only where the object goes on after it, so
-# that 'it's fine' is one text.
-TOKEN = re.compile(r"""\s*+(?: ([{}\[\]:,]) | "((?:[^"\\]|\\.|"(?!\s*+[,:}\]]))*+)" | '((?:[^'\\]|\\.|'(?!\s*+[,:}\]]))*+)'
-                       | ([^\s{}\[\]:,"']++) )""", re.S | re.X)
+# A mark, a text in double or in single quotes, or a bare word. A quote ends a text only where the object goes on after
+# it, so that 'it's fine' is one text. Possessive (*+): nothing is tried twice, however long a text is.
+TOKEN = re.compile(r"""\s*+(?: ([{}\[\]:,])
+                             | "((?: [^"\\] | \\. | "(?!\s*+[,:}\]]) )*+)"
+                             | '((?: [^'\\] | \\. | '(?!\s*+[,:}\]]) )*+)'
+                             | ([^\s{}\[\]:,"']++) )""", re.S | re.X)
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 
 def unescape(text):
-    text = re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.))", lambda m: chr(int(m[1], 16)) if m[1] else ESCAPES.get(m[2], m[2]), text,
-                  flags=re.S)
+    text = re.sub(r"(?s)\\(?:u([0-9a-fA-F]{4})|(.))",
+                  lambda m: chr(int(m[1], 16)) if m[1] else ESCAPES.get(m[2], m[2]), text)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # \ud83d\ude00 is one character
 
 
 def read_value(text, at, depth=0):
-    """The JSON value that begins at text[at] -> (value, where it ends), also in single quotes, with bare words or with a
-    comma too many. Keys are lower case; bare words and numbers stay texts, but null is None."""
+    """The JSON value that begins at text[at] -> (value, where it ends), also in single quotes, with bare words or with
+    a comma too many. Keys are lower case; bare words and numbers stay texts, but null is None."""
     def token(at):
         found = TOKEN.match(text, at)
         if not found:
@@ -414,8 +417,10 @@ def read_value(text, at, depth=0):
     word, kind, at = token(at)
     if kind != 1:
         return (unescape(word) if kind < 4 else None if word in ("null", "None") else word), at
-    if word not in "{[" or depth > 8:
-        raise Unusable(f"its JSON has {word!r} where a value should be" if depth <= 8 else "its JSON is nested too deeply")
+    if depth > 8:
+        raise Unusable("its JSON is nested too deeply")
+    if word not in "{[":
+        raise Unusable(f"its JSON has {word!r} where a value should be")
     found, close, values = {}, "]}"[word == "{"], []
     while True:
         word, kind, end = token(at)
@@ -481,8 +486,8 @@ def read_pole(value):
 
 
 def read_traits(found):
-    """{trait: pole or {"pole", "cue"}}, or a list of objects with "trait" -> ({trait: ±1}, {trait: {"pole", "cue"}}), the
-    active ones. Unusable for unknown traits, other poles, and if none is active."""
+    """{trait: pole or {"pole", "cue"}}, or a list of objects with "trait" -> ({trait: ±1}, {trait: {"pole", "cue"}}),
+    the active ones. Unusable for unknown traits, other poles, and if none is active."""
     if isinstance(found, list) and all(isinstance(one, dict) and isinstance(one.get("trait"), str) for one in found):
         if len({one["trait"] for one in found}) < len(found):
             raise Unusable("a trait stands in it twice")
@@ -514,7 +519,7 @@ def scripts(text):
 
 
 def check_cues(why, item):
-    """Unusable for a cue that is the prompt's example and not this person's words: small models repeat what they see."""
+    """Unusable for a cue of the prompt's example that this person has not said: small models repeat what they see."""
     for trait, one in why.items():
         cue = fold(one["cue"])
         if cue and cue in fold(EXAMPLE) and cue not in fold(message(item)):
@@ -547,8 +552,8 @@ class Rejected(Exception):
 
 class Query:
     """One query on its way through the steps. `ask` is what the teacher is to be asked next: (messages, choices), where
-    choices is None for a written reply, else words to choose from. `tell` takes its Reply, Fault or choice. `outcome` is
-    the record or, without a response, the entry of the rejected file, as soon as there is one."""
+    choices is None for a written reply, else words to choose from. `tell` takes its Reply, Fault or choice. `outcome`
+    is the record or, without a response, the entry of the rejected file, as soon as there is one."""
 
     def __init__(self, item, steps, retries, teacher):
         self.item, self.retries, self.outcome, self.raw = item, retries, None, ""
@@ -572,7 +577,7 @@ class Query:
                         "teacher": self.facts}
 
     def record(self, steps):
-        """The steps, as a generator that yields what to ask and is sent the replies; returns the record's new fields."""
+        """The steps, as a generator that yields what to ask and is sent the replies -> the record's new fields."""
         item, text = self.item, message(self.item)
         if steps == "joint":
             def read(reply):
@@ -715,8 +720,8 @@ class Http:
         except ValueError:
             self.host = None
         if url.scheme not in ("http", "https") or not self.host or "@" in url.netloc or url.query or url.fragment:
-            raise UserError("--url: expected the base of the server's addresses, such as http://localhost:8080/v1, without "
-                            "user name, key or query")
+            raise UserError("--url: expected the base of the server's addresses, such as http://localhost:8080/v1, "
+                            "without user name, key or query")
         self.tls, self.path = url.scheme == "https", url.path.rstrip("/") + "/chat/completions"
         self.key = os.environ.get(args.key_env, "").strip() if args.key_env else ""
         if args.key_env and not (self.key.isascii() and self.key.isprintable() and self.key and " " not in self.key):
@@ -816,8 +821,8 @@ class Http:
             raise self.refusal(response, found, body)
         try:
             choice, usage = found["choices"][0], found.get("usage") or {}
-            text, counts = choice["message"]["content"] or "", [usage.get(k) for k in ("prompt_tokens", "completion_tokens")]
-            return Reply(self.scrub(str(text)), choice.get("finish_reason") == "length",
+            counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+            return Reply(self.scrub(str(choice["message"]["content"] or "")), choice.get("finish_reason") == "length",
                          *(n if type(n) is int else 0 for n in counts))
         except (LookupError, TypeError, AttributeError):
             raise Fault(f"not a chat completion: {self.clean(body[:2000].decode('utf-8', 'replace'))!r}") from None
@@ -830,7 +835,8 @@ class Http:
         if response.status == 429 or response.status >= 500:
             return Fault(f"server: {self.clean(said)}", retry_after(response.headers.get("Retry-After")))
         if response.status < 400:
-            said = f"{response.status}, redirects to {response.headers.get('Location')}; if you trust it, give that as --url"
+            where = response.headers.get("Location")
+            said = f"{response.status}, redirects to {where}; if you trust it, give that as --url"
         return UserError(f"{self.host} answered {self.clean(said)}")
 
     def scrub(self, text):
@@ -858,8 +864,8 @@ class Sink:
     """FILE.jsonl for records and FILE.rejected.jsonl beside it, both append-only, a line a query, flushed.
 
     Opening takes a lock of the operating system, which ends with the process, mends a torn last line and finds what is
-    done. A query that is tried again may stand in both files, or twice in the second, until `close` (or the next opening)
-    has cleared up: a record counts more than a rejection, a later rejection more than an earlier one.
+    done. A query that is tried again may stand in both files, or twice in the second, until `close` (or the next
+    opening) has cleared up: a record counts more than a rejection, a later rejection more than an earlier one.
     """
 
     def __init__(self, out):
@@ -879,24 +885,19 @@ class Sink:
         self.clear_up()
 
     def clear_up(self):
-        lines = [entry for _, entry in read_lines(self.rejected)] if self.rejected.exists() else []
-        for number, entry in enumerate(lines, 1):
-            if not isinstance(entry, dict) or "id" not in entry or "reason" not in entry:
-                raise UserError(f"{self.rejected}, line {number}: no entry of a rejected file")
-        self.refused = {str(entry["id"]): entry for entry in lines if str(entry["id"]) not in self.done}
-        if len(self.refused) < len(lines):
+        self.refused = read_rejected(self.rejected, self.done)
+        if self.rejected.exists() and len(self.refused) < len(self.rejected.read_bytes().splitlines()):
             write_records(self.rejected, self.refused.values())
 
     def add(self, outcomes):
         """Append what is finished: one write for each file, so that an interruption comes before it or after it."""
         try:
-            for path, file, part in ((self.out, self.file, [o for o in outcomes if "response" in o]),
-                                     (self.rejected, None, [o for o in outcomes if "response" not in o])):
-                if part:
-                    text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in part).encode("utf-8", "replace")
-                    with contextlib.nullcontext(file) if file else open(path, "ab") as file:
-                        file.write(text)
-                        file.flush()
+            for path in (self.out, self.rejected):
+                text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in outcomes
+                               if ("response" in one) == (path == self.out))
+                if text:
+                    with open(path, "ab") as file:
+                        file.write(text.encode("utf-8", "replace"))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}; what was finished before is saved") from None
         self.done |= {str(o["id"]) for o in outcomes if "response" in o}
@@ -905,6 +906,16 @@ class Sink:
     def close(self):
         self.clear_up()
         self.file.close()
+
+
+def read_rejected(path, done):
+    """The entries of a rejected file, {id: the last one}, without those that are done by now; {} without a file."""
+    entries = {}
+    for number, entry in read_lines(path) if path.exists() else ():
+        if not isinstance(entry, dict) or "id" not in entry or not isinstance(entry.get("reason"), str):
+            raise UserError(f"{path}, line {number}: no entry of a rejected file")
+        entries[str(entry["id"])] = entry
+    return {key: entry for key, entry in entries.items() if key not in done}
 
 
 def mend(path):
@@ -924,6 +935,322 @@ def mend(path):
             file.truncate(len(data) if end else start)
             file.seek(0, 2)
             file.write(end)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# report: what is in a file of records
+
+SHORT = [f"{e.split('_')[1][0].upper()}{'+' if e.startswith('high') else '-'}" for e in EXPERTS]  # O+ O- C+ C- …
+NAMED = re.compile(r"(?i)\b(openness|conscientious\w*|extr[ao]ver[st]\w*|introver[st]\w*|agreeable\w*|neurotic\w*)\b")
+
+
+@dataclass(kw_only=True)
+class Report:
+    files: list[str]
+    """Records, FILE.jsonl; of FILE.rejected.jsonl beside it, the reasons are counted."""
+    json: bool = False
+    """One JSON object instead of tables."""
+
+
+def shares(records):
+    """How many records, how many of them all-zero, and the share of each pole."""
+    active = sum(active_experts(r["traits"]) for r in records)
+    return {"records": len(records), "all_zero": sum(not any(r["traits"].values()) for r in records),
+            "poles": {expert: n / len(records) for expert, n in zip(EXPERTS, active.tolist())}}
+
+
+def measure(records, rejected=()):
+    """All that `report` shows, as JSON values. rejected: entries of the rejected file."""
+    reasons = Counter(entry["reason"].partition(":")[0][:60] for entry in rejected)
+    active, total, words = torch.stack([active_experts(r["traits"]) for r in records]), shares(records), {}
+    for name in ("query", "situation", "response"):
+        texts = [r[name] if name != "situation" else r["cot"].get(name) if isinstance(r.get("cot"), dict) else None
+                 for r in records]
+        counts = sorted(len(text.split()) for text in texts if isinstance(text, str))
+        if counts:
+            words[name] = {"5 %": counts[len(counts) // 20], "median": counts[len(counts) // 2],
+                           "95 %": counts[len(counts) * 19 // 20], "longest": counts[-1]}
+    cues, quoted = {expert: Counter() for expert in EXPERTS}, []
+    for record in records:
+        why = record["cot"].get("traits") if isinstance(record.get("cot"), dict) else None
+        for trait, one in why.items() if isinstance(why, dict) else ():  # other people's records may hold anything
+            one = one if isinstance(one, dict) and trait in TRAITS else {}
+            pole, cue = read_pole(one.get("pole")), fold(str(one.get("cue") or ""))
+            if pole and cue:
+                cues[f"{'high' if pole > 0 else 'low'}_{trait}"][cue] += 1
+                quoted.append(cue.strip(" .,;:!?\"'") in fold(record["query"]))
+    zero = total["all_zero"] + reasons["all-zero vector"]
+    teachers = [r["teacher"] for r in (*records, *rejected) if isinstance(r.get("teacher"), dict)]
+    return total | {
+        "rejected": dict(reasons.most_common()),
+        "all_zero_share": zero / (len(records) + reasons["all-zero vector"]),
+        "active_poles": {str(k): n for k, n in sorted(Counter(active.sum(-1).int().tolist()).items())},
+        "together": {a: dict(zip(EXPERTS, row)) for a, row in zip(EXPERTS, (active.T @ active).int().tolist())},
+        "duplicate_queries": len(records) - len({fold(r["query"]) for r in records}),
+        "duplicate_responses": len(records) - len({fold(r["response"]) for r in records}),
+        "words": words, "naming_traits": [r["id"] for r in records if NAMED.search(r["response"])],
+        "cues": {expert: found.most_common(5) for expert, found in cues.items()},
+        "cues_quoted": sum(quoted) / len(quoted) if quoted else None,
+        **{key: {name: shares([r for r in records if r.get(key) == name]) for name in sorted(
+            {r[key] for r in records if isinstance(r.get(key), str)})} for key in ("domain", "culture")},
+        "teachers": dict(Counter(t.get("name", "?") for t in teachers)),
+        **{key: sum(t.get(key, 0) for t in teachers) for key in ("calls", "tokens_read", "tokens_written")}}
+
+
+def tables(m):
+    """What `measure` found, for a terminal of 80 columns."""
+    def cut(text, width):
+        return text if len(text) <= width else text[:width - 1] + "…"
+
+    def line(name, cells, width):
+        return f"  {cut(name, 22):<23}" + "".join(f"{one:>{width}}" for one in cells)
+    naming, n = ", ".join(map(str, m["naming_traits"])), m["records"]
+    lines = [f"  {n} records, {sum(m['rejected'].values())} rejected; {m['calls']} calls, {m['tokens_read']:,} tokens "
+             f"read, {m['tokens_written']:,} written",
+             *(f"  {count:>7} by {cut(name, 60)}" for name, count in m["teachers"].items()),
+             *(f"  {count:>7} rejected: {cut(reason, 60)}" for reason, count in m["rejected"].items()), "",
+             line("all-zero vectors", [f"{m['all_zero_share']:.1%}"], 9) + "   (of records and rejected ones)",
+             line("duplicate queries", [m["duplicate_queries"]], 9),
+             line("duplicate responses", [m["duplicate_responses"]], 9),
+             line("responses naming traits", [len(m["naming_traits"])], 8) + f"   {cut(naming, 40)}"]
+    if m["cues_quoted"] is not None:
+        lines.append(line("cues that are quoted", [f"{m['cues_quoted']:.1%}"], 9) + "   (word for word in the query)")
+    lines += ["", line("words", ["5 %", "median", "95 %", "longest"], 9)]
+    lines += [line(name, found.values(), 9) for name, found in m["words"].items()]
+    lines += ["", line("active poles", m["active_poles"], 9), line("records", m["active_poles"].values(), 9), ""]
+    lines += [line("pole", ["share"], 9) + "   cues most often cited"]
+    for expert in EXPERTS:
+        cues = "; ".join(f"{cue} ({count})" for cue, count in m["cues"][expert])
+        lines.append(line(expert, [f"{m['poles'][expert]:.1%}"], 9) + f"   {cut(cues, 42)}")
+    lines += ["", line("records with both", SHORT, 5)]
+    lines += [line(expert, row.values(), 5) for expert, row in m["together"].items()]
+    for key in ("domain", "culture"):
+        if m[key]:
+            lines += ["", line(f"{key}, % of its records", ["all", "zero", *SHORT], 4)]
+            lines += [line(name, [g["records"], g["all_zero"], *(f"{100 * p:.0f}" for p in g["poles"].values())], 4)
+                      for name, g in m[key].items()]
+    return "\n".join(lines)
+
+
+def report(args):
+    """Counts, poles, all-zero vectors, lengths, duplicates, cues, per domain and culture. Exit status 1 if more than
+    20 % of the trait vectors are all zero."""
+    records, rejected = [], []
+    for file in args.files:
+        records += read_records(file)
+        beside, done = Path(file).with_suffix(".rejected.jsonl"), {str(r["id"]) for r in records}
+        rejected += read_rejected(beside, done).values()
+    found = measure(records, rejected)
+    print(json.dumps({"files": args.files, **found}, ensure_ascii=False) if args.json
+          else f"{', '.join(args.files)}\n\n{tables(found)}")
+    if found["all_zero_share"] > 0.02:
+        print(f"warning: {found['all_zero_share']:.1%} of the trait vectors are all zero, the source's sign of a "
+              "synthesis that has failed (at most 2 % is fine)", file=sys.stderr)
+    return 1 if found["all_zero_share"] > 0.2 else 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# split
+
+@dataclass(kw_only=True)
+class Split:
+    files: list[str]
+    """Records, FILE.jsonl; several are put together."""
+    out: str | None = None
+    """Folder for train.jsonl, validation.jsonl and test.jsonl; FILE without .jsonl if not given."""
+    hold_out: list[str] = ()
+    """Domains that go into test.jsonl whole, and so into no training."""
+    seed: int = 0
+    """Of the split; train.py --data FILE.jsonl --seed N makes the same one."""
+    overwrite: bool = False
+    """Replace what is there."""
+
+
+def split(args):
+    """Train, validation and test.jsonl, 80/10/10 by query: two records of one query never part."""
+    records, lines = [], {}
+    for file in args.files:
+        for record in read_records(file):
+            if lines.setdefault(str(record["id"]), file) != file:
+                raise UserError(f"{file}: id {record['id']!r} stands in {lines[str(record['id'])]} too")
+            records.append(record)
+    out, domains = Path(args.out or Path(args.files[0]).with_suffix("")), {str(r.get("domain")) for r in records}
+    if set(args.hold_out) - domains:
+        raise UserError(f"--hold-out: no record is of the domain {min(set(args.hold_out) - domains)!r}; there are "
+                        f"{', '.join(sorted(domains))}")
+    held = {fold(r["query"]) for r in records if str(r.get("domain")) in args.hold_out}
+    splits = split_records([r for r in records if fold(r["query"]) not in held], args.seed)
+    splits["test"] += [r for r in records if fold(r["query"]) in held]
+    for name, part in splits.items():
+        if not any(any(r["traits"].values()) for r in part):
+            raise UserError(f"{', '.join(args.files)}: too few records: none with an active trait for {name}")
+        if (out / f"{name}.jsonl").exists() and not args.overwrite:
+            raise UserError(f"{out / f'{name}.jsonl'} is there already; --overwrite replaces it")
+    for name, part in splits.items():
+        write_records(out / f"{name}.jsonl", part)
+        print(f"{out / f'{name}.jsonl'}: {len(part)} records, {len({fold(r['query']) for r in part})} queries")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# review: people check the labels
+
+@dataclass(kw_only=True)
+class Review:
+    file: list[str] = field(default_factory=list)
+    """Records, FILE.jsonl. With --import it may be left out: then the sample's own records are corrected."""
+    sample: int = 200
+    """How many records to draw, so that all poles are about equally frequent."""
+    out: str | None = None
+    """The table to fill in, FILE.review.csv if not given; with --import the corrected records, FILE.corrected.jsonl."""
+    show_labels: bool = False
+    """Show the annotators what the teacher chose."""
+    import_: list[str] = ()
+    """Tables that annotators have filled in with 1 (high), -1 (low), 0 (neither) or nothing (can't say)."""
+    seed: int = 0
+    """Of the sample."""
+    overwrite: bool = False
+    """Replace what is there."""
+
+
+def review(args):
+    """Draw a sample of records for people to label in a spreadsheet; or, with --import, measure how far they agree with
+    each other and with the teacher, and write corrected records."""
+    if len(args.file) > 1 or not args.file and not args.import_:
+        raise UserError(f"review takes one file of records, found {len(args.file)}; see python synth.py review --help")
+    if args.import_:
+        return take_in(args)
+    records, out = read_records(args.file[0]), Path(args.out or Path(args.file[0]).with_suffix(".review.csv"))
+    if out.suffix != ".csv":
+        raise UserError(f"--out is {out}, expected a file named .csv")
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out} is there already, perhaps filled in; --overwrite replaces it")
+    sample, extra = stratified(records, args.sample, args.seed), ("domain", "culture", "history")
+    texts = ["id", *(key for key in extra if any(r.get(key) for r in sample)), "query", "response"]
+    columns = [*texts, *TRAITS, "comment", *(f"teacher_{trait}" for trait in TRAITS if args.show_labels)]
+    with atomic(out) as part, open(part, "w", newline="", encoding="utf-8-sig") as file:  # the mark is for Excel
+        table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        table.writeheader()
+        for r in sample:
+            said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in r.get("history") or [])
+            table.writerow({key: cell(r.get(key)) for key in texts} | {"history": cell(said)}
+                           | {f"teacher_{trait}": r["traits"].get(trait, 0) for trait in TRAITS})
+    write_records(out.with_suffix(".records.jsonl"), sample)
+    counts = sum(active_experts(r["traits"]) for r in sample).int().tolist()
+    print(f"{out}: {len(sample)} of {len(records)} records ({', '.join(f'{n} {s}' for n, s in zip(counts, SHORT))}).\n"
+          f"A copy for each annotator; in the traits' columns 1 (high), -1 (low), 0 (neither) or nothing (can't say).\n"
+          f"Then: python synth.py review {args.file[0]} --import FIRST.csv SECOND.csv …")
+
+
+def cell(value):
+    """A text for a spreadsheet, which must not take it for a formula."""
+    text = "" if value is None else str(value)
+    return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def stratified(records, size, seed):
+    """A sample that takes from each pole in turn (and from the all-zero records) as long as there are any, shuffled."""
+    rng, taken = random.Random(seed), {}
+    order = rng.sample(records, len(records))
+    strata = [[r for r in order if active_experts(r["traits"])[e]] for e in range(len(EXPERTS))]
+    strata = [iter(s) for s in (*strata, [r for r in order if not any(r["traits"].values())])]
+    while len(taken) < min(size, len(records)):
+        for stratum in strata:
+            new = next((r for r in stratum if id(r) not in taken), None)
+            if new is not None and len(taken) < size:
+                taken[id(new)] = new
+    return rng.sample(list(taken.values()), len(taken))
+
+
+def read_labels(path, records):
+    """A filled-in table -> {id: {trait: 1, 0 or −1}}, empty cells left out. One UserError names every cell that is
+    wrong (the first five), by row and column."""
+    known, labels, problems = {cell(r["id"]): str(r["id"]) for r in records}, {}, []
+    for number, row in read_table(path, ["id", *TRAITS]):
+        key = known.get(row["id"].strip(), known.get(cell(row["id"].strip())))
+        if key is None or key in labels:
+            problems.append(f"row {number}: id {row['id']!r} " + ("stands there twice" if key else "is no record's"))
+            continue
+        labels[key] = {}
+        for trait in TRAITS:
+            text = row.get(trait, "").strip()
+            if text and read_pole(text) is None:
+                problems.append(f"row {number}, column {trait}: {text[:40]!r}, expected 1, 0, -1 or nothing")
+            elif text:
+                labels[key][trait] = read_pole(text)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if problems[5:] else ""
+        raise UserError(f"{path}: {'; '.join(problems[:5])}{more}")
+    return labels
+
+
+def krippendorff_alpha(ratings):
+    """Krippendorff's α for ordinal values: ratings (annotators, units), NaN where there is none -> 1 for full
+    agreement, 0 for chance, NaN where nothing varies or no unit has two ratings.
+
+    Coincidences o_ck count the pairs of values within a unit, each weighted 1/(m − 1) for m ratings; two values are as
+    far apart as there are values from one to the other, δ_ck = (Σ_{g=c..k} n_g − (n_c + n_k)/2)², and
+    α = 1 − Σ o δ / (Σ n_c n_k δ / (n − 1)).  (Krippendorff, Content Analysis, chapter on reliability.)
+    """
+    ratings = np.asarray(ratings, dtype=float)
+    values = np.unique(ratings[~np.isnan(ratings)])
+    counts = (ratings[None] == values[:, None, None]).sum(1)  # (V, N)
+    m = counts.sum(0)
+    counts, m = counts[:, m > 1], m[m > 1]
+    o = (counts[:, None] * counts - np.eye(len(values))[:, :, None] * counts) @ (1 / (m - 1))  # (V, V)
+    n = o.sum(1)
+    below = n.cumsum() - n / 2
+    distance = (below[:, None] - below) ** 2
+    expected = (np.outer(n, n) * distance).sum()
+    return float(1 - (n.sum() - 1) * (o * distance).sum() / expected) if expected > 0 else math.nan
+
+
+def take_in(args):
+    """review --import: agreement, and the corrected records."""
+    records = read_records(args.file[0] if args.file else find_sample(args.import_[0]))
+    out = Path(args.out or Path(args.file[0] if args.file else args.import_[0]).with_suffix(".corrected.jsonl"))
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out} is there already; --overwrite replaces it")
+    if len({Path(path).resolve() for path in args.import_}) < len(args.import_):
+        raise UserError("--import: one table is given twice; it would agree with itself")
+    tables = [read_labels(path, records) for path in args.import_]
+    teacher = {str(r["id"]): {t: r["traits"].get(t, 0) for t in TRAITS} | r.get("teacher_traits", {}) for r in records}
+    units = [key for key in teacher if any(key in labels for labels in tables)]
+
+    def alphas(raters):
+        return [krippendorff_alpha([[r.get(u, {}).get(t, math.nan) for u in units] for r in raters]) for t in TRAITS]
+    rows = ([("annotators with each other", alphas(tables))] if len(tables) > 1 else []) + [
+        (f"{Path(path).name[:24]} with teacher", alphas([labels, teacher]))
+        for path, labels in zip(args.import_, tables)]
+    print(f"Krippendorff's alpha, ordinal, {len(units)} records: 1 is full agreement, 0 chance\n\n  {'':<37}"
+          + "".join(f"{trait[:5]:>8}" for trait in TRAITS))
+    for name, found in rows:
+        print(f"  {name:<37}" + "".join(f"{'–' if math.isnan(a) else format(a, '.3f'):>8}" for a in found))
+    changed, corrected = Counter(), []
+    for record in records:
+        new, kept = dict(record["traits"]), dict(record.get("teacher_traits", {}))
+        for trait in TRAITS:
+            votes = Counter(labels[str(record["id"])][trait] for labels in tables
+                            if trait in labels.get(str(record["id"]), {}))
+            value, count = votes.most_common(1)[0] if votes else (0, 0)
+            if 2 * count > votes.total() and value != new.get(trait, 0):  # else the teacher's label stays
+                kept.setdefault(trait, new.get(trait, 0))
+                new[trait] = value
+                changed[trait] += 1
+        corrected.append(record | {"traits": new} | ({"teacher_traits": kept} if kept else {}))
+    write_records(out, corrected)
+    print(f"\n{out}: {len(records)} records, {changed.total()} labels changed to what more than half of the\n"
+          "annotators gave; teacher_traits keeps the originals"
+          + "".join(f"\n  {n:>6}  {trait}" for trait, n in changed.items()))
+
+
+def find_sample(table):
+    """The records of the sample that a table was made from: FOLDER/*.records.jsonl with all of the table's ids."""
+    rows = {row["id"].strip() for _, row in read_table(table, ["id", *TRAITS])}
+    for file in sorted(Path(table).parent.glob("*.records.jsonl")):
+        if rows <= {cell(r["id"]) for r in read_records(file)}:
+            return file
+    raise UserError(f"{table}: beside it is no .records.jsonl with all of its ids; name the records: python synth.py "
+                    "review FILE.jsonl --import …")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -996,10 +1323,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
-def parse(cls, argv=None, description=None):
-    """Fill the dataclass `cls` from the command line: --name VALUE for each field, a switch for each bool; a field
-    without a default is a list of plain words."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(cls, argv=None, description=None, prog=None):
+    """Fill the dataclass `cls` from the command line: --name VALUE for each field, a switch for each bool, several
+    values for a list; a field without a default is a list of plain words, perhaps empty if it has a default_factory."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    prog=prog)
     add_fields(parser, cls)
     return check_numbers(cls(**vars(parser.parse_args(argv))))
 
@@ -1008,8 +1336,8 @@ def check_numbers(args):
     """UserError for a number out of its range: NaN, infinite, negative, or 0 where 0 makes no sense -> args."""
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low = 0 if key in ("seed", "lam", "lr_warmup", "temperature", "replies", "retries") else 1 if isinstance(value, int) \
-                else 1e-9
+            low = 0 if key in ("seed", "lam", "lr_warmup", "temperature", "replies", "retries") else \
+                1 if isinstance(value, int) else 1e-9
             high = 1 if key in ("lr_warmup", "top_p") else 2**31
             if not low <= value <= high:
                 raise UserError(f"--{key.replace('_', '-')} is {value}, expected a number from {low:g} to {high:g}")
@@ -1018,23 +1346,26 @@ def check_numbers(args):
 
 def add_fields(parser, cls):
     hints, sentences = typing.get_type_hints(cls), field_help(cls)
-    for field in fields(cls):
-        kind, sentence = hints[field.name], sentences[field.name]
-        if field.default is MISSING:
-            parser.add_argument(field.name, nargs="+", metavar="TEXT", help=sentence)
+    for one in fields(cls):
+        kind, sentence = hints[one.name], sentences[one.name]
+        if one.default is MISSING:
+            parser.add_argument(one.name, nargs="+" if one.default_factory is MISSING else "*",
+                                metavar="FILE" if one.name.startswith("file") else "TEXT", help=sentence)
             continue
         if type(None) in typing.get_args(kind):  # "int | None": None stands for the preset's value
             kind = typing.get_args(kind)[0]
-        option = {"default": field.default, "help": sentence.replace("%", "%%")}
-        if field.default not in (None, False):
-            option["help"] += f" (default: {field.default})"
+        option = {"default": one.default, "help": sentence.replace("%", "%%")}
+        if one.default not in (None, False, ()):
+            option["help"] += f" (default: {one.default})"
         if kind is bool:
             option["action"] = "store_true"
         elif typing.get_origin(kind) is typing.Literal:
             option["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is list:
+            option.update(nargs="+", metavar="TEXT")
         else:
             option.update(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
-        parser.add_argument("--" + field.name.replace("_", "-"), **option)
+        parser.add_argument("--" + one.name.rstrip("_").replace("_", "-"), dest=one.name, **option)
 
 
 def run_command(main):
@@ -1075,11 +1406,11 @@ def pick_dtype(name, device):
 @dataclass
 class Args:
     teacher: typing.Literal["template", "local", "http"] = "template"
-    """Who writes the records: template composes them from data/lab.json and needs no model; local is a model folder, http
-    a server that speaks OpenAI's chat completions."""
+    """Who writes the records: template composes them from data/lab.json and needs no model; local is a model folder,
+    http a server that speaks OpenAI's chat completions."""
     out: str | None = None
-    """Where to: FILE.jsonl, or for template also a folder that gets all three splits. With local and http, a second start
-    goes on where the first ended, and FILE.rejected.jsonl gets the queries that came to nothing."""
+    """Where to: FILE.jsonl, or for template also a folder that gets all three splits. With local and http, a second
+    start goes on where the first ended, and FILE.rejected.jsonl gets the queries that came to nothing."""
     count: int = 20000
     """template: how many records; a folder gets 80 % of them in train.jsonl and 10 % each in validation.jsonl and
     test.jsonl."""
@@ -1099,8 +1430,8 @@ class Args:
     key_env: str | None = None
     """http: name of the environment variable that holds the key; without it, none is sent."""
     steps: typing.Literal["separate", "joint", "score"] = "separate"
-    """Situation, traits and response in a call each, or joint in one; score (local) takes the most probable of high, low
-    and neither for each trait."""
+    """Situation, traits and response in a call each, or joint in one; score (local) takes the most probable of high,
+    low and neither for each trait."""
     retries: int = 3
     """Further attempts at a reply that cannot be read, or at a request that failed."""
     max_new_tokens: int = 512
@@ -1112,8 +1443,8 @@ class Args:
     timeout: float = 120.0
     """http: seconds for one request."""
     backoff: float = 1.0
-    """http: seconds to wait after a failed request, doubled after each in a row up to 60; the server's Retry-After comes
-    first."""
+    """http: seconds to wait after a failed request, doubled after each in a row up to 60; the server's Retry-After
+    comes first."""
     batch: int = 16
     """local: replies written at the same time."""
     device: str | None = None
@@ -1157,8 +1488,8 @@ def check(args):
     if Path(args.out).suffix != ".jsonl" or Path(args.out).is_dir():
         raise UserError(f"--out is {args.out}, expected a file named .jsonl")
     if args.overwrite:
-        raise UserError(f"--overwrite: what a model wrote is never replaced. A second start goes on with {args.out}; to "
-                        "begin anew, give another --out")
+        raise UserError(f"--overwrite: what a model wrote is never replaced. A second start goes on with {args.out}; "
+                        "to begin anew, give another --out")
     if args.steps == "score" and args.teacher != "local":
         raise UserError("--steps score needs the probabilities of words, and so --teacher local")
 
@@ -1205,7 +1536,14 @@ def synthesise(args):
               + "\n".join(f"  {count:>6}  {reason}" for reason, count in reasons.most_common(8)))
 
 
+COMMANDS = {"report": (Report, report), "split": (Split, split), "review": (Review, review)}  # without one: synthesis
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        cls, function = COMMANDS[argv[0]]
+        return function(parse(cls, argv[1:], function.__doc__, f"synth.py {argv[0]}"))
     args = parse(Args, argv, __doc__)
     check(args)
     return from_templates(args) if args.teacher == "template" else synthesise(args)

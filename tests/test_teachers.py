@@ -1,5 +1,5 @@
-"""Laws of the teachers that are language models: which queries they get, what is made of their replies, and that hours of
-faults, kills and second starts lose nothing and do nothing twice. The servers are here, on this machine.
+"""Laws of the teachers that are language models: which queries they get, what is made of their replies, and that hours
+of faults, kills and second starts lose nothing and do nothing twice. The servers are here, on this machine.
 """
 import contextlib
 import email.utils
@@ -29,11 +29,13 @@ TRAITS_OF_GOOD = {"openness": 1, "neuroticism": -1}
 
 
 def lines(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()] if Path(path).exists() else []
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+                    encoding="utf-8")
     return path
 
 
@@ -44,7 +46,8 @@ def test_queries_are_read_from_three_kinds_of_files_and_an_id_is_the_same_wherev
     asked = ["What now?", "Où est-il, =2+3?", 'She said "go", and\tleft']
     (tmp_path / "q.txt").write_bytes("\ufeff{}\r\n\n  {}\n{}".format(*asked).encode())
     write(tmp_path / "q.jsonl", *({"query": q} for q in asked))
-    (tmp_path / "q.csv").write_text('query,domain\nWhat now?,work\n"Où est-il, =2+3?",\n"She said ""go"", and\tleft",\n,\n')
+    (tmp_path / "q.csv").write_text('query,domain\nWhat now?,work\n"Où est-il, =2+3?",\n'
+                                    '"She said ""go"", and\tleft",\n,\n')
     found = {kind: read_queries(tmp_path / f"q.{kind}")[0] for kind in ("txt", "jsonl", "csv")}
     for kind in found:
         assert [item["query"] for item in found[kind]] == asked
@@ -61,7 +64,8 @@ def test_a_table_may_come_from_any_spreadsheet(tmp_path, mark):
 
 
 def test_given_ids_and_other_fields_are_kept_but_not_what_the_teacher_is_to_write(tmp_path):
-    item = {"id": 7, "query": "Hi", "history": [{"role": "user", "content": "Oh"}], "topic": [1, {"x": None}], "reason": "r"}
+    item = {"id": 7, "query": "Hi", "history": [{"role": "user", "content": "Oh"}], "topic": [1, {"x": None}],
+            "reason": "r"}
     file = write(tmp_path / "q.jsonl", item | {"response": "", "traits": "x", "cot": 3})
     assert read_queries(file) == ([item], 0)
 
@@ -83,7 +87,8 @@ def test_duplicates_are_dropped_and_counted_and_another_history_is_another_query
     ("q.jsonl", '{"id": [1], "query": "a"}\n', "line 1: id is"),
     ("q.jsonl", '{"query": "a", "history": "b"}\n', "line 1: history"), ("q.txt", "\n \n", "no queries in it"),
     ("q.csv", "text\na\n", "0 columns named 'query', expected one; the names found are 'text'"),
-    ("q.csv", "query,query\na,b\n", "2 columns named 'query'"), ("q.csv", "query\na,b\n", "row 2: 2 cells under 1 names"),
+    ("q.csv", "query,query\na,b\n", "2 columns named 'query'"),
+    ("q.csv", "query\na,b\n", "row 2: 2 cells under 1 names"),
     ("q.csv", 'query\n"a\n', "not a table"), ("q.csv", "", "not a table"), ("q.csv", "query,id\n,7\n", "no 'query'"),
     ("q.txt", b"\xff\n", "not UTF-8"), ("q.csv", b"query\n\xff\n", "not UTF-8"), ("q.doc", "a", ".txt, .jsonl or .csv"),
 ])
@@ -111,8 +116,8 @@ WRITTEN = {  # what models write and mean GOOD by
     "twice the same": json.dumps(GOOD) + "\n" + json.dumps(GOOD),
     "single quotes": str(GOOD),
     "commas too many": json.dumps(GOOD).replace("}", ",}"),
-    "bare words": '{situation: "They wait.", traits: {openness: {pole: high, cue: "ideas"}, neuroticism: low, agreeableness: null}'
-                  ', response: "Wait with me."}',
+    "bare words": '{situation: "They wait.", traits: {openness: {pole: high, cue: "ideas"}, neuroticism: low, '
+                  'agreeableness: null}, response: "Wait with me."}',
     "words": json.dumps(GOOD | {"traits": {"Openness": {"pole": "High", "cue": "ideas"}, "neuroticism": "low pole",
                                            "agreeableness": "neither"}}),
     "signs": json.dumps(GOOD | {"traits": {"openness": {"pole": "+1", "cue": "ideas"}, "neuroticism": "−1"}}),
@@ -141,7 +146,8 @@ def test_texts_keep_their_apostrophes_quotes_escapes_and_pictures():
         assert joint(text)["response"] == said
     assert joint("{'situation': 'a', 'traits': {'openness': 1}, 'response': 'It's the boys' and don't'}")[
         "response"] == "It's the boys' and don't"
-    assert joint('{"situation": "a", "traits": {"openness": 1}, "response": "So "no" is it."}')["response"] == 'So "no" is it.'
+    assert joint('{"situation": "a", "traits": {"openness": 1}, "response": "So "no" it is."}')[
+        "response"] == 'So "no" it is.'
     assert joint(r'{"situation": "a", "traits": {"openness": 1}, "response": "x \ud83d y"}')["response"] == "x \ufffd y"
 
 
@@ -152,11 +158,13 @@ REFUSED = {  # what could be read in two ways or not at all, and the complaint
     "a key twice": ('{"situation": "a", "traits": {"openness": 1, "openness": -1}, "response": "b"}', "twice"),
     "half": (json.dumps(GOOD | {"traits": {"openness": 0.5}}), "openness is '0.5'"),
     "medium": (json.dumps(GOOD | {"traits": {"openness": "medium"}}), "openness is 'medium'"),
-    "both poles": (json.dumps(GOOD | {"traits": {"openness": "high or low"}}), "expected the pole high, low or neither"),
+    "both poles": (json.dumps(GOOD | {"traits": {"openness": "high or low"}}),
+                   "expected the pole high, low or neither"),
     "the form itself": (json.dumps(GOOD | {"traits": {"openness": {"pole": "high | low"}}}), "expected the pole"),
     "yes": (json.dumps(GOOD | {"traits": {"openness": True}}), "expected the pole"),
     "no pole": (json.dumps(GOOD | {"traits": {"openness": {"cue": "high"}}}), "expected the pole"),
-    "pole and value differ": (json.dumps(GOOD | {"traits": {"openness": {"pole": "high", "value": -1}}}), "expected the"),
+    "pole and value differ": (json.dumps(GOOD | {"traits": {"openness": {"pole": "high", "value": -1}}}),
+                              "expected the"),
     "unknown trait": (json.dumps(GOOD | {"traits": {"openess": 1}}), "'openess' is not one of the traits"),
     "a list of numbers": (json.dumps(GOOD | {"traits": [1, 0, 0, 0, -1]}), "expected an object"),
     "a trait twice": (json.dumps(GOOD | {"traits": [{"trait": "openness", "pole": 1}] * 2}), "twice"),
@@ -197,7 +205,8 @@ def test_a_response_has_a_script_of_its_query(query, fine):
 def test_cues_repeated_from_the_example_are_refused_unless_the_person_said_them():
     cued = json.dumps(GOOD | {"traits": {"neuroticism": {"pole": "low", "cue": "I  PANIC"}}})
     assert "the example's" in joint(cued)["reason"] and "response" in joint(cued, query="Lately I panic a lot.")
-    assert "the example's" in separate("a", json.dumps({"openness": {"pole": "high", "cue": "I panic"}}))[0].outcome["reason"]
+    cued = json.dumps({"openness": {"pole": "high", "cue": "I panic"}})
+    assert "the example's" in separate("a", cued)[0].outcome["reason"]
 
 
 def test_poles_as_people_and_models_write_them():
@@ -231,7 +240,8 @@ def test_three_steps_each_see_what_came_before_and_all_is_kept():
     assert (record["response"], record["traits"]) == ("Wait.", TRAITS_OF_GOOD)
     assert record["cot"] == {"situation": "They wait.", "traits": {"openness": {"pole": "high", "cue": "ideas"},
                                                                    "neuroticism": {"pole": "low", "cue": ""}}}
-    assert record["teacher"] == {"name": "test", "steps": "separate", "calls": 3, "tokens_read": 60, "tokens_written": 12}
+    assert record["teacher"] == {"name": "test", "steps": "separate", "calls": 3, "tokens_read": 60,
+                                 "tokens_written": 12}
     texts = [messages[-1]["content"] for messages in asked]
     for text in texts:
         assert "What now?" in text and "Finnish" in text and "Earlier I slept." in text and "$" not in text
@@ -272,7 +282,8 @@ def test_a_retry_has_the_complaint_and_the_reply_and_each_reply_has_its_own_budg
     query, asked = separate("They wait.", wrong, synth.Fault("server: 500"), json.dumps(POLED), "", "Wait.", retries=2)
     assert query.outcome["response"] == "Wait." and query.outcome["teacher"]["calls"] == 6
     assert [m["role"] for m in asked[2]] == ["system", "user", "assistant", "user"]
-    assert asked[2][:2] == asked[1] and asked[2][2]["content"] == wrong and "'medium', expected" in asked[2][3]["content"]
+    assert asked[2][:2] == asked[1] and asked[2][2]["content"] == wrong
+    assert "'medium', expected" in asked[2][3]["content"]
     assert asked[3] == asked[2]  # after a fault of the network the same is asked again
     query, asked = separate("They wait.", wrong, synth.Fault("server: 500"), wrong, retries=2)
     assert "expected the pole" in query.outcome["reason"] and query.outcome["raw"] == wrong
@@ -295,8 +306,8 @@ def reply(content, finish="stop", usage=(7, 3)):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers chat completions by `script(number of the query, attempt) -> (status, body, headers)`, or None to hang up,
-    or "hang" to say nothing until the end."""
+    """Answers chat completions by `script(number of the query, attempt) -> (status, body, headers)`, or None to hang
+    up, or "hang" to say nothing until the end."""
     daemon_threads, request_queue_size = True, 128
 
     def __init__(self, script):
@@ -456,7 +467,8 @@ def test_no_proxy_of_the_environment_gets_the_key(asked, tmp_path, monkeypatch):
 def test_what_the_server_will_never_accept_ends_the_run_in_its_own_words(asked, tmp_path, status, body, why):
     def script(number, attempt):
         return good(number, attempt) if number < 7 else (status, body)
-    with serving(script) as server, pytest.raises(UserError, match=rf"query 'q7': 127\.0\.0\.1 answered {why}") as error:
+    why = rf"query 'q7': 127\.0\.0\.1 answered {why}"
+    with serving(script) as server, pytest.raises(UserError, match=why) as error:
         synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 1))
     assert str(error.value).isprintable() and sum(server.asked.values()) == 8  # one such answer is enough
     assert ids(tmp_path / "o.jsonl") == [f"q{i}" for i in range(7)]  # what was finished is saved
@@ -478,7 +490,8 @@ FAULTS = {  # what a server may do instead, and the reason that the rejected fil
     "half a body": ((200, reply("x" * 99)[:50], {"Content-Length": 150}), "not a chat completion|connection"),
     "no completion": ((200, b'{"choices": []}'), "not a chat completion"), "a page": ((200, b"<p>"), "not a chat"),
     "a list": ((200, b"[]"), "not a chat completion"), "deep": ((200, b"[" * 100_000), "not a chat completion"),
-    "no content": ((200, reply(None)), "no JSON object"), "torn JSON": ((200, reply('{"situation": "a')), "not complete"),
+    "no content": ((200, reply(None)), "no JSON object"), 
+    "torn JSON": ((200, reply('{"situation": "a')), "not complete"),
     "cut off": ((200, reply('{"situation": "a', "length")), "cut off; be briefer"),
     "empty": ((200, reply("")), "no JSON object"), "another language": ((200, reply("Подождите.")), "no JSON object"),
     "all zero": ((200, reply(json.dumps(GOOD | {"traits": {}}))), "all-zero vector"),
@@ -494,11 +507,11 @@ def test_a_fault_is_tried_again_and_a_query_that_has_only_faults_is_rejected_wit
     def script(number, attempt):
         return good(number, attempt) if (number, attempt) == (1, 3) else fault if attempt != 2 else (500, b"")
     with serving(script) as server:
-        assert not synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--retries", 2, "--timeout", 0.3 if fault == "hang" else 5))
+        assert not synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--retries", 2, "--timeout",
+                                           0.3 if fault == "hang" else 5))
     (record,), (entry,) = lines(tmp_path / "o.jsonl"), lines(tmp_path / "o.rejected.jsonl")
     assert "number 1" in record["query"] and record["teacher"]["calls"] == 3 and server.asked == {1: 3, 2: 3}
-    assert "number 2" in entry["query"] and re.match(why, entry["reason"].removeprefix("there is ").removeprefix(
-        "its JSON is ").removeprefix("it was ")), entry["reason"]
+    assert "number 2" in entry["query"] and re.search(why, entry["reason"]), entry["reason"]
 
 
 def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for_for_ever(tmp_path):
@@ -537,8 +550,9 @@ def test_waits_double_and_retry_after_comes_first(tmp_path, monkeypatch):
     assert slept == [1.5, 3, 7, 12, 48, 60, 60, 60, 60, 60, 60, 60, 60] and ids(tmp_path / "o.jsonl")
 
 
-@pytest.mark.parametrize("text, seconds", [("3", 3), ("0", 0), (" 1.5 ", 1.5), ("99999", 3600), ("-1", None), ("soon", None),
-                                           ("nan", None), ("", None), (None, None), ("9" * 400, None)])
+@pytest.mark.parametrize("text, seconds", [
+    ("3", 3), ("0", 0), (" 1.5 ", 1.5), ("99999", 3600), ("-1", None), ("soon", None), ("nan", None), ("", None),
+    (None, None), ("9" * 400, None)])
 def test_retry_after_is_seconds_or_a_date(text, seconds):
     assert synth.retry_after(text) == seconds
 
@@ -548,7 +562,8 @@ def test_retry_after_as_a_date():
     assert synth.retry_after(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0
 
 
-@pytest.mark.parametrize("url", ["localhost:80/v1", "ftp://x/v1", "http:///v1", "http://me:pw@host/v1", "http://host/v1?key=1",
+@pytest.mark.parametrize("url", ["localhost:80/v1", "ftp://x/v1", "http:///v1", "http://me:pw@host/v1",
+                                 "http://host/v1?key=1",
                                  "http://host:port/v1"])
 def test_an_address_that_is_none_is_refused(asked, tmp_path, url):
     with pytest.raises(UserError, match="--url: expected the base"):
@@ -575,7 +590,8 @@ def test_an_invalid_certificate_is_an_error_and_nothing_is_sent(asked, tmp_path,
 def test_a_second_start_does_what_is_left_and_a_rejected_query_is_done_until_it_is_retried(asked, tmp_path, capsys):
     out, bad = tmp_path / "o.jsonl", tmp_path / "o.rejected.jsonl"
     with serving(lambda n, a: good(n, a) if n % 3 else (500, b"")) as server:
-        assert not synth.main(http_command(server, write(tmp_path / "few.jsonl", *lines(asked)[:6]), out, "--retries", 0))
+        few = write(tmp_path / "few.jsonl", *lines(asked)[:6])
+        assert not synth.main(http_command(server, few, out, "--retries", 0))
         assert sorted(ids(out)) == ["q1", "q2", "q4", "q5"] and sorted(ids(bad)) == ["q0", "q3"]
         assert not synth.main(http_command(server, asked, out, "--retries", 0))
         assert server.asked == {i: 1 for i in range(12)} and len(ids(bad)) == 4
@@ -590,7 +606,8 @@ def test_a_second_start_does_what_is_left_and_a_rejected_query_is_done_until_it_
 
 
 @pytest.mark.parametrize("file", ["o.jsonl", "o.rejected.jsonl"])
-@pytest.mark.parametrize("left", [b'{"id": "q5", "query": "Wh', b'{"id": "q5"', b"{", b"\0\0\0", '{"id": "ü'.encode()[:-1]])
+@pytest.mark.parametrize("left", [b'{"id": "q5", "query": "Wh', b'{"id": "q5"', b"{", b"\0\0\0",
+                                  '{"id": "ü'.encode()[:-1]])
 def test_a_torn_last_line_is_removed_and_its_query_done_again(asked, tmp_path, file, left, capsys):
     whole = {"o.jsonl": {"id": "q4", "query": "a", "response": "b", "traits": {"openness": 1}},
              "o.rejected.jsonl": {"id": "q4", "query": "a", "reason": "b"}}[file]
@@ -625,11 +642,12 @@ def test_a_query_in_both_files_counts_as_done_once(asked, tmp_path):
     """What a kill in the middle of --retry-rejected leaves: the record counts, and the later of two rejections."""
     record = {"id": "q4", "query": "a", "response": "b", "traits": {"openness": 1}}
     write(tmp_path / "o.jsonl", record)
-    write(tmp_path / "o.rejected.jsonl", {"id": "q4", "query": "a", "reason": "x"}, {"id": "q5", "query": "a", "reason": "x"},
-          {"id": "q5", "query": "a", "reason": "y"})
+    write(tmp_path / "o.rejected.jsonl", *({"id": key, "query": "a", "reason": why} for key, why in (
+        ("q4", "x"), ("q5", "x"), ("q5", "y"))))
     with serving(good) as server:
         assert not synth.main(http_command(server, asked, tmp_path / "o.jsonl"))
-    assert len(server.asked) == 10 and [(e["id"], e["reason"]) for e in lines(tmp_path / "o.rejected.jsonl")] == [("q5", "y")]
+    assert len(server.asked) == 10
+    assert [(e["id"], e["reason"]) for e in lines(tmp_path / "o.rejected.jsonl")] == [("q5", "y")]
 
 
 def start(server, queries, out, *more):
@@ -664,8 +682,9 @@ def test_two_processes_on_one_file_refuse_each_other_and_ctrl_c_keeps_what_is_fi
     assert sorted(ids(out)) == sorted(ids(asked)) and len(server.asked) == 4
 
 
-KINDS = [None, "hang", (429, b"", {"Retry-After": "0"}), (500, b"oops"), (200, reply('{"situation": "They')), (200, reply("")),
-         (200, reply(json.dumps(GOOD | {"response": "Подождите."}))), (200, reply(json.dumps(GOOD | {"traits": {}})))]
+KINDS = [None, "hang", (429, b"", {"Retry-After": "0"}), (500, b"oops"), (200, reply('{"situation": "They')),
+         (200, reply("")), (200, reply(json.dumps(GOOD | {"response": "Подождите."}))),
+         (200, reply(json.dumps(GOOD | {"traits": {}})))]
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.slow)])
@@ -713,7 +732,8 @@ def folder(tmp_path_factory):
 
 
 def local_command(folder, queries, out, *more):
-    return ["--teacher", "local", "--model", str(folder), "--queries", str(queries), "--out", str(out), "--device", "cpu",
+    return ["--teacher", "local", "--model", str(folder), "--queries", str(queries), "--out", str(out), "--device",
+            "cpu",
             *map(str, more)]
 
 
@@ -730,7 +750,8 @@ def test_a_model_folder_writes_in_batches_of_neighbours_in_length_and_finished_r
         for prompt in prompts:
             number = int(re.search(r"number (\d+)", chat.text(prompt))[1])
             tried[number] += 1
-            text = "no" if number % 3 == 0 and tried[number] == 1 else json.dumps(GOOD | {"response": f"Wait for {number}."})
+            text = json.dumps(GOOD | {"response": f"Wait for {number}."})
+            text = "no" if number % 3 == 0 and tried[number] == 1 else text
             replies.append([*chat.tokenizer.encode(text, add_special_tokens=False).ids, chat.end])
         return replies
     monkeypatch.setattr(synth, "generate", says)
@@ -743,8 +764,9 @@ def test_a_model_folder_writes_in_batches_of_neighbours_in_length_and_finished_r
     assert records["q1"]["teacher"]["name"] == "local:tiny-qwen" and records["q3"]["teacher"]["calls"] == 2
     assert records["q1"]["teacher"]["tokens_written"] == len(chat.tokenizer.encode(
         json.dumps(GOOD | {"response": "Wait for 1."}), add_special_tokens=False).ids) + 1
-    assert len(batches) == 4 and all(len(batch) == 4 for batch in batches)  # 12 and 4 again, never a batch half empty
+    assert [len(batch) for batch in batches] == [4, 4, 4, 3, 1]  # 12 and 4 again: full ones as long as there are rows
     assert all(batch == sorted(batch, reverse=True) for batch in batches)
+    assert all(max(b) - min(b) < max(map(max, batches)) - min(map(min, batches)) for b in batches)
 
 
 def test_a_choice_is_the_most_probable_whole_reply(folder, tmp_path):
@@ -759,7 +781,7 @@ def test_a_choice_is_the_most_probable_whole_reply(folder, tmp_path):
             row = prompt + chat.tokenizer.encode(word, add_special_tokens=False).ids + [chat.end]
             logs = model(torch.tensor([row])).log_softmax(-1)[0]
             scores.append(sum(logs[t, row[t + 1]].item() for t in range(len(prompt) - 1, len(row) - 1)))
-        for some in (words, words[1:], words[:2], words[::-1]):
+        for some in (words, words[::-1], words[:1] + words[2:], words[2:]):
             best = max(some, key=lambda word: scores[words.index(word)])
             assert teacher.choose(messages, some) == best
             seen.add(best)
@@ -768,15 +790,16 @@ def test_a_choice_is_the_most_probable_whole_reply(folder, tmp_path):
 
 def test_scored_traits_never_fail_to_parse(folder, asked, tmp_path, monkeypatch):
     folder, _, chat = folder
-    monkeypatch.setattr(synth, "generate", lambda model, prompts, *_, **__: [[*chat.tokenizer.encode("wait").ids, chat.end]
-                                                                            for _ in prompts])
+    wait = [*chat.tokenizer.encode("wait").ids, chat.end]
+    monkeypatch.setattr(synth, "generate", lambda model, prompts, *_, **__: [wait for _ in prompts])
     out = tmp_path / "o.jsonl"
     turn = iter("high low neither neither high".split() * 11 + ["neither"] * 5)
     monkeypatch.setattr(synth.Local, "choose", lambda self, messages, choices: next(turn))
     assert not synth.main(local_command(folder, asked, out, "--steps", "score", "--batch", 1, "--retries", 0))
     for record in read_records(out):
         assert record["traits"] == {"openness": 1, "conscientiousness": -1, "neuroticism": 1}
-        assert record["cot"]["traits"]["conscientiousness"] == {"pole": "low", "cue": ""} and record["response"] == "wait"
+        assert record["cot"]["traits"]["conscientiousness"] == {"pole": "low", "cue": ""}
+        assert record["response"] == "wait"
         assert record["teacher"]["calls"] == 7
     (entry,) = lines(tmp_path / "o.rejected.jsonl")
     assert entry["reason"].startswith("all-zero vector") and len(ids(out)) == 11
@@ -785,7 +808,8 @@ def test_scored_traits_never_fail_to_parse(folder, asked, tmp_path, monkeypatch)
 def test_noise_is_rejected_and_prompts_too_long_for_memory_are_not_read(folder, asked, tmp_path, monkeypatch):
     monkeypatch.setattr(synth.Local, "LONGEST", 800)
     queries = write(tmp_path / "long.jsonl", {"id": "long", "query": "So " * 900}, *lines(asked)[:2])
-    assert not synth.main(local_command(folder[0], queries, tmp_path / "o.jsonl", "--max-new-tokens", 3, "--retries", 1))
+    assert not synth.main(local_command(folder[0], queries, tmp_path / "o.jsonl", "--max-new-tokens", 3, "--retries",
+                                        1))
     reasons = {entry["id"]: entry["reason"] for entry in lines(tmp_path / "o.rejected.jsonl")}
     assert re.fullmatch(r"the prompt has [\d,]+ tokens, more than 800", reasons.pop("long"))
     assert set(reasons) == {"q0", "q1"} and not ids(tmp_path / "o.jsonl")
