@@ -1,4 +1,4 @@
-"""The data: what a record is, how it is read and written, and the teachers that make records.
+"""The data: what a record is, how it is read and written, the teachers that make records, and how people look at them.
 
 A record is one JSON object a line, {"id", "query", "response", "traits": {trait: -1 | 0 | 1}} and, if there are any,
 "history", "cot", "domain", "culture"; fields that nobody here knows are kept as they are.
@@ -8,8 +8,13 @@ What is notable:
 - a record whose traits are all zero is a failure of synthesis: it is counted and reported and never trained on
 - the template teacher needs no model: it composes situations from cues, each calling for one pole, and a reply from a
   neutral answer and one sentence in the manner of every active pole. Its text is data/lab.json
+- the other teachers are language models, in this process or behind a server. They reason from the situation to its traits
+  to the response; what each query has become is on disk as soon as it is known, and a second start does the rest
+- what models write is read with patience and refused where it could mean two things; nothing of it is ever run
 
     python synth.py --teacher template --out data/lab --count 20000      # train.jsonl, validation.jsonl, test.jsonl
+    python synth.py --teacher http --url http://localhost:8080/v1 --model any --queries asked.txt --out data/mine.jsonl
+    python synth.py report data/mine.jsonl                               # also: split, review
 
 The last section is the command line that synth.py, train.py and eval.py share.
 """
@@ -316,8 +321,8 @@ MANNERS = {
     "high_neuroticism": "worried, seeing what could go wrong", "low_neuroticism": "calm, reassuring",
 }
 POLES = "\n".join(f"{trait}: high is {MANNERS['high_' + trait]}; low is {MANNERS['low_' + trait]}" for trait in TRAITS)
-EXAMPLE = """{"openness": 0, "conscientiousness": {"pole": "high", "cue": "no idea where to start"}, "extraversion": 0,
-"agreeableness": 0, "neuroticism": {"pole": "low", "cue": "I panic"}}"""
+# a form and not an example: what an example says, small models say of everybody
+FORM = "{" + ", ".join(f'"{trait}": {{"pole": "high|low|0", "cue": "..."}}' for trait in TRAITS) + "}"
 PROMPTS = {name: Template(text.strip()) for name, text in {  # the query last: servers keep what is the same before it
     "system": "You write training data for an assistant whose manner fits each situation.",
     "situation": """
@@ -328,10 +333,10 @@ $message""",
     "traits": f"""
 The manner of a good answer has five traits, each with two poles:
 {POLES}
-For each trait decide which pole the situation of the person below calls for, high or low, and quote the cue: their
-words that call for it. Write 0 where nothing calls for one. One to three traits are called for, never none. Reply with
-one JSON object like this one, which is about another person:
-{EXAMPLE}
+For each trait decide which pole the situation of the person below calls for, high or low, or 0 where nothing calls for
+one, and quote the cue: at most eight of their words that call for it. Mostly one to three traits are called for, never
+none. Reply with one JSON object of this form:
+{FORM}
 
 $message
 Their situation: $situation""",
@@ -346,10 +351,9 @@ The manner of a good answer has five traits, each with two poles:
 {POLES}
 Reply to the message below with one JSON object. "situation": in two sentences, what is going on, what the person feels
 and needs, and which of their words show it. "traits": for each trait the pole that the situation calls for, high or
-low, with the cue, their words that call for it; 0 where nothing does. One to three traits are called for, never none.
-"response": an answer of at most 100 words in that manner, without speaking of it. An example, about another person:
-{{"situation": "They must write a report, feel lost and need a first step.", "traits": {EXAMPLE},
-"response": "There is time for this. First write down your three main points. Then ..."}}
+low, or 0 where nothing does, and the cue: at most eight of their words that call for it. Mostly one to three traits are
+called for, never none. "response": an answer of at most 100 words in that manner, without speaking of it. The form:
+{{"situation": "...", "traits": {FORM}, "response": "..."}}
 
 $message""",
     "score": """
@@ -518,14 +522,6 @@ def scripts(text):
     return [name for name, _ in Counter("CJK" if n in ("HIRAGANA", "KATAKANA") else n for n in names).most_common()]
 
 
-def check_cues(why, item):
-    """Unusable for a cue of the prompt's example that this person has not said: small models repeat what they see."""
-    for trait, one in why.items():
-        cue = fold(one["cue"])
-        if cue and cue in fold(EXAMPLE) and cue not in fold(message(item)):
-            raise Unusable(f"the cue {cue[:60]!r} for {trait} is the example's; quote the words of this person")
-
-
 def check_language(response, item):
     """Unusable for a response in a script of which the query has no letter: small models fall into another language.
     (French for an English query goes unseen.)"""
@@ -586,7 +582,6 @@ class Query:
                     if not isinstance(found.get(key), str) or not found[key].strip():
                         raise Unusable(f"{key} is {str(found.get(key))[:80]!r}, expected a text")
                 traits, why = read_traits(found.get("traits"))
-                check_cues(why, item)
                 check_language(found["response"], item)
                 return found["situation"].strip(), traits, why, found["response"].strip()
             situation, traits, why, response = yield from self.attempts("joint", read, message=text)
@@ -595,9 +590,7 @@ class Query:
             if steps == "separate":
                 def read(reply):
                     found = read_object(reply, {"traits", *TRAITS})
-                    traits, why = read_traits(found.get("traits", {k: v for k, v in found.items() if k != "situation"}))
-                    check_cues(why, item)
-                    return traits, why
+                    return read_traits(found.get("traits", {k: v for k, v in found.items() if k != "situation"}))
                 traits, why = yield from self.attempts("traits", read, message=text, situation=situation)
             else:
                 traits = {}
@@ -714,12 +707,13 @@ class Http:
     """
 
     def __init__(self, args):
-        url = urllib.parse.urlsplit(args.url)
         try:
+            url = urllib.parse.urlsplit(args.url)
             self.host, self.port = url.hostname, url.port
         except ValueError:
             self.host = None
-        if url.scheme not in ("http", "https") or not self.host or "@" in url.netloc or url.query or url.fragment:
+        if not self.host or url.scheme not in ("http", "https") or "@" in url.netloc or url.query or url.fragment \
+                or not args.url.isascii() or not args.url.isprintable() or " " in args.url:
             raise UserError("--url: expected the base of the server's addresses, such as http://localhost:8080/v1, "
                             "without user name, key or query")
         self.tls, self.path = url.scheme == "https", url.path.rstrip("/") + "/chat/completions"
@@ -869,7 +863,10 @@ class Sink:
     """
 
     def __init__(self, out):
-        import fcntl  # Unix; on Windows the rest of the program works
+        try:
+            import fcntl
+        except ImportError:
+            raise UserError("--teacher local and http need the file locks of Linux or macOS") from None
         self.out, self.rejected = Path(out), Path(out).with_suffix(".rejected.jsonl")
         self.out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -1008,7 +1005,7 @@ def tables(m):
     lines = [f"  {n} records, {sum(m['rejected'].values())} rejected; {m['calls']} calls, {m['tokens_read']:,} tokens "
              f"read, {m['tokens_written']:,} written",
              *(f"  {count:>7} by {cut(name, 60)}" for name, count in m["teachers"].items()),
-             *(f"  {count:>7} rejected: {cut(reason, 60)}" for reason, count in m["rejected"].items()), "",
+             *(f"  {count:>7} rejected: {cut(reason, 60)}" for reason, count in list(m["rejected"].items())[:8]), "",
              line("all-zero vectors", [f"{m['all_zero_share']:.1%}"], 9) + "   (of records and rejected ones)",
              line("duplicate queries", [m["duplicate_queries"]], 9),
              line("duplicate responses", [m["duplicate_responses"]], 9),
@@ -1137,8 +1134,9 @@ def review(args):
     write_records(out.with_suffix(".records.jsonl"), sample)
     counts = sum(active_experts(r["traits"]) for r in sample).int().tolist()
     print(f"{out}: {len(sample)} of {len(records)} records ({', '.join(f'{n} {s}' for n, s in zip(counts, SHORT))}).\n"
-          f"A copy for each annotator; in the traits' columns 1 (high), -1 (low), 0 (neither) or nothing (can't say).\n"
-          f"Then: python synth.py review {args.file[0]} --import FIRST.csv SECOND.csv …")
+          "Give each annotator a copy, to fill the traits' columns with 1 (high), -1 (low),\n"
+          "0 (neither) or nothing (can't say). Then:\n"
+          f"python synth.py review {args.file[0]} --import FIRST.csv SECOND.csv …")
 
 
 def cell(value):

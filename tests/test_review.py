@@ -82,7 +82,7 @@ def test_a_report_for_people_fits_a_terminal(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()[1:]
     assert max(map(len, lines)) <= 80 and not any("\r" in line for line in lines)
     text = "\n".join(lines)
-    for part in ("301 records", *EXPERTS, "work", "日本", "a domain with a l…", "all-zero vectors", "median", "O+"):
+    for part in ("301 records", *EXPERTS, "work", "日本", "a domain with a long …", "all-zero vectors", "median", "O+"):
         assert part in text
     for expert in EXPERTS:  # the shares are those of the records
         share = sum(active_experts(r["traits"])[EXPERTS.index(expert)].item() for r in records) / len(records)
@@ -191,8 +191,9 @@ def test_a_sample_takes_from_each_pole_alike_and_hides_the_labels(drawn):
 
 def test_a_rare_pole_is_taken_whole_and_the_rest_filled_up():
     records = [record(i, {"openness": 1}) for i in range(90)] + [record(i, {"neuroticism": -1}) for i in range(90, 93)]
-    sample = synth.stratified(records, 20, 0)
-    assert len({r["id"] for r in sample}) == 20 and sum("neuroticism" in r["traits"] for r in sample) == 3
+    sample = synth.stratified(records, 21, 0)
+    assert len({r["id"] for r in sample}) == len(sample) == 21
+    assert sum("neuroticism" in r["traits"] for r in sample) == 3
 
 
 def test_no_cell_of_a_spreadsheet_is_a_formula_and_all_text_is_shown(tmp_path):
@@ -261,7 +262,7 @@ def test_without_a_majority_the_teachers_label_stays(drawn):
 
 @pytest.mark.parametrize("change, why", [
     (lambda t: t.replace(",,,,,", ",2,,,,", 1), "row 2, column openness: '2', expected 1, 0, -1 or nothing"),
-    (lambda t: t.replace(",,,,,", ",,,,maybe,"), "column neuroticism: 'maybe'.*; row 3, .*; and 39 more"),
+    (lambda t: t.replace(",,,,,", ",,,,maybe,"), "column agreeableness: 'maybe'.*; row 3, .*; and 39 more"),
     (lambda t: t.replace("\nr", "\nx", 1), "row 2: id 'x.*' is no record's"),
     (lambda t: t + t.splitlines(True)[1], "row 46: id 'r.*' stands there twice"),
     (lambda t: t.replace("openness", "open", 1), "0 columns named 'openness'"),

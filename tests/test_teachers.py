@@ -202,13 +202,6 @@ def test_a_response_has_a_script_of_its_query(query, fine):
     assert ("response" in joint(json.dumps(GOOD), query=query)) == (query not in ("Привет", "日本語で、おねがい"))
 
 
-def test_cues_repeated_from_the_example_are_refused_unless_the_person_said_them():
-    cued = json.dumps(GOOD | {"traits": {"neuroticism": {"pole": "low", "cue": "I  PANIC"}}})
-    assert "the example's" in joint(cued)["reason"] and "response" in joint(cued, query="Lately I panic a lot.")
-    cued = json.dumps({"openness": {"pole": "high", "cue": "I panic"}})
-    assert "the example's" in separate("a", cued)[0].outcome["reason"]
-
-
 def test_poles_as_people_and_models_write_them():
     for value in (1, "1", "+1", "+", " High ", "high pole", 1.0, "1.0"):
         assert read_pole(value) == 1
@@ -563,7 +556,7 @@ def test_retry_after_as_a_date():
 
 
 @pytest.mark.parametrize("url", ["localhost:80/v1", "ftp://x/v1", "http:///v1", "http://me:pw@host/v1",
-                                 "http://host/v1?key=1",
+                                 "http://host/v1?key=1", "http://[::1/v1", "http://host/v 1", "http://host/é",
                                  "http://host:port/v1"])
 def test_an_address_that_is_none_is_refused(asked, tmp_path, url):
     with pytest.raises(UserError, match="--url: expected the base"):
@@ -682,6 +675,26 @@ def test_two_processes_on_one_file_refuse_each_other_and_ctrl_c_keeps_what_is_fi
     assert sorted(ids(out)) == sorted(ids(asked)) and len(server.asked) == 4
 
 
+def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched_it(asked, tmp_path, monkeypatch):
+    whole, teachers = synth.Sink.add, []
+
+    class Http(synth.Http):
+        def __init__(self, args):
+            super().__init__(args)
+            teachers.append(self)
+
+    def add(sink, outcomes):
+        whole(sink, outcomes)
+        if len(ids(tmp_path / "o.jsonl")) == 1:
+            until(lambda: teachers[0].finished.qsize() == 11 + 4)  # the others, and four workers' good-byes
+            raise KeyboardInterrupt
+    monkeypatch.setattr(synth, "Http", Http)
+    monkeypatch.setattr(synth.Sink, "add", add)
+    with serving(good) as server:
+        assert synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 4)) == 130
+    assert sorted(ids(tmp_path / "o.jsonl")) == sorted(ids(asked))
+
+
 KINDS = [None, "hang", (429, b"", {"Retry-After": "0"}), (500, b"oops"), (200, reply('{"situation": "They')),
          (200, reply("")), (200, reply(json.dumps(GOOD | {"response": "Подождите."}))),
          (200, reply(json.dumps(GOOD | {"traits": {}})))]
@@ -769,23 +782,27 @@ def test_a_model_folder_writes_in_batches_of_neighbours_in_length_and_finished_r
     assert all(max(b) - min(b) < max(map(max, batches)) - min(map(min, batches)) for b in batches)
 
 
-def test_a_choice_is_the_most_probable_whole_reply(folder, tmp_path):
+def test_a_choice_is_the_most_probable_whole_reply(folder):
     """Against each choice's log-probability, token by token, from the whole model's logits."""
-    folder, model, chat = folder
-    teacher = synth.Local(synth.parse(synth.Args, local_command(folder, "q", "o")))
-    words, seen = ("high", "low", "neither", "no idea where"), set()
+    folder, _, chat = folder
+    teacher, seen = synth.Local(synth.parse(synth.Args, local_command(folder, "q", "o"))), set()
+    with torch.no_grad():
+        for p in teacher.model.parameters():
+            p.mul_(6 if p.dim() == 2 else 1)  # as initialised, every next token is about as likely as any other
     for i in range(12):
         messages = [{"role": "user", "content": f"{'So ' * i}what, number {i}?"}]
-        prompt, scores = chat.prompt(messages), []
-        for word in words:
+        prompt, scores = chat.prompt(messages), {}
+        for word in ("high", "low", "neither", "a", "b", "c", "no idea where"):
             row = prompt + chat.tokenizer.encode(word, add_special_tokens=False).ids + [chat.end]
-            logs = model(torch.tensor([row])).log_softmax(-1)[0]
-            scores.append(sum(logs[t, row[t + 1]].item() for t in range(len(prompt) - 1, len(row) - 1)))
-        for some in (words, words[::-1], words[:1] + words[2:], words[2:]):
-            best = max(some, key=lambda word: scores[words.index(word)])
-            assert teacher.choose(messages, some) == best
+            logs = teacher.model(torch.tensor([row])).log_softmax(-1)[0]
+            scores[word] = sum(logs[t, row[t + 1]].item() for t in range(len(prompt) - 1, len(row) - 1))
+        words = list(scores)
+        while len(words) > 1:
+            best = max(words, key=scores.get)
+            assert teacher.choose(messages, tuple(words)) == best
             seen.add(best)
-    assert len(seen) > 1
+            words.remove(best)
+    assert len(seen) > 3
 
 
 def test_scored_traits_never_fail_to_parse(folder, asked, tmp_path, monkeypatch):
