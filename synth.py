@@ -8,8 +8,8 @@ What is notable:
 - a record whose traits are all zero is a failure of synthesis: it is counted and reported and never trained on
 - the template teacher needs no model: it composes situations from cues, each calling for one pole, and a reply from a
   neutral answer and one sentence in the manner of every active pole. Its text is data/lab.json
-- the other teachers are language models, in this process or behind a server. They reason from the situation to its traits
-  to the response; what each query has become is on disk as soon as it is known, and a second start does the rest
+- the other teachers are language models, in this process or behind a server. They reason from the situation to its
+  traits to the response; what has become of a query is on disk as soon as it is known, and a second start does the rest
 - what models write is read with patience and refused where it could mean two things; nothing of it is ever run
 
     python synth.py --teacher template --out data/lab --count 20000      # train.jsonl, validation.jsonl, test.jsonl
@@ -1000,7 +1000,7 @@ def tables(m):
         return text if len(text) <= width else text[:width - 1] + "…"
 
     def line(name, cells, width):
-        return f"  {cut(name, 22):<23}" + "".join(f"{one:>{width}}" for one in cells)
+        return f"  {cut(name, 24):<24}" + "".join(f"{one:>{width}}" for one in cells)
     naming, n = ", ".join(map(str, m["naming_traits"])), m["records"]
     lines = [f"  {n} records, {sum(m['rejected'].values())} rejected; {m['calls']} calls, {m['tokens_read']:,} tokens "
              f"read, {m['tokens_written']:,} written",
@@ -1009,7 +1009,7 @@ def tables(m):
              line("all-zero vectors", [f"{m['all_zero_share']:.1%}"], 9) + "   (of records and rejected ones)",
              line("duplicate queries", [m["duplicate_queries"]], 9),
              line("duplicate responses", [m["duplicate_responses"]], 9),
-             line("responses naming traits", [len(m["naming_traits"])], 8) + f"   {cut(naming, 40)}"]
+             line("responses naming traits", [len(m["naming_traits"])], 9) + f"   {cut(naming, 40)}"]
     if m["cues_quoted"] is not None:
         lines.append(line("cues that are quoted", [f"{m['cues_quoted']:.1%}"], 9) + "   (word for word in the query)")
     lines += ["", line("words", ["5 %", "median", "95 %", "longest"], 9)]
@@ -1023,10 +1023,10 @@ def tables(m):
     lines += [line(expert, row.values(), 5) for expert, row in m["together"].items()]
     for key in ("domain", "culture"):
         if m[key]:
-            lines += ["", line(f"{key}, % of its records", ["all", "zero", *SHORT], 4)]
-            lines += [line(name, [g["records"], g["all_zero"], *(f"{100 * p:.0f}" for p in g["poles"].values())], 4)
-                      for name, g in m[key].items()]
-    return "\n".join(lines)
+            lines += ["", line(f"{key}, poles in %", [" all", " zero", *(f" {name}" for name in SHORT)], 4)]
+            lines += [line(name, [f"{g['records']:>4}", f"{g['all_zero']:>5}", *(
+                f"{100 * p:.0f}" for p in g["poles"].values())], 4) for name, g in m[key].items()]
+    return "\n".join(text.rstrip() for text in lines)
 
 
 def report(args):

@@ -51,6 +51,7 @@ def throughput(folder, batch=16, steps=64, rounds=3, natural=False, device=None)
                 began = time.perf_counter()
                 replies[name] = run(steps)  # lists of numbers: the device has finished
                 seconds[name].append(time.perf_counter() - began)
+                print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     same = sum(a == b for a, b in zip(replies["ours"], replies["transformers"]))
     return seconds, sum(map(len, replies["ours"])), same, [len(r) for r in replies["ours"]]
 

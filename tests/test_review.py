@@ -82,7 +82,7 @@ def test_a_report_for_people_fits_a_terminal(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()[1:]
     assert max(map(len, lines)) <= 80 and not any("\r" in line for line in lines)
     text = "\n".join(lines)
-    for part in ("301 records", *EXPERTS, "work", "日本", "a domain with a long …", "all-zero vectors", "median", "O+"):
+    for part in ("301 records", *EXPERTS, "work", "日本", "a domain with a long na…", "all-zero vectors", "median", "O+"):
         assert part in text
     for expert in EXPERTS:  # the shares are those of the records
         share = sum(active_experts(r["traits"])[EXPERTS.index(expert)].item() for r in records) / len(records)
