@@ -653,7 +653,7 @@ def until(true, process=None, seconds=60):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline and (process is None or process.poll() is None), "it did not come to that"
-        threading.Event().wait(0.002)
+        threading.Event().wait(0.02)
 
 
 def test_two_processes_on_one_file_refuse_each_other_and_ctrl_c_keeps_what_is_finished(asked, tmp_path):
