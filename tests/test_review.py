@@ -193,7 +193,7 @@ def test_a_rare_pole_is_taken_whole_and_the_rest_filled_up():
     records = [record(i, {"openness": 1}) for i in range(90)] + [record(i, {"neuroticism": -1}) for i in range(90, 93)]
     sample = synth.stratified(records, 21, 0)
     assert len({r["id"] for r in sample}) == len(sample) == 21
-    assert sum("neuroticism" in r["traits"] for r in sample) == 3
+    assert sum("neuroticism" in r["traits"] for r in sample) == 3 and len(synth.stratified(records, 5, 0)) == 5
 
 
 def test_no_cell_of_a_spreadsheet_is_a_formula_and_all_text_is_shown(tmp_path):
@@ -224,6 +224,7 @@ def test_agreement_and_a_corrected_file_that_keeps_the_originals(drawn, capsys, 
         folder / "review.csv", folder / f"{name}.csv", lambda row, trait: "1" if trait == "openness" else
         "" if trait == "conscientiousness" and name == "b" else teachers(row, trait)) for name in "bc")]
     before, out = (folder / "o.jsonl").read_bytes(), folder / "fixed.jsonl"
+    write_records(folder / "a.records.jsonl", [record("of another sample")])
     assert not synth.main(["review", *([str(folder / "o.jsonl")] if named else []), "--out", str(out), "--import",
                            *tables])
     said, fixed = capsys.readouterr().out, {r["id"]: r for r in read_records(out)}
@@ -248,7 +249,7 @@ def test_agreement_and_a_corrected_file_that_keeps_the_originals(drawn, capsys, 
     for key in changed:
         assert back[key]["traits"]["openness"] == records[key]["traits"].get("openness", 0)
         assert back[key]["teacher_traits"] == {"openness": records[key]["traits"].get("openness", 0)}
-    assert "a.csv with teacher" in capsys.readouterr().out
+    assert re.search(r"a\.csv with teacher( +1\.000){5}\n", capsys.readouterr().out)  # the teacher's own labels
 
 
 def test_without_a_majority_the_teachers_label_stays(drawn):

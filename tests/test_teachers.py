@@ -468,6 +468,19 @@ def test_what_the_server_will_never_accept_ends_the_run_in_its_own_words(asked, 
     assert not (tmp_path / "o.rejected.jsonl").exists()
 
 
+def test_after_an_answer_that_ends_the_run_nobody_asks_anything_more(asked, tmp_path):
+    gate = threading.Event()
+
+    def script(number, attempt):
+        return (401, b"no") if number == 0 else gate.wait(10) and good(number, attempt)
+    with serving(script) as server:
+        with pytest.raises(UserError, match="401"):
+            synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 3))
+        gate.set()
+        until(lambda: not any("(work)" in thread.name for thread in threading.enumerate()))
+        assert set(server.asked) <= {0, 1, 2}
+
+
 def test_a_server_that_is_not_there_is_no_reason_to_reject_every_query(asked, tmp_path):
     with serving(good) as server:
         pass
@@ -829,7 +842,7 @@ def test_noise_is_rejected_and_prompts_too_long_for_memory_are_not_read(folder, 
                                         1))
     reasons = {entry["id"]: entry["reason"] for entry in lines(tmp_path / "o.rejected.jsonl")}
     assert re.fullmatch(r"the prompt has [\d,]+ tokens, more than 800", reasons.pop("long"))
-    assert set(reasons) == {"q0", "q1"} and not ids(tmp_path / "o.jsonl")
+    assert reasons == dict.fromkeys(("q0", "q1"), "it was cut off; be briefer") and not ids(tmp_path / "o.jsonl")
 
 
 def test_ctrl_c_between_two_tokens_keeps_the_batches_before(folder, asked, tmp_path, monkeypatch, capsys):
