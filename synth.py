@@ -598,6 +598,8 @@ class Query:
                     choice = yield self.prompt("score", message=text, high=MANNERS["high_" + trait],
                                                low=MANNERS["low_" + trait]), tuple(CHOICES)
                     self.facts["calls"] += 1
+                    if isinstance(choice, Fault):  # too long a prompt
+                        raise Rejected(str(choice))
                     traits |= {trait: CHOICES[choice]} if CHOICES[choice] else {}
                 why = {trait: {"pole": "high" if pole > 0 else "low", "cue": ""} for trait, pole in traits.items()}
                 if not traits:

@@ -835,6 +835,14 @@ def test_scored_traits_never_fail_to_parse(folder, asked, tmp_path, monkeypatch)
     assert entry["reason"].startswith("all-zero vector") and len(ids(out)) == 11
 
 
+def test_a_query_too_long_to_be_scored_is_rejected():
+    query = Query({"id": 1, "query": "What now?"}, "score", 0, "test")
+    query.tell(Reply("They wait."))
+    assert query.ask[1] == ("high", "low", "neither")
+    query.tell(synth.Fault("the prompt has 9,000 tokens, more than 8,192"))
+    assert query.outcome["reason"].startswith("the prompt has") and query.outcome["teacher"]["calls"] == 2
+
+
 def test_noise_is_rejected_and_prompts_too_long_for_memory_are_not_read(folder, asked, tmp_path, monkeypatch):
     monkeypatch.setattr(synth.Local, "LONGEST", 800)
     queries = write(tmp_path / "long.jsonl", {"id": "long", "query": "So " * 900}, *lines(asked)[:2])
