@@ -43,7 +43,8 @@ from model import Chat, Transformer, UserError, atomic, encode, generate, load_t
 from model import read_json, send
 from router import RULES, Router, active_experts, bars, contrastive_loss, gate_report, gates_under, load_router
 from router import query_ids, save_router
-from synth import SPLITS, load_data, make_tiny, parse, run_command, template_records, write_records
+from synth import SPLITS, load_data, make_tiny, parse, pick_device, pick_dtype, run_command, template_records
+from synth import write_records
 
 VERSION = 1  # of the run folder's format
 STAGES = ("warmup", "router", "joint")
@@ -574,26 +575,6 @@ class Setup:
         """Where the latest experts ("experts") or router ("router") of this run are, or None."""
         first = "warmup" if part == "experts" else "router"
         return next((self.run / s / part for s in ("joint", first) if (self.run / s / part).is_dir()), None)
-
-
-def pick_device(name=None):
-    """cpu, cuda or cuda:N -> torch.device; None takes a GPU if there is one."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name!r}: expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("a CUDA GPU, and a PyTorch built for it: --device cpu does without, slowly")
-    return device
-
-
-def pick_dtype(name, device):
-    """The base's dtype: as named, else bfloat16 on a GPU and float32 on a CPU."""
-    if device.type == "cuda" and name != "float32" and not torch.cuda.is_bf16_supported():
-        raise UserError(f"bfloat16, which {torch.cuda.get_device_name(device)} cannot do: use --dtype float32")
-    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def resolve(args, stages):

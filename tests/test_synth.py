@@ -414,7 +414,8 @@ def test_transformers_reads_the_tiny_tokenizers_alike(tiny):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-CLASSES = [train.Args, synth.Args, evaluation.Routing, evaluation.Ablate, evaluation.Ask]
+CLASSES = [train.Args, synth.Args, synth.Report, synth.Split, synth.Review, evaluation.Routing, evaluation.Ablate,
+           evaluation.Ask]
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
@@ -477,17 +478,18 @@ def test_arguments_of_eval_that_make_no_sense_are_refused_in_one_line(argv, why)
 @pytest.mark.parametrize("program, argv, says", [
     (train, [], "--lr-warmup X"), (synth, [], "--overwrite"), (evaluation, [], "routing"),
     (evaluation, ["routing"], "--show N"), (evaluation, ["ablate"], "--control TEXT"),
-    (evaluation, ["ask"], "--persona TEXT")])
+    (evaluation, ["ask"], "--persona TEXT"), (synth, ["report"], "--json"), (synth, ["split"], "--hold-out TEXT"),
+    (synth, ["review"], "--import TEXT")])
 def test_help_names_every_argument_with_its_sentence(program, argv, says, capsys):
     with pytest.raises(SystemExit) as left:
         program.main([*argv, "--help"])
     shown = capsys.readouterr().out
     assert left.value.code == 0 and says in shown
     if program is not evaluation or argv:
-        cls = evaluation.COMMANDS[argv[0]][0] if argv else program.Args
+        cls = program.COMMANDS[argv[0]][0] if argv else program.Args
         for name, sentence in synth.field_help(cls).items():
             assert " ".join(sentence.split()) in " ".join(shown.split()), name
-    if program is not evaluation:
+    if program is not evaluation and not argv:
         assert f"python {program.__name__}.py" in shown  # how it is used
 
 
