@@ -2,6 +2,7 @@
 
     python eval.py routing --run runs/tiny                   # does the router find the poles that a query calls for?
     python eval.py ablate --run runs/tiny                    # held-out loss under seven gate rules; each expert alone
+    python eval.py experiment routing --run runs/tiny        # and health, plot, inventory: see experiments.py
     python eval.py bench emobench --data DIR --run runs/tiny # a public benchmark: base, PersonaFuse, the difference
     python eval.py ask --run runs/tiny "My boss is furious"  # gate, the base's reply, PersonaFuse's reply
     python eval.py ask --run runs/tiny --persona O+,E-:0.5 "My boss is furious"
@@ -234,20 +235,13 @@ def ablate(args):
 def expert_table(run, args):
     """The 10 × 10 table: warm-up expert e alone on records whose one pole is p; and how often each expert's replies
     carry the signature of its pole (template teacher's data)."""
-    records, _ = run.test_records(limit=args.records)
-    records = [record for record in records if sum(map(abs, record["traits"].values())) == 1]
+    records, poles, table = pole_losses(run, args)
     if not records:
         print("\nNo test record has exactly one active pole, so there is no table of experts and poles")
         return
-    rows, _ = examples(records, run.chat)
-    poles, table = np.array([int(row.active.argmax()) for row in rows]), np.full((len(EXPERTS),) * 2, math.nan)
-    for e in range(len(EXPERTS)):
-        nats, counts = heldout(run.model, rows, one_hot(e).expand(len(rows), -1), args.tokens)
-        for p in set(poles):
-            table[e, p] = nats[poles == p].sum() / counts[poles == p].sum()
     best = [p for p in set(poles) if np.nanargmin(table[:, p]) == p]
-    print(f"\nWarm-up expert (row) alone on the {len(rows)} records that call for one pole (column), nats/token; * is\n"
-          "the best of a column\n\n  " + " " * 22 + "".join(f"{name:>7}" for name in SHORT))
+    print(f"\nWarm-up expert (row) alone on the {len(records)} records that call for one pole (column), nats/token; * "
+          "is\nthe best of a column\n\n  " + " " * 22 + "".join(f"{name:>7}" for name in SHORT))
     for e, expert in enumerate(EXPERTS):
         print(f"  {expert:<22}" + "".join(
             f"{table[e, p]:>6.2f}" + ("*" if p in set(poles) and np.nanargmin(table[:, p]) == e else " ")
@@ -261,6 +255,20 @@ def expert_table(run, args):
         shares = [np.mean([signatures(text)[e] for text in answer(run.model, run.chat, asked, gate)])
                   for gate in (None, one_hot(e))]
         print(f"  {EXPERTS[e]:<22}{shares[0]:>7.2f}{shares[1]:>8.2f}")
+
+
+def pole_losses(run, args):
+    """-> test records with one active pole, which one that is (N,), and nats/token of expert e alone on those of pole p
+    as (E, E), NaN where there are none."""
+    records, _ = run.test_records(limit=args.records)
+    records = [record for record in records if sum(map(abs, record["traits"].values())) == 1]
+    rows, _ = examples(records, run.chat)
+    poles, table = np.array([int(row.active.argmax()) for row in rows]), np.full((len(EXPERTS),) * 2, math.nan)
+    for e in range(len(EXPERTS) if rows else 0):
+        nats, counts = heldout(run.model, rows, one_hot(e).expand(len(rows), -1), args.tokens)
+        for p in set(poles):
+            table[e, p] = nats[poles == p].sum() / counts[poles == p].sum()
+    return records, poles, table
 
 
 def one_hot(expert):
@@ -808,15 +816,19 @@ COMMANDS = {"routing": (Routing, routing), "ablate": (Ablate, ablate), "bench": 
 
 
 def main(argv=None):
+    from experiments import COMMANDS as experiments  # here, since that file stands on this one
+
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
-    for name, (cls, function) in COMMANDS.items():
+    known = COMMANDS | experiments
+    for name, (cls, function) in known.items():
         add_fields(commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False),
                    cls)
     values = vars(parser.parse_args(argv))
-    cls, function = COMMANDS[values.pop("command")]
-    function(check_numbers(cls(**values)))
+    cls, function = known[values.pop("command")]
+    return function(check_numbers(cls(**values)))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    import eval  # by the name under which experiments.py knows it, so that there is one of each class
+    run_command(eval.main)

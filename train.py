@@ -450,9 +450,9 @@ def fit(task, rows, s, run, stop=lambda: False):
 
 
 def log_line(report, steps):
-    line = (f"{report['stage']} {report['step']:>{len(str(steps))}}/{steps}  loss {report['loss']:.4f}  "
-            f"norm {report['grad_norm']:.2f}  lr {report['lr']:.1e}  {report['tokens_per_s']:,.0f} tok/s")
-    return line + (f"  H {report['entropy']:.2f}  top1 {report['top1']:.2f}" if "entropy" in report else "")
+    line = (f"{report['stage']} {report['step']:>{len(str(steps))}}/{steps} loss {report['loss']:.4f} "
+            f"norm {report['grad_norm']:.2f} lr {report['lr']:.1e} {report['tokens_per_s']:,.0f} tok/s")  # 80 columns
+    return line + (f" H {report['entropy']:.2f} top1 {report['top1']:.2f}" if "entropy" in report else "")
 
 
 def rewind_log(run, stage, done):
@@ -818,7 +818,8 @@ def closing(setup):
               f"  PersonaFuse: {replies[1][i]}")
 
 
-def main(argv=None):
+def main(argv=None, close=True):
+    """close: end with the closing table and five replies; eval.py's experiments do without."""
     args = parse(Args, argv, __doc__)
     check(args)
     stages = STAGES if args.stage == "all" else (args.stage,)
@@ -845,6 +846,8 @@ def main(argv=None):
     finally:
         for number, handler in was.items():
             signal.signal(number, handler)
+    if not close:
+        return
     if not to_do:
         print(f"{setup.run} is complete")
     closing(setup)

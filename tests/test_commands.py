@@ -209,7 +209,7 @@ def test_the_closing_table_is_the_held_out_loss(run_folder, monkeypatch):
 def test_what_is_piped_has_lines_and_no_carriage_returns(run_folder):
     assert "\r" not in made["out"] + made["err"] and "\x1b" not in made["out"] + made["err"]
     for stage, steps in STEPS.items():
-        assert re.search(rf"^{stage} {steps}/{steps}  loss \d+\.\d{{4}}  norm ", made["out"], re.M)
+        assert re.search(rf"^{stage} {steps}/{steps} loss \d+\.\d{{4}} norm ", made["out"], re.M)
     assert made["err"] == ""
 
 
@@ -226,7 +226,7 @@ def test_a_complete_run_shows_its_closing_again_and_changes_nothing(run_folder, 
 def test_a_whole_run_says_the_same_as_its_log(run_folder):
     last = {entry["stage"]: entry for entry in log(run_folder)}
     for stage, entry in last.items():
-        assert f"{stage} {entry['step']}/{entry['step']}  loss {entry['loss']:.4f}  " in made["out"]
+        assert f"{stage} {entry['step']}/{entry['step']} loss {entry['loss']:.4f} " in made["out"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

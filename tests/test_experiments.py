@@ -1,0 +1,535 @@
+"""Laws of experiments, health alarms, plots and the inventory, on two small runs: test_commands.py's, which has hardly
+learned anything, and one made here that has learned just enough to be healthy.
+"""
+import contextlib
+import csv
+import io
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import eval as evaluation
+import experiments
+import train
+from eval import SHORT, Measured, bootstrap, one_hot
+from experiments import cases, compared, losses, ratings, read_items, reply_states, show, steered, update_gram, variant
+from lora import EXPERTS, add_experts, expert_layers, merged
+from model import Config, Transformer, UserError
+from router import gates_under, persona_gate
+from synth import read_records, template_records, write_records
+from test_commands import REDUCED, RUN, copy, here, reduced, run_folder  # noqa: F401 (fixtures)
+
+HEALTHY = REDUCED | dict(
+    records=(400, 40, 60), pretrain=dict(steps=10, batch=6, lr=4e-3), warmup=dict(steps=44, batch=8, lr=1e-2),
+    router=dict(steps=60, batch=16, router_lr=2e-3), joint=dict(steps=2, batch=6, lr=2e-4, router_lr=5e-4))
+made = {}
+
+
+@pytest.fixture
+def healthy(reduced, monkeypatch, tmp_path_factory):  # noqa: F811
+    """A run at tau 0.3 in which everything works. Not to be written to."""
+    monkeypatch.setitem(train.PRESETS, "tiny", HEALTHY)
+    monkeypatch.setattr(train, "template_records", lambda split, n, seed: template_records(split, min(n, 400), seed))
+    if not made:
+        folder = tmp_path_factory.mktemp("healthy")
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+            train.main(["--preset", "tiny", "--tau", "0.3"], close=False)
+        made.update(folder=folder)
+    return made["folder"] / RUN
+
+
+def shown(capsys, command):
+    capsys.readouterr()
+    status = evaluation.main(command.split())
+    return status, capsys.readouterr().out
+
+
+def asked(run, **changes):
+    return experiments.Experiment(names=["routing"], run=str(run), **changes)
+
+
+def small_model(n_experts=3, rank=2, alpha=6):
+    torch.manual_seed(0)
+    model = Transformer(Config(60, 16, 2, 2, 1, 8, 24, 1e-5, 1e4)).double()
+    add_experts(model, n_experts, rank, alpha)
+    for layer in expert_layers(model).values():
+        layer.A.data, layer.B.data = torch.randn_like(layer.A).double(), torch.randn_like(layer.B).double() / 10
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+def test_inner_products_of_updates_are_those_of_the_dense_updates():
+    model = small_model()
+    frozen = {name: layer.weight for name, layer in expert_layers(model).items()}
+
+    def dense(gate):
+        state = merged(model, gate)
+        return torch.cat([(state[f"{name}.weight"] - weight).flatten() for name, weight in frozen.items()])
+    each, gram = [dense(gate) for gate in torch.eye(3, dtype=torch.double)], update_gram(model)
+    assert torch.allclose(gram, torch.stack([torch.stack([a @ b for b in each]) for a in each]), rtol=1e-9)
+    gate = torch.tensor([0.2, 0.7, 0.1], dtype=torch.double)
+    assert torch.allclose((gate @ gram @ gate).sqrt(), dense(gate).norm(), rtol=1e-9)
+
+
+def test_experts_under_a_uniform_gate_are_one_lora_of_all_their_ranks_in_training_too():
+    """Three of rank 2 with three times the α, each weighing a third, against one of rank 6: after ten steps of clipped
+    AdamW the same numbers. (fp64)"""
+    many, one = small_model(3, 2, alpha=3 * 4), small_model(1, 6, alpha=12)
+    for ours, theirs in zip(expert_layers(many).values(), expert_layers(one).values()):
+        theirs.A.data, theirs.B.data = (x.data.flatten(0, 1)[None].clone() for x in (ours.A, ours.B))
+    rows = [train.Example(str(i), None, np.arange(3 + i, 12 + 2 * i), 2) for i in range(4)]
+    found = []
+    for model, gate in ((many, torch.full((4, 3), 1 / 3, dtype=torch.double)), (one, torch.ones(4, 1))):
+        tensors = [x for layer in expert_layers(model).values() for x in (layer.A, layer.B)]
+        optimizer = torch.optim.AdamW(tensors, lr=1e-2, weight_decay=0)
+        for _ in range(10):
+            optimizer.zero_grad()
+            train.row_losses(model, rows, gate.double()).sum().backward()
+            torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+            optimizer.step()
+        found.append(torch.cat([x.detach().flatten() for x in tensors]))
+    assert torch.allclose(*found, rtol=1e-7, atol=1e-9)
+    assert not torch.allclose(found[1], torch.cat([x.detach().flatten() for layer in expert_layers(
+        small_model(3, 2)).values() for x in (layer.A, layer.B)]))
+
+
+def test_comparisons_average_over_seeds_and_draw_over_records():
+    rng, c = np.random.default_rng(0), SimpleNamespace(counts=np.array([2.0, 5.0, 3.0, 10.0]))
+    a, b = ([rng.normal(size=4) for _ in range(3)] for _ in range(2))
+    part = np.array([0, 2, 3])
+    rows = compared({"a": a, "b": b}, c, "b", part, seed=4)
+    assert [row[0] for row in rows] == ["a", "b"] and rows[1][2] == ""
+    per_seed = [nats[part].sum() / 15 for nats in a]
+    assert np.allclose(rows[0][1], [np.mean(per_seed), np.std(per_seed)])
+    assert np.allclose(rows[0][2], bootstrap((sum(a) - sum(b))[part] / 3, c.counts[part], 4))
+
+
+def test_tables_are_laid_out_within_80_columns(capsys):
+    show({"title": "word " * 30, "head": ["what", "n", "x", "mean", "against"], "rows": [
+        ["first", 1234567, 0.5, [1.0, 0.25], [-0.5, -1.0, 0.0]], ["second one", 2, 10.0, "", ""]]})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "  first       1,234,567   0.500  1.000 ± 0.250  -0.5000 [-1.0000, +0.0000]" \
+        in lines and lines[-1] == "  second one          2  10.000"
+
+
+def test_reply_states_are_means_over_the_reply_alone():
+    model = small_model().float()
+    rows = [train.Example(str(i), None, np.arange(i + 1, i + 8 + 3 * i), 3 + i) for i in range(3)]
+    states = reply_states(model, rows, tokens=400)
+    assert states.shape == (3, 2, 16)
+    for row, state in zip(rows, states):  # through the final norm, the last block's states are the model's own
+        kept = []
+        hook = model.model.layers[1].register_forward_hook(lambda block, given, out: kept.append(out))
+        model.hidden(torch.tensor(row.ids)[None])
+        hook.remove()
+        assert torch.allclose(state[1], kept[0][0, row.prompt:].mean(0), atol=1e-5)
+    assert not any(block._forward_hooks for block in model.model.layers)
+
+
+def test_steering_adds_the_gates_vectors_after_one_block_and_leaves_no_trace():
+    model = small_model().float()
+    for layer in expert_layers(model).values():
+        layer.B.data.zero_()
+    ids, gate, vectors = torch.arange(14).view(2, 7), torch.tensor([[1., 0, 0], [0.2, 0.3, 0.5]]), torch.randn(3, 16)
+    plain, seen = model.hidden(ids), []
+    hook = model.model.layers[1].register_forward_hook(lambda block, given, out: seen.append((given[0], out)))
+    with steered(model, 0, vectors):
+        moved = model.hidden(ids, gate)
+    before, _ = seen[-1]
+    model.hidden(ids)
+    hook.remove()
+    assert torch.allclose(before - seen[-1][0], (gate @ vectors)[:, None].expand(-1, 7, -1), atol=1e-5)
+    assert not torch.allclose(moved, plain) and torch.equal(model.hidden(ids, gate), plain)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Variants
+
+def test_a_variant_trains_what_is_asked_on_what_is_there(run_folder, here, capsys, monkeypatch):  # noqa: F811
+    """A run folder like any other, with links to the source's models, data and stages; settings are the source's but
+    for the changes; the source keeps every byte; a second start trains nothing; a torn one goes on."""
+    source = copy(run_folder, here)
+    before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
+    folder = variant(asked(source), source, "x/y", ["joint"], tau=0.5, lr=1e-3)
+    assert folder == source / "experiments" / "x" / "y"
+    own, was = (json.loads((f / "config.json").read_text())["stages"] for f in (folder, source))
+    assert own == was | {"joint": was["joint"] | {"tau": 0.5, "lr": 1e-3, "log_every": 2**30}}
+    assert {p.name for p in folder.iterdir() if p.is_symlink()} == {"models", "data", "warmup", "router"}
+    assert not any(Path(p.readlink()).is_absolute() for p in folder.iterdir() if p.is_symlink())
+    assert {file: file.read_bytes() for file in before} == before
+    experts = "joint/experts/low_openness/adapter_model.safetensors"
+    trained = load_file(folder / experts)
+    assert not all(torch.equal(t, load_file(source / experts)[n]) for n, t in trained.items())
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_stage", None)
+        assert variant(asked(source), source, "x/y", ["joint"], tau=0.5, lr=1e-3) == folder
+    shutil.move(source, here / "elsewhere")  # links are relative: the run can be moved
+    shutil.rmtree(here / "elsewhere" / "experiments" / "x" / "y" / "joint")
+    again = variant(asked("elsewhere"), Path("elsewhere"), "x/y", ["joint"], tau=0.5, lr=1e-3)
+    assert all(torch.equal(t, trained[n]) for n, t in load_file(again / experts).items())
+
+
+def test_nothing_is_trained_where_nothing_differs(run_folder, here, monkeypatch):  # noqa: F811
+    source = copy(run_folder, here)
+    monkeypatch.setattr(train, "main", None)
+    assert variant(asked(source), source, "same", ["joint"], tau=1.0, lam=0.1) == source
+    with pytest.raises(TypeError):
+        variant(asked(source), source, "fresh", ["joint"], fresh=["warmup"])
+
+
+def test_fresh_stages_are_as_initialised(run_folder, here):  # noqa: F811
+    source = copy(run_folder, here)
+    folder = variant(asked(source), source, "x", ["joint"], fresh=["warmup", "router"])
+    B = load_file(folder / "warmup/experts/high_openness/adapter_model.safetensors")
+    assert all(tensor.abs().max() == 0 for name, tensor in B.items() if "lora_B" in name)
+    first = Measured(asked(source)).setup.load_router().expert_embeddings
+    assert torch.equal(load_file(folder / "router/router/model.safetensors")["expert_embeddings"], first.data)
+    assert not (folder / "warmup").is_symlink() and not (folder / "router").is_symlink()
+    assert any(t.abs().max() > 0 for n, t in load_file(
+        folder / "joint/experts/high_openness/adapter_model.safetensors").items() if "lora_B" in n)
+
+
+def test_a_variant_of_stages_that_have_changed_is_refused(run_folder, here):  # noqa: F811
+    source = copy(run_folder, here)
+    variant(asked(source), source, "x", ["joint"], tau=0.5)
+    config = json.loads((source / "config.json").read_text())
+    config["stages"]["warmup"]["steps"] += 1
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="experiments/x was made from other stages .* remove it to train it anew"):
+        variant(asked(source), source, "x", ["joint"], tau=0.5)
+
+
+def test_other_seeds_are_other_runs_on_the_same_records(run_folder, here):  # noqa: F811
+    """Also where the data are one file, which train.py splits by the seed."""
+    source = copy(run_folder, here)
+    seeds, folders = zip(*experiments.seeded(asked(source, seeds=2)))
+    assert seeds == (0, 1) and folders == (source, source / "experiments" / "seed-1")
+    for split in ("train", "validation", "test"):
+        assert read_records(folders[1] / "records" / f"{split}.jsonl") == read_records(source / "data" / f"{split}.jsonl")
+    assert Measured(asked(folders[1])).setup.seed == 1 and Measured(asked(folders[1])).setup.base.endswith("models/base")
+    for stage, file in (("warmup", "experts/high_openness/adapter_model"), ("router", "router/model")):
+        ours, theirs = (load_file(folder / stage / f"{file}.safetensors") for folder in folders)
+        assert not any(torch.equal(t, theirs[n]) for n, t in ours.items() if "lora_A" in n or "expert_emb" in n)
+
+
+def test_a_variant_that_is_stopped_ends_the_experiment(run_folder, here, monkeypatch):  # noqa: F811
+    source = copy(run_folder, here)
+    monkeypatch.setattr(train, "main", lambda argv, close: 130)
+    with pytest.raises(KeyboardInterrupt):
+        variant(asked(source), source, "x", ["joint"], tau=0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experiments
+
+@pytest.mark.slow
+def test_routing_compares_every_gate_before_and_after_joint(run_folder, here, capsys, monkeypatch):  # noqa: F811
+    source = copy(run_folder, here).relative_to(here)
+    status, out = shown(capsys, f"experiment routing --run {source} --seeds 1 --records 12")
+    assert status is None and max(map(len, out.splitlines())) <= 80
+    tables = json.loads((source / "experiments/routing/results.json").read_text())["tables"]
+    assert [re.match(r"Experts after (\w+), tau 1; (\d+) test records, (.*): loss", t["title"]).groups() for t in tables] \
+        == [(stage, n, name) for stage in ("warmup", "joint") for n, name in (
+            ("12", "all"), (tables[1]["title"].split("; ")[1].split()[0], "domains seen in training"),
+            (tables[2]["title"].split("; ")[1].split()[0], "domains held out"))]
+    for stage, table in (("warmup", tables[0]), ("joint", tables[3])):
+        rows, m = {row[0]: row for row in table["rows"]}, Measured(asked(source, stage=stage))
+        assert list(rows) == ["base", "uniform", "shuffled", "learned", "oracle", "labels", "random", "best single"] \
+            + ["control"] * (stage == "joint")
+        tests, validation = cases(m, limit=12), cases(m, "validation", 12)
+        nats = losses(m, tests, ["learned", "oracle"])
+        for name, one in nats.items():
+            assert abs(rows[name][1][0] - one.sum() / tests.counts.sum()) < 1e-6 and rows[name][1][1] == 0
+        assert np.allclose(rows["oracle"][2], bootstrap(nats["oracle"] - nats["learned"], tests.counts), atol=1e-6)
+        alone = [train.heldout(m.model, validation.rows, one_hot(e).expand(12, -1))[0].sum() for e in range(10)]
+        best = train.heldout(m.model, tests.rows, one_hot(int(np.argmin(alone))).expand(12, -1))[0]
+        assert abs(rows["best single"][1][0] - best.sum() / tests.counts.sum()) < 1e-6
+    control = Measured(asked(source / "experiments/routing/control-0", stage="joint"))
+    config = json.loads((control.setup.run / "config.json").read_text())
+    assert config["stages"]["joint"]["joint_gate"] == "uniform"
+    assert abs(rows["control"][1][0] - losses(control, cases(control, limit=12), ["uniform"])["uniform"].sum()
+               / cases(control, limit=12).counts.sum()) < 1e-6
+    with monkeypatch.context() as patch:  # asked again it is printed again; asked for something else, or anew, measured
+        patch.setattr(experiments, "losses", None)
+        assert shown(capsys, f"experiment routing --run {source} --seeds 1 --records 12")[1] in out
+        for more in ("--records 11", "--records 12 --again", "--records 12 --seed 3"):
+            with pytest.raises(TypeError):
+                shown(capsys, f"experiment routing --run {source} --seeds 1 {more}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_every_experiment_runs_and_fits_80_columns(name, run_folder, here, capsys, monkeypatch):  # noqa: F811
+    source = copy(run_folder, here)
+    status, out = shown(capsys, f"experiment {name} --run {source} --seeds 2 --records 20")
+    found = json.loads((source / "experiments" / name / "results.json").read_text())
+    numbers = [x for table in found["tables"] for row in table["rows"] for cell in row[1:]
+               for x in (cell if isinstance(cell, list) else [cell]) if isinstance(x, float)]
+    assert status is None and numbers and np.isfinite(numbers).all() and "nan" not in out
+    tables = out[out.index(f"\n{name}: "):]
+    assert max(map(len, tables.splitlines()[2:])) <= 80 or name == "domain"  # a column a domain, whatever its name
+    before = {file: file.stat().st_mtime_ns for file in source.rglob("*.safetensors")}
+    assert shown(capsys, f"experiment {name} --run {source} --seeds 2 --records 20 --again")[1].split("\n\n")[1:-1] \
+        == tables.split("\n\n")[1:-1] or name == "rank"
+    assert {file: file.stat().st_mtime_ns for file in source.rglob("*.safetensors")} == before
+
+
+@pytest.mark.slow
+def test_the_temperature_sweep_measures_what_it_says(run_folder, here, capsys, monkeypatch):  # noqa: F811
+    """One row of each table, worked out again; and what is best on validation is what is reported on test."""
+    source = copy(run_folder, here)
+    monkeypatch.setattr(experiments, "TAUS", (1.0, 0.1))
+    shown(capsys, f"experiment temperature --run {source} --seeds 1 --records 14")
+    *sweeps, poles, chosen = json.loads((source / "experiments/temperature/results.json").read_text())["tables"]
+    folders = [source, source / "experiments/temperature/tau-0.1-steps-3-seed-0",
+               source / "experiments/temperature/tau-0.1-steps-9-seed-0"]
+    assert all(json.loads((f / "config.json").read_text())["stages"]["joint"]["steps"] == n
+               and json.loads((f / "config.json").read_text())["stages"]["joint"]["tau"] == 0.1
+               for f, n in zip(folders[1:], (3, 9)))
+    first = update_gram(Measured(asked(source, stage="warmup")).model).diagonal().sqrt().mean()
+    for table, folder, stage in zip(sweeps, folders, ("warmup", "joint", "joint")):
+        m = Measured(asked(folder, stage=stage, tau=0.1))
+        tests, validation = cases(m, limit=14), cases(m, "validation", 14)
+        row = dict(zip(table["head"], table["rows"][1]))
+        gates = (train.similarities(m.router, tests.rows) / 0.1).softmax(-1).double()
+        gram, alone = update_gram(m.model), tests.active.sum(-1) == 1
+        size = gram.diagonal().sqrt()
+        assert row["tau"] == "0.1" and abs(row["entropy"] + (gates * gates.log()).sum(-1).mean()) < 1e-4
+        assert abs(row["top-1"] - gates.max(-1).values.mean()) < 1e-5
+        assert abs(row["norm"] - np.mean([(w @ gram @ w).sqrt() / size.mean() for w in gates])) < 1e-5
+        assert abs(row["grown"] - size.mean() / first) < 1e-6
+        cosines = gram / size.clamp(min=1e-15).outer(size.clamp(min=1e-15))
+        opposite = np.mean([cosines[2 * t, 2 * t + 1] for t in range(5)])
+        assert abs(row["cos opp"] - opposite) < 1e-6
+        assert abs(row["cos oth"] - (cosines.sum() - cosines.trace() - 10 * opposite) / 80) < 1e-6
+        assert abs(row["valid."] - losses(m, validation, ["learned"])["learned"].sum() / validation.counts.sum()) < 1e-5
+        nats = losses(m, tests, ["learned"])["learned"]
+        assert abs(row["test"][0] - nats.sum() / tests.counts.sum()) < 1e-5
+        rows, which = [r for r, one in zip(tests.rows, alone) if one], tests.active[alone].argmax(-1)
+        wanted = [nats[alone].sum()] + [train.heldout(m.model, rows, g)[0].sum() for g in (
+            torch.eye(10)[which], torch.stack([persona_gate(SHORT[e], 0.1) for e in which]))]
+        when = table["title"].split(":")[0].lower()
+        found = next(r for r in poles["rows"] if r[:2] == [when, "0.1"])
+        assert np.allclose(found[2:], np.array(wanted) / tests.counts[alone.numpy()].sum(), atol=1e-5)
+        values = [r[table["head"].index("valid.")] for r in table["rows"]]
+        best = table["rows"][int(np.argmin(values))]
+        names = [r[0] for r in chosen["rows"] if r[0].startswith(when)]
+        assert names[-1] == f"{when}, tau {best[0]}" and names[0] == f"{when}, tau 1"
+        assert next(r for r in chosen["rows"] if r[0] == names[-1])[1] == best[-1]
+
+
+@pytest.mark.parametrize("argv, why", [
+    ("experiment nonsense --run X", "no experiment 'nonsense', expected some of routing, temperature, rank, domain"),
+    ("experiment routing --run X --data Y", "leave out --data and --stage"),
+    ("experiment routing --run X --stage joint", "leave out --data and --stage"),
+    ("experiment routing --run X", "X has no router stage yet: python train.py --preset tiny --stage router --run X"),
+    ("experiment domain --run Y", "name 1 domains, expected three or more")])
+def test_what_cannot_be_tried_is_one_line(run_folder, here, argv, why):  # noqa: F811
+    shutil.move(copy(run_folder, here, ["router", "joint"]), here / "X")
+    if "Y" in argv and "domain" in argv:
+        shutil.move(copy(run_folder, here), here / "Y")
+        for split in ("train", "test"):
+            file = here / "Y" / "data" / f"{split}.jsonl"
+            write_records(file, [record | {"domain": "work"} for record in read_records(file)])
+    with pytest.raises(UserError, match=why) as error:
+        evaluation.main(argv.split())
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Health
+
+@pytest.mark.slow
+def test_a_healthy_run_has_no_alarm(healthy, capsys):
+    for stage in ("warmup", "joint"):
+        status, out = shown(capsys, f"health --run {healthy} --stage {stage}")
+        assert status == 0 and "\n0 alarms\n" in out and "ALARM" not in out, out
+        assert len(re.findall(r"^ok     ", out, re.M)) == 7 and max(map(len, out.splitlines())) <= 80 + len(str(healthy))
+
+
+def rewrite(file, change):
+    state = load_file(file)
+    save_file(change(state), file, metadata={"format": "pt"})
+
+
+def router_of_chance(run):
+    rewrite(run / "joint/router/model.safetensors", lambda s: s | {"expert_embeddings": s["expert_embeddings"].roll(3, 0)})
+
+
+def router_that_never_differs(run):
+    rewrite(run / "joint/router/model.safetensors", lambda s: s | {
+        "expert_embeddings": s["expert_embeddings"][:1].repeat(10, 1)})
+
+
+def expert_never_chosen(run):
+    rewrite(run / "joint/router/model.safetensors", lambda s: s | {"expert_embeddings": torch.cat(
+        (s["expert_embeddings"][:3], -F.normalize(s["expert_embeddings"], dim=-1).mean(0, keepdim=True),
+         s["expert_embeddings"][4:]))})
+
+
+def experts_scaled(which, factor):
+    def change(run):
+        for e in which:
+            rewrite(run / f"joint/experts/{EXPERTS[e]}/adapter_model.safetensors", lambda s: {
+                n: t * factor if "lora_B" in n else t for n, t in s.items()})
+    return change
+
+
+def copied_expert(run):
+    shutil.copy(run / f"joint/experts/{EXPERTS[6]}/adapter_model.safetensors",
+                run / f"joint/experts/{EXPERTS[1]}/adapter_model.safetensors")
+
+
+def empty_vectors(run):
+    file = run / "data" / "train.jsonl"
+    records = read_records(file)
+    write_records(file, [*records, records[0] | {"id": "zero", "traits": {"openness": 0}}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disease, alarm, says, more", [
+    (router_of_chance, "router", "reaches 0", ""),
+    (router_that_never_differs, "router", r"shuffled ones lose -?0.0000 \[-?0.0000, -?0.0000\]", ""),
+    (lambda run: None, "collapsed gate", r"entropy 0.00\d nats", "--tau 0.001"),
+    (lambda run: None, "collapsed gate", r"entropy 2.303 nats", "--tau 100"),
+    (experts_scaled(range(10), 30), "general ability", r"is \+[1-9]\d*.\d% \[", ""),
+    (empty_vectors, "all-zero vectors", "1 of 501 records have no active trait", ""),
+    (expert_never_chosen, "dead experts", "low_conscientiousness[;,].*first choices 0.000", ""),
+    (experts_scaled([7], 0), "dead experts", "low_agreeableness[;,].*smallest update 0.00 of the largest", ""),
+    (experts_scaled([4], -9), "experts that only work together", "high_extraversion[;,].*worst \\+", ""),
+    (copied_expert, "copies", r"low_openness and high_agreeableness, cosine 1.00", "")])
+def test_each_disease_raises_its_alarm(healthy, here, capsys, disease, alarm, says, more):  # noqa: F811
+    run = copy(healthy, here)
+    disease(run)
+    status, out = shown(capsys, f"health --run {run} --stage joint --records 30 {more}")
+    assert status == 1, out
+    found = re.search(rf"^ALARM  {alarm}: ((?:.|\n       )*)", out, re.M)
+    assert found and re.search(says, " ".join(found[1].split())), out
+    assert re.search(rf"^\d alarms?: (.*, )?{alarm}(,|$)", out, re.M)
+    quiet = {"all-zero vectors", "copies"} - {alarm}
+    assert not any(f"ALARM  {name}" in out for name in quiet), out
+
+
+@pytest.mark.slow
+def test_general_ability_is_measured_on_the_text_that_is_given(healthy, here, capsys):  # noqa: F811
+    run = Measured(asked(healthy))
+    (here / "text").write_text("A first piece.\nIts second line.\n\n\nAnother piece, quite different.\n")
+    _, out = shown(capsys, f"health --run {healthy} --records 10 --text text")
+    rows = experiments.plain_rows(run, ["A first piece.\nIts second line.", "\nAnother piece, quite different.\n"])
+    assert all(row.prompt == 1 for row in rows) and rows[0].ids[0] == run.chat.bos and rows[0].ids[-1] == run.chat.end
+    base, counts = train.heldout(run.model, rows)
+    mixed, _ = train.heldout(run.model, rows, gates_under(
+        "learned", torch.ones(2, 10), train.similarities(run.router, rows), 0.3))
+    flat = " ".join(out.split())
+    assert f"base's {base.sum() / counts.sum():.3f} nats/token" in flat
+    assert f"text is {(mixed - base).sum() / base.sum():+.1%}" in flat
+    with pytest.raises(UserError, match="missing.txt"):
+        evaluation.main(["health", "--run", str(healthy), "--records", "4", "--text", "missing.txt"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plots
+
+@pytest.mark.slow
+def test_plots_are_pictures_of_what_is_there(run_folder, here, capsys):  # noqa: F811
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
+    run = copy(run_folder, here)
+    _, out = shown(capsys, f"plot --run {run} --records 8 --show 3")
+    assert "no temperature sweep yet: python eval.py experiment temperature" in out
+    sweep = {"title": "", "head": ["tau", "entropy", "test"], "rows": [[t, 1.0, [4.0, .1]] for t in ("1", "0.1")]}
+    poles = {"title": "", "head": [], "rows": [[w, t, 1., 2., 3.] for w in experiments.LENGTHS for t in ("1", "0.1")]}
+    (run / "experiments/temperature").mkdir(parents=True)
+    (run / "experiments/temperature/results.json").write_text(json.dumps({"tables": [sweep] * 3 + [poles]}))
+    _, out = shown(capsys, f"plot --run {run} --records 8 --show 3")
+    names = ["training", "gate", "heatmap", "experts", "temperature"]
+    assert [Path(line).stem for line in out.splitlines()] == names
+    assert all((run / "plots" / f"{n}.png").read_bytes().startswith(b"\x89PNG") for n in names)
+
+
+def test_without_matplotlib_a_plot_says_what_to_do(run_folder, here, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="plot needs matplotlib, which is optional: pip install matplotlib"):
+        evaluation.main(["plot", "--run", str(run_folder)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The inventory
+
+OURS = Path(train.__file__).parent / "data" / "inventory.csv"
+
+
+def test_our_inventory_is_balanced():
+    items = read_items(OURS)
+    assert len(items) == 60 and Counter((i["label_ocean"], i["key"]) for i in items) == {
+        (letter, key): 6 for letter in "OCEAN" for key in ("1", "-1")}
+    assert all(n == 2 for n in Counter((i["label_ocean"], i["label_raw"]) for i in items).values())
+    assert len({i["text"] for i in items}) == 60 and all(i["text"][0].isupper() and i["text"][-1] != "." for i in items)
+
+
+@pytest.mark.parametrize("text, why", [
+    ("", "no statements in it"), ("label_raw,text,label_ocean,key\n", "no statements in it"),
+    ("label_raw,text,label_ocean,key\nf,Like it,O,1\nf,,O,1\n", "line 3: found"),
+    ("label_raw,text,label_ocean,key\nf,Like it,X,1\n", "line 2: found .*'X'.*O, C, E, A or N"),
+    ("label_raw,text,label_ocean,key\nf,Like it,O,0\n", "line 2: .*key \\(1 or -1\\)"),
+    ("a,b\n1,2\n", "line 2: .*expected the columns label_raw, text, label_ocean")])
+def test_statements_that_are_not_statements_are_named(here, text, why):  # noqa: F811
+    (here / "items.csv").write_text(text)
+    with pytest.raises(UserError, match=f"items.csv.*{why}") as error:
+        read_items("items.csv")
+    assert "\n" not in str(error.value)
+
+
+def test_ratings_are_expected_values_of_the_five_letters_in_both_orders(run_folder):  # noqa: F811
+    run, texts = Measured(asked(run_folder, stage="warmup")), ["Like long walks.", "Keep quiet"]
+    found = ratings(run, texts, one_hot(3))
+    for order, listed in enumerate((experiments.ANSWERS, experiments.ANSWERS[::-1])):
+        for i, said in enumerate(("You like long walks.", "You keep quiet.")):
+            query = (f'How accurately does this statement describe you? "{said}"\n'
+                     + "".join(f"{'ABCDE'[k]}. {answer}\n" for k, answer in enumerate(listed)) + "Answer with one letter.")
+            nats = np.array([train.row_losses(run.model, [train.Example("", None, np.array(ids[:-1]), s.index(True))],
+                                              one_hot(3)).item() for ids, s in (
+                run.chat.example([{"role": "user", "content": query}], letter) for letter in "ABCDE")])
+            p = np.exp(-nats) / np.exp(-nats).sum()
+            value = [5, 4, 3, 2, 1] if order == 0 else [1, 2, 3, 4, 5]
+            assert abs(found[order, i] - p @ value) < 1e-4
+
+
+def test_the_inventory_scores_what_is_agreed_to(run_folder, here, capsys, monkeypatch):  # noqa: F811
+    """A model that only likes a letter scores 3 with a gap of 4; experts that agree with what is positively keyed for
+    their trait, and disagree with the rest, are apart on it and on nothing else."""
+    with open(here / "items.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("label_raw", "text", "label_ocean", "key"), *(
+            ("f", f"{t}{k}{i}", t, k) for t in "OCEAN" for k in (1, -1) for i in range(2))])
+
+    def agree(run, texts, gate):
+        if gate is None:  # always the first letter
+            return np.stack([np.full(len(texts), 5.0), np.full(len(texts), 1.0)])
+        e = int(gate.argmax())
+        return np.stack([[3 + (t[0] == "OCEAN"[e // 2]) * (1 if "-1" not in t else -1) * (1 - 2 * (e % 2)) * (1 + .1 * i)
+                          for i, t in enumerate(texts)]] * 2)
+    monkeypatch.setattr(experiments, "ratings", agree)
+    _, out = shown(capsys, f"inventory --run {run_folder} --items items.csv")
+    assert max(map(len, out.splitlines())) <= 80 and "20 statements, experts after warmup" in " ".join(out.split())
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if re.match(r"  \w+ +[\d+-]", line)}
+    first = out.split("The same from")[0]
+    assert re.search(r"base( +3.00±4.00){5}$", first, re.M) and re.search(r"base( +3.00/3.00){5}$", out, re.M)
+    assert re.search(r"high_openness +4.05/4.25( +3.00/3.00){4}$", out, re.M)
+    own = [1 + .1 * i for i in range(4)]
+    assert re.search(rf"high_openness +{3 + np.mean(own):.2f}±0.00( +3.00±0.00){{4}}$", first, re.M)
+    for t, trait in enumerate(("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")):
+        values = [2 + .2 * i for i in range(4 * t, 4 * t + 4)]
+        assert [float(x) for x in rows[trait]] == [
+            pytest.approx(np.mean(values) / np.std(values), abs=6e-3) if u == t else 0 for u in range(5)]
+    assert "leakage to other traits (mean size) 0.00" in out
