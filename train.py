@@ -10,10 +10,12 @@ What is notable:
   true mean over the tokens of the whole step, not a mean of means
 - data order is a function of seed and step, so that a resumed run goes on where it stopped
 - files are written under another name first, then renamed; safetensors and JSON only
+- torchrun starts it on several GPUs: each process takes its share of every step's rows, and gradients are added up
 
     python train.py --preset tiny --stage all       # everything on a laptop's CPU in three minutes; needs no download
     python train.py --stage router                  # Qwen2.5-0.5B on one GPU
     python train.py --stage all                     # Llama-3.1-8B on one GPU
+    torchrun --nproc_per_node=4 -- train.py --stage all     # on four; "--", or torchrun takes --run for its own
 
 Shapes: B rows, T tokens, N supervised tokens, D width, V vocabulary, E experts.
 """
@@ -34,6 +36,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -292,6 +295,7 @@ class Task:
 
     def __init__(self, stage, model=None, router=None, s=None):
         self.stage, self.model, self.router, self.s = stage, model, router, s
+        self.rank, self.size = place() if stage != "pretrain" else (0, 1)  # tiny's base is made by the first process
         groups = []
         if stage == "pretrain":
             groups.append({"params": list(model.parameters()), "lr": s.lr})
@@ -331,7 +335,7 @@ class Task:
             ids, lengths = pad([row.query for row in rows], self.device)
             similarity = self.router.similarity(self.router.embed(ids, lengths))  # (B, E)
             gate = self.router.gate(similarity)
-            active = torch.stack([row.active for row in rows]).to(self.device)
+            active = torch.stack([row.active for row in rows])  # stays on the host, where it is checked
             contrast = contrastive_loss(similarity, active, self.s.contrastive_tau) * len(rows)  # their sum
         if self.model is None:
             return None, contrast, gate
@@ -340,47 +344,56 @@ class Task:
             mixture = F.one_hot(torch.tensor([row.expert for row in rows]), len(EXPERTS)).float().to(self.device)
         elif self.stage == "joint" and self.s.joint_gate == "uniform":
             mixture = torch.full_like(gate, 1 / len(EXPERTS))
-        weight = torch.tensor([1 / tokens[row.expert] for row in rows], device=self.device)
+        weight = send([1 / tokens[row.expert] for row in rows], self.device)
         return (row_losses(self.model, rows, mixture) * weight).sum(), contrast, gate
 
     def step(self, rows, factor=1.0):
-        """One optimiser step on these rows, learning rates times `factor` -> what the log says of it."""
+        """One optimiser step on these rows, learning rates times `factor` -> what the log says of it, as tensors: a
+        number would have to be waited for (see `figures`).
+
+        Every process knows all rows and computes every size-th of them, so that nothing but gradients and the log's
+        sums is exchanged: token counts, and which experts have rows, are the whole step's everywhere.
+        """
         tokens = Counter()
         for row in rows:
             tokens[row.expert] += cost(row) - row.prompt
-        sums, gates, lam = Counter(), [], self.s.lam if self.stage == "joint" else 1.0
-        for group in micro_batches(rows, self.s.tokens):
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, contrastive part
+        gates, lam = [], self.s.lam if self.stage == "joint" else 1.0
+        for group in micro_batches(sorted(rows, key=cost)[self.rank::self.size], self.s.tokens):
             with self.autocast:
                 language, contrast, gate = self.losses(group, tokens)
                 parts = [] if language is None else [language]
                 if contrast is not None:
                     parts.append(lam * contrast / len(rows))
-                    sums["contrastive"] += contrast.item() / len(rows)
+                    sums[1] += contrast.detach() / len(rows)
                 loss = sum(parts)
             loss.backward()
-            sums["loss"] += loss.item()
-            gates += [] if gate is None else [gate.detach().float().cpu()]
-        if not math.isfinite(sums["loss"]):
-            raise UserError(f"the loss is {sums['loss']}, so this step was not taken. Try a lower --lr or --router-lr, "
-                            f"or look at its records: {', '.join(row.id for row in rows)}")
+            sums[0] += loss.detach()
+            gates += [] if gate is None else [gate.detach().float()]
+        trained = self.expert_tensors() if self.stage == "warmup" else self.parameters()
+        if gates:  # rows of other processes are 0 here
+            every = gates[0].new_zeros(len(rows), len(EXPERTS))
+            every[self.rank::self.size] = torch.cat(gates)
+        if self.size > 1:
+            add_up([sums, *([every] if gates else []), *(p.grad for p in trained if p.grad is not None)])
         norm = self.clip({row.expert for row in rows})
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
         self.optimizer.step()
-        for p in (*self.parameters(), *([] if self.stage != "warmup" else self.expert_tensors())):
+        for p in (*self.parameters(), *trained):
             p.grad = None
         # warm-up adds ten means; its log shows their average, so that it compares with the other stages'
-        report = {"loss": sums["loss"] / (len(tokens) if self.stage == "warmup" else 1), "grad_norm": norm,
+        report = {"loss": sums[0] / (len(tokens) if self.stage == "warmup" else 1), "grad_norm": norm,
                   "lr": self.optimizer.param_groups[0]["lr"]}
         if self.stage == "joint":
-            report["contrastive"] = sums["contrastive"]
-        return report | (gate_report(torch.cat(gates)) if gates else {})
+            report["contrastive"] = sums[1]
+        return report | ({"gates": every} if gates else {})
 
     def clip(self, present):
         """Scale large gradients down, each expert's by itself in warm-up, else experts and router apart -> the norm."""
         if self.stage != "warmup":
             norms = [torch.nn.utils.clip_grad_norm_(g["params"], self.s.clip) for g in self.optimizer.param_groups]
-            return torch.stack(norms).norm().item()
+            return torch.stack(norms).norm()
         whole = self.expert_tensors()
         norms = sum(w.grad.square().sum((1, 2)) for w in whole).sqrt()  # (E,)
         scale = (self.s.clip / (norms + 1e-6)).clamp(max=1)
@@ -388,7 +401,7 @@ class Task:
             w.grad *= scale[:, None, None]
         for expert, w, view in self.views:
             view.grad = w.grad[expert] if expert in present else None
-        return norms.norm().item()
+        return norms.norm()
 
     def save(self, folder, base):
         """Write the stage's result: experts/ and router/, what of them this stage trains."""
@@ -405,6 +418,32 @@ class Stopped(Exception):
     """Ctrl-C or SIGTERM came; the step was finished and saved."""
 
 
+def place():
+    """(number of this process, how many there are) of those that torchrun started; (0, 1) alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensors):
+    """Sum each tensor over all processes, in place."""
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        work.wait()
+
+
+def agreed(stop):
+    """Whether any process was asked to stop: all of them end after the same step."""
+    flag = torch.tensor(float(stop()))
+    if place()[1] > 1:
+        add_up([flag])
+    return flag.item() > 0
+
+
+def figures(report):
+    """What Task.step returned, as numbers. They are asked for where the log is written, since the device then has to
+    finish what it was given."""
+    numbers = {k: v.item() if torch.is_tensor(v) else v for k, v in report.items() if k != "gates"}
+    return numbers | (gate_report(report["gates"]) if "gates" in report else {})
+
+
 def schedule(step, steps, warmup):
     """Factor of the learning rate at a step counted from 0: a linear rise, then a cosine to 0."""
     rise = max(1, round(warmup * steps))
@@ -417,36 +456,46 @@ def fit(task, rows, s, run, stop=lambda: False):
     """Train `task` on `rows` for s.steps steps, from the run folder's last checkpoint if it has one."""
     lengths = [cost(row) for row in rows]
     order = batches(lengths, s.batch, [s.seed, *task.stage.encode()])
-    done = restore(task, run)
-    log = rewind_log(run, task.stage, done)
-    bar = tqdm(total=s.steps, initial=done, desc=task.stage, unit="step", disable=not sys.stderr.isatty(),
+    done, first = restore(task, run), task.rank == 0  # the first process writes
+    log = rewind_log(run, task.stage, done) if first else None
+    pending, real, began = [], 0, time.perf_counter()
+    bar = tqdm(total=s.steps, initial=done, desc=task.stage, unit="step", disable=not (first and sys.stderr.isatty()),
                dynamic_ncols=True)
     for step, batch in zip(range(1, s.steps + 1), order):
         if step <= done:  # the order is drawn again, the steps are not
             continue
-        began = time.perf_counter()
         batch = [rows[i] for i in batch]
-        try:
-            report = task.step(batch, schedule(step - 1, s.steps, s.lr_warmup))
-        except UserError as error:
-            raise UserError(f"{task.stage}, step {step}: {error}") from None
-        real = sum((0 if row.ids is None or task.model is None else len(row.ids))
-                   + (0 if task.router is None else len(row.query)) for row in batch)
-        report = {"step": step, "stage": task.stage, **report, "tokens_per_s": real / (time.perf_counter() - began)}
-        log.write(json.dumps(report) + "\n")
-        log.flush()
-        bar.set_postfix_str(f"loss {report['loss']:.3f}", refresh=False)
+        pending.append((step, batch, task.step(batch, schedule(step - 1, s.steps, s.lr_warmup))))
+        real += sum((0 if row.ids is None or task.model is None else len(row.ids))
+                    + (0 if task.router is None else len(row.query)) for row in batch)
+        stopping = agreed(stop) if task.stage != "pretrain" else stop()
+        line = step % s.log_every == 0 or step == s.steps
+        save = step % s.save_every == 0 or step == s.steps or stopping
+        if line or save or task.device.type == "cpu":  # on a GPU, steps in between are not waited for
+            for at, batch, report in pending:
+                report = {"step": at, "stage": task.stage, **figures(report)}
+                if not math.isfinite(report["loss"]):  # nothing of it is saved: the last checkpoint is before it
+                    raise UserError(f"{task.stage}, step {at}: the loss is {report['loss']}, so training ends here. Try "
+                                    "a lower --lr or --router-lr with --resume, or look at this step's records: "
+                                    + ", ".join(row.id for row in batch))
+                report["tokens_per_s"] = real / (time.perf_counter() - began)
+                if first:
+                    log.write(json.dumps(report) + "\n")
+                    log.flush()
+            pending, real, began = [], 0, time.perf_counter()
+            bar.set_postfix_str(f"loss {report['loss']:.3f}", refresh=False)
         bar.update()
-        if step % s.log_every == 0 or step == s.steps:
+        if line and first:
             bar.write(log_line(report, s.steps), file=sys.stdout)
             sys.stdout.flush()
-        if step % s.save_every == 0 or step == s.steps or stop():
+        if save and first:
             save_state(task, step, s, run)
-        if stop() and step < s.steps:
+        if stopping and step < s.steps:
             bar.close()
             raise Stopped(f"stopped after step {step} of {s.steps} of {task.stage}; all of it is saved")
     bar.close()
-    log.close()
+    if first:
+        log.close()
 
 
 def log_line(report, steps):
@@ -688,11 +737,31 @@ def open_run(setup, settings, args):
         raise UserError(f"{run} holds a run (begun: {', '.join(begun)}; not done: {', '.join(to_do)}): --resume goes "
                         "on with it, --overwrite trains anew")
     found["stages"] |= settings
-    # the closing may need what another stage of this run was given
-    setup.base, setup.encoder = (Setup.inside(found["setup"][k], run) for k in ("base", "encoder"))
     with atomic(file) as part:
         part.write_text(json.dumps(found, indent=2) + "\n")
-    return to_do
+    return remaining(setup, settings)
+
+
+def remaining(setup, settings):
+    """Take what the run folder's config.json says of models -> the stages that are still to be trained."""
+    found = read_json(setup.run / "config.json")["setup"]  # the closing may need what another stage was given
+    setup.base, setup.encoder = (Setup.inside(found[k], setup.run) for k in ("base", "encoder"))
+    return [stage for stage in settings if not (setup.run / stage).is_dir()]
+
+
+def join(setup, settings):
+    """Join the processes that torchrun started, each with a GPU of its own -> the number of this one, 0 if alone."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return 0
+    for stage, s in settings.items():
+        if s["batch"] < size:
+            raise UserError(f"{size} processes share {s['batch']} rows of a {stage} step: give a larger --batch")
+    if setup.device.type == "cuda":
+        setup.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(setup.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if setup.device.type == "cuda" else "gloo")
+    return place()[0]
 
 
 def clear(run, names):
@@ -743,9 +812,12 @@ def train_stage(stage, setup, s, stop):
             print(f"warmup: no record calls for {', '.join(idle)}; these experts stay as they are, without effect")
     task = Task(stage, model, router, s)
     fit(task, rows, s, setup.run, stop)
-    with atomic(setup.run / stage) as part:
-        part.mkdir()
-        task.save(part, setup.base)
+    if task.rank == 0:
+        with atomic(setup.run / stage) as part:
+            part.mkdir()
+            task.save(part, setup.base)
+    if task.size > 1:
+        dist.barrier()  # the next stage begins with what this one wrote
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -820,33 +892,47 @@ def closing(setup):
 
 def main(argv=None, close=True):
     """close: end with the closing table and five replies; eval.py's experiments do without."""
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     args = parse(Args, argv, __doc__)
     check(args)
     stages = STAGES if args.stage == "all" else (args.stage,)
     setup = resolve(args, stages)
     settings = {stage: stage_settings(args, stage) for stage in stages}
-    to_do = open_run(setup, settings, args)
+    rank = join(setup, settings)
+    if rank == 0:
+        to_do = open_run(setup, settings, args)
     stop = threading.Event()
 
-    def ask_to_stop(*_):  # the step is finished and saved; a second signal ends at once
+    def ask_to_stop(*_):  # the step is finished and saved; a second signal ends at once, but torchrun always sends one
         stop.set()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if place()[1] == 1 else ():
             signal.signal(number, was[number])
 
     was = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if setup.preset == "tiny":
+        if setup.preset == "tiny" and rank == 0:
             prepare(setup, SimpleNamespace(**stage_settings(Args(preset="tiny", seed=args.seed), "pretrain")),
                     stop.is_set)
+        if place()[1] > 1:
+            if rank == 0:
+                setup.load_data(args.stage != "router")  # made, where it is missing, before others look for it
+            dist.barrier()
+            if rank:
+                to_do = remaining(setup, settings)
+            dist.barrier()
         for stage in to_do:
             train_stage(stage, setup, SimpleNamespace(**settings[stage]), stop.is_set)
     except Stopped as stopped:
-        print(f"{stopped}. Go on with the same command and --resume", file=sys.stderr)
+        if rank == 0:
+            print(f"{stopped}. Go on with the same command and --resume", file=sys.stderr)
         return 130
     finally:
         for number, handler in was.items():
             signal.signal(number, handler)
-    if not close:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank or not close:
         return
     if not to_do:
         print(f"{setup.run} is complete")
