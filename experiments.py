@@ -144,7 +144,9 @@ def show(table):
     """Print a table {"title", "head", "rows"}: [mean, spread] as 1.234 ± 0.005, [mean, low, high] as an interval."""
     def text(x):
         if isinstance(x, list):
-            return f"{x[0]:.3f} ± {x[1]:.3f}" if len(x) == 2 else f"{x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
+            if len(x) == 2:  # without spread: one seed
+                return f"{x[0]:.3f} ± {x[1]:.3f}" if x[1] else f"{x[0]:.3f}"
+            return f"{x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
         return f"{x:.3f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
     rows = [table["head"], *([text(x) for x in row] for row in table["rows"])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -463,7 +465,7 @@ def experiment(args):
         print("\n" + textwrap.fill(f"{name}: {EXPERIMENTS[name].__doc__}", 80))
         for table in found["tables"]:
             show(table)
-        print(f"\n{file}: {found['seconds']:.0f} s, without what had been trained before")
+        print(f"\n{file}: {found['seconds']:.0f} s of this start")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -272,17 +272,19 @@ def test_routing_compares_every_gate_before_and_after_joint(run_folder, here, ca
 @pytest.mark.slow
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
 def test_every_experiment_runs_and_fits_80_columns(name, run_folder, here, capsys, monkeypatch):  # noqa: F811
-    source = copy(run_folder, here)
+    source = copy(run_folder, here).relative_to(here)
     status, out = shown(capsys, f"experiment {name} --run {source} --seeds 2 --records 20")
     found = json.loads((source / "experiments" / name / "results.json").read_text())
     numbers = [x for table in found["tables"] for row in table["rows"] for cell in row[1:]
                for x in (cell if isinstance(cell, list) else [cell]) if isinstance(x, float)]
     assert status is None and numbers and np.isfinite(numbers).all() and "nan" not in out
     tables = out[out.index(f"\n{name}: "):]
-    assert max(map(len, tables.splitlines()[2:])) <= 80 or name == "domain"  # a column a domain, whatever its name
+    wide = [line for line in tables.splitlines() if len(line) > 80]
+    assert not wide or name == "domain"  # a column a domain, whatever its name
     before = {file: file.stat().st_mtime_ns for file in source.rglob("*.safetensors")}
-    assert shown(capsys, f"experiment {name} --run {source} --seeds 2 --records 20 --again")[1].split("\n\n")[1:-1] \
-        == tables.split("\n\n")[1:-1] or name == "rank"
+    again = shown(capsys, f"experiment {name} --run {source} --seeds 2 --records 20 --again")[1]
+    again = again[again.index(f"\n{name}: "):]
+    assert again.split("\n\n")[1:-1] == tables.split("\n\n")[1:-1] or name == "rank"  # which shows seconds
     assert {file: file.stat().st_mtime_ns for file in source.rglob("*.safetensors")} == before
 
 
