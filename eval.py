@@ -31,10 +31,8 @@ from benchmarks import BENCHMARKS, PROMPTS, grouped
 from lora import EXPERTS
 from model import Chat, Prefix, Transformer, UserError, atomic, encode, generate, load_tokenizer, pad, read_json
 from router import RULES, bars, gate_report, gates_under, persona_gate
-from synth import Parser, add_fields, check_numbers, run_command, signatures
+from synth import SHORT, Parser, add_fields, check_numbers, run_command, signatures
 from train import Setup, answer, differences, examples, heldout, micro_batches, pick_device, pick_dtype, similarities
-
-SHORT = [f"{e.split('_')[1][0].upper()}{'+' if e.startswith('high') else '-'}" for e in EXPERTS]  # O+ O- C+ C- …
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class ExpertLinear(Linear):
         A, B = self.A.flatten(0, 1).to(x.dtype), self.B.flatten(0, 1).to(x.dtype)  # (E·r, in), (E·r, out)
         h = (x @ A.T).unflatten(-1, (n_experts, rank))                             # (B, T, E, r)
         h = h * (gate * self.scale).to(h.dtype)[:, None, :, None]
-        y.flatten(0, 1).addmm_(h.flatten(-2).flatten(0, 1), B)                     # y += h @ B, with no tensor between
+        y.view(-1, y.shape[-1]).addmm_(h.flatten(-2).flatten(0, 1), B)             # y += h @ B, with no tensor between
         return y                                                                   # (B, T, out)
 
 

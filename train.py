@@ -429,10 +429,10 @@ def add_up(tensors):
         work.wait()
 
 
-def agreed(stop):
-    """Whether any process was asked to stop: all of them end after the same step."""
+def agreed(stop, size):
+    """Whether any of `size` processes was asked to stop: all of them end after the same step."""
     flag = torch.tensor(float(stop()))
-    if place()[1] > 1:
+    if size > 1:
         add_up([flag])
     return flag.item() > 0
 
@@ -468,7 +468,7 @@ def fit(task, rows, s, run, stop=lambda: False):
         pending.append((step, batch, task.step(batch, schedule(step - 1, s.steps, s.lr_warmup))))
         real += sum((0 if row.ids is None or task.model is None else len(row.ids))
                     + (0 if task.router is None else len(row.query)) for row in batch)
-        stopping = agreed(stop) if task.stage != "pretrain" else stop()
+        stopping = agreed(stop, task.size)
         line = step % s.log_every == 0 or step == s.steps
         save = step % s.save_every == 0 or step == s.steps or stopping
         if line or save or task.device.type == "cpu":  # on a GPU, steps in between are not waited for
@@ -476,7 +476,7 @@ def fit(task, rows, s, run, stop=lambda: False):
                 report = {"step": at, "stage": task.stage, **figures(report)}
                 if not math.isfinite(report["loss"]):  # nothing of it is saved: the last checkpoint is before it
                     raise UserError(f"{task.stage}, step {at}: the loss is {report['loss']}, so training ends here. Try "
-                                    "a lower --lr or --router-lr with --resume, or look at this step's records: "
+                                    "a lower --lr or --router-lr with --overwrite, or look at this step's records: "
                                     + ", ".join(row.id for row in batch))
                 report["tokens_per_s"] = real / (time.perf_counter() - began)
                 if first:

@@ -25,10 +25,20 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
+def folder_named_by(variable, what):
+    """The folder that an environment variable names; without it, the test is skipped and says so."""
+    if not os.environ.get(variable):
+        pytest.skip(f"{what} are not here: set {variable} to the folder that holds them")
+    return Path(os.environ[variable])
+
+
 @pytest.fixture(scope="session")
 def weights():
     """The folder with SmolLM2-135M-Instruct, Qwen2.5-Coder-0.5B-Instruct and Llama-3.1-tokenizer."""
-    path = os.environ.get("PERSONAFUSE_WEIGHTS")
-    if not path:
-        pytest.skip("real weights are not here: set PERSONAFUSE_WEIGHTS to the folder that holds their model folders")
-    return Path(path)
+    return folder_named_by("PERSONAFUSE_WEIGHTS", "real weights")
+
+
+@pytest.fixture(scope="session")
+def published():
+    """The folder that holds emobench/ eqbench/ tombench/ safetybench/ gpqa/ as published, and golden/."""
+    return folder_named_by("PERSONAFUSE_BENCHMARKS", "the benchmarks' data")

@@ -7,7 +7,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -24,15 +23,6 @@ from benchmarks import BENCHMARKS, GPQA, EmoBench, EQBench, SafetyBench, ToMBenc
 from lora import add_experts, expert_layers
 from model import Config, Prefix, Transformer, UserError, encode, pad
 from test_commands import reduced, run_folder  # noqa: F401: fixtures
-
-
-@pytest.fixture(scope="session")
-def published():
-    """The folder that holds emobench/ eqbench/ tombench/ safetybench/ gpqa/ as published, and golden/."""
-    path = os.environ.get("PERSONAFUSE_BENCHMARKS")
-    if not path:
-        pytest.skip("the benchmarks' data are not here: set PERSONAFUSE_BENCHMARKS to the folder that holds them")
-    return Path(path)
 
 
 @pytest.fixture(scope="session")
