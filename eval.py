@@ -28,12 +28,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import BENCHMARKS, PROMPTS, grouped
-from lora import EXPERTS
+from command import Parser, add_fields, check_numbers, pick_device, pick_dtype, run_command
+from lora import EXPERTS, SHORT
 from model import (Chat, Prefix, Transformer, UserError, atomic, encode, generate, load_tokenizer, pad, read_json,
                    shared_prefix)
 from router import RULES, bars, gate_report, gates_under, persona_gate
-from synth import SHORT, Parser, add_fields, check_numbers, run_command, signatures
-from train import Setup, answer, differences, examples, heldout, micro_batches, pick_device, pick_dtype, similarities
+from synth import signatures
+from train import Setup, answer, differences, examples, heldout, micro_batches, similarities
 
 
 # ----------------------------------------------------------------------------------------------------------------------
