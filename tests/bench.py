@@ -36,7 +36,6 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore")
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
