@@ -18,219 +18,33 @@ share of the machine's ceiling a row reaches: matrix products or bytes from memo
 Without --weights, weights are random and of the shape --shape. pytest does not collect this file.
 """
 import argparse
-import gc
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", KINETO_LOG_LEVEL="99")
 warnings.filterwarnings("ignore")
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora import EXPERTS, TARGETS, add_experts, expert_layers, merged
-from model import CONFIGS, Chat, Config, Transformer, UserError, generate, load_tokenizer, pad, weight_files
-from router import MAX_QUERY_TOKENS, Router, contrastive_loss, query_ids
-from synth import Parser, Query, pick_device, pick_dtype, read_queries, read_records, run_command, template_records
-from synth import write_records
-from train import PRESETS, Example, Setup, Task, batches, cost, examples, micro_batches, per_pole, row_losses
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The harness
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def interleaved(runs, rounds, device=torch.device("cpu")):
-    """{name: function} -> {name: seconds of each round}; one round to warm up, then all in turn, `rounds` times."""
-    times = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            gc.collect()
-            wait(device)
-            began = time.perf_counter()
-            run()
-            wait(device)
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    return times
-
-
-def show(title, head, rows):
-    """Print a table: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    print(f"\n{title}\n")
-    for row in [head, *rows]:
-        print("  " + "  ".join(f"{cell:{'<>'[i > 0]}{w}}" for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
-    sys.stdout.flush()
-
-
-def table(title, times, per_second=None, unit="tokens/s", work=None, rate=1.0):
-    """Print medians, and ratios of neighbours to the first name. per_second: how much each run does, in `unit`.
-    work: {name: FLOPs or bytes of a run}, shown as a share of `rate` (FLOP/s or B/s), the machine's ceiling."""
-    first, rows = next(iter(times.values())), []
-    head = ["", "median", "to the first [middle half]", *([unit] if per_second else []), *(["of ceiling"] if work else [])]
-    for name, found in times.items():
-        ratios, middle = sorted(t / f for t, f in zip(found, first)), statistics.median(found)
-        q = len(ratios) // 4
-        rows.append([name, f"{middle * 1e3:,.0f} ms",
-                     f"{statistics.median(ratios):.2f} [{ratios[q]:.2f}, {ratios[-1 - q]:.2f}]"])
-        rows[-1] += [f"{per_second / middle:,.1f}"] if per_second else []
-        rows[-1] += [f"{work[name] / middle / rate:.0%}" if name in work else ""] if work else []
-    show(title, head, rows)
-
-
-def ceiling(device, dtype):
-    """This machine's rate of matrix products (FLOP/s) and its memory bandwidth (B/s), the best of ten."""
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    big = torch.ones((1 << 28) // 4 if device.type == "cpu" else 1 << 30, device=device)
-    products = interleaved({"mm": lambda: a @ b, "sum": lambda: big.sum()}, 10, device)
-    return 2 * n ** 3 / min(products["mm"]), big.nbytes / min(products["sum"])
-
-
-def peak(run, device):
-    """Run it -> (the most bytes that were allocated at once, above those there before; the largest allocation)."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before, None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # freed ones are negative
-    return int(np.cumsum(sizes).max()), max(sizes)
-
-
-def child(what, *argv):
-    """Run a command of this file's CHILDREN in a process of its own -> the JSON it prints last, with peak memory."""
-    done = subprocess.run([sys.executable, __file__, what, *map(str, argv)], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{what}: {done.stderr.strip() or done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def resident(which="VmRSS"):
-    """Bytes of this process in memory now, or at most so far (VmHWM). Linux."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
-    return int(line.split()[1]) * 1024
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a step and a token cost at least
-
-def linears(config):
-    """(in, out) of the seven linear layers of a block."""
-    c, heads, kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return [(c.dim, heads), (c.dim, kv), (c.dim, kv), (heads, c.dim), *[(c.dim, c.hidden_dim)] * 2, (c.hidden_dim, c.dim)]
-
-
-def step_flops(config, lengths, supervised, experts=10, rank=8, frozen=True):
-    """FLOPs of a training step over rows of these lengths: 2 for each weight and token forward, 2 backward for the
-    input and, unless it is frozen, 2 for the weight; attention causal, forward and backward; the head where it counts."""
-    c, tokens = config, sum(lengths)
-    weights = c.n_layers * sum(i * o for i, o in linears(c))
-    adapters = c.n_layers * sum(i + o for i, o in linears(c)) * experts * rank
-    attention = 7 * c.n_layers * c.n_heads * c.head_dim * sum(length**2 for length in lengths)
-    return (4 if frozen else 6) * weights * tokens + 6 * adapters * tokens + attention + 4 * c.vocab_size * c.dim * supervised
-
-
-def token_bytes(model, experts=True):
-    """Bytes of weights that decoding one token (of all rows at once) has to read."""
-    read = sum(p.nbytes for name, p in model.named_parameters() if ".layers." in name
-               and (experts or not name.endswith((".A", ".B"))))
-    return read + model.head_weight.nbytes
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The same weights, ours and theirs
-
-def shape(args, default="SmolLM2-135M", whole_head=False):
-    """The Config that is asked for. With fewer layers the vocabulary shrinks alike, so that the head keeps its share."""
-    config = Config.from_dir(args.weights[0]) if args.weights else CONFIGS[args.shape or default]
-    if not args.layers or args.weights:
-        return config
-    vocabulary = config.vocab_size if whole_head else config.vocab_size * args.layers // config.n_layers // 64 * 64
-    return replace(config, n_layers=args.layers, vocab_size=vocabulary)
-
-
-def fresh(config, args, dtype=None):
-    """A model with random weights, laid out on the device in its dtype, or the one in --weights."""
-    if args.weights:
-        return Transformer.from_pretrained(args.weights[0], dtype or args.dtype, args.device)
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype or args.dtype)
-    try:
-        with args.device:
-            return Transformer(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def reference(config, args):
-    """A `transformers` model of this shape."""
-    import transformers
-    kind = "Qwen2" if config.qkv_bias else "Llama"
-    settings = getattr(transformers, kind + "Config")(
-        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
-        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
-        head_dim=config.head_dim, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
-        tie_word_embeddings=config.tied, max_position_embeddings=8192)
-    return getattr(transformers, kind + "ForCausalLM")(settings).to(args.device, args.dtype)
-
-
-def pair(args):
-    """(our model, theirs), which share their weights: random ones of the shape --shape, or those in --weights."""
-    config = shape(args)
-    ours, theirs = fresh(config, args), reference(config, args)
-    theirs.load_state_dict(ours.state_dict(), strict=False, assign=True)
-    theirs.tie_weights()
-    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
-    return ours, theirs.eval()
-
-
-def with_experts(model, n_experts=10, rank=8):
-    """Experts beside every layer, with B as if it had been trained -> the trainable parameters."""
-    parameters = add_experts(model, n_experts, rank, 2 * rank)
-    for layer in expert_layers(model).values():
-        torch.nn.init.normal_(layer.B, std=0.01)
-    return parameters
-
-
-def gates(n, device, n_experts=10):
-    return torch.randn(n, n_experts, device=device).softmax(-1)
-
-
-def rows_of(config, rows, length, prompt=1):
-    """`rows` Examples of random ids: `length` tokens that are predicted, of which `prompt` − 1 are not supervised."""
-    ids = torch.randint(config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    return [Example(str(i), None, row.numpy(), prompt) for i, row in enumerate(ids)]
-
-
-def our_step(model, batch, optimizer, gate):
-    """A training step of the mixture as a function, without the router: through train.py's loss."""
-    tokens = sum(len(row.ids) - row.prompt for row in batch)
-
-    def run():
-        (row_losses(model, batch, gate).sum() / tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return run
+from harness import alone, ceiling, fresh, gates, interleaved, linears, our_step, pair, peak, reference, rows_of, shape
+from harness import show, stage, step_flops, table, token_bytes, with_experts
+from command import Parser, pick_device, pick_dtype, run_command
+from lora import EXPERTS, TARGETS, merged
+from model import CONFIGS, Chat, Transformer, UserError, generate, load_tokenizer, pad, weight_files
+from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
+from synth import read_queries, read_records, template_records, write_records
+from teachers import Query
+from train import PRESETS, Example, Setup, batches, cost, examples, micro_batches, per_pole, row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,9 +136,9 @@ def teacher(args):
 
     times = interleaved({"transformers.generate": run_theirs, "PersonaFuse": run_ours}, args.rounds, device)
     lengths, same = [len(r) for r in replies["ours"]], sum(a == b for a, b in zip(*replies.values()))
-    table(f"{Path(folder).name}, {rows} prompts of {min(map(len, prompts))} to {width} tokens, replies of {min(lengths)} to "
-          f"{max(lengths)}; {same} of {rows} equal", times, sum(lengths), work={
-              "PersonaFuse": max(lengths) * token_bytes(ours)}, rate=args.bandwidth)
+    table(f"{Path(folder).name}, {rows} prompts of {min(map(len, prompts))} to {width} tokens, replies of "
+          f"{min(lengths)} to {max(lengths)}; {same} of {rows} equal", times, sum(lengths),
+          {"PersonaFuse": max(lengths) * token_bytes(ours)}, args.bandwidth)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,23 +200,10 @@ def router(args):
             task.optimizer.zero_grad()
 
     lengths = [cost(row) for row in rows]
-    runs = {"transformers, random padded batches": run_theirs, "PersonaFuse, router stage": run_ours}
-    table(f"Router stage, {len(rows)} queries of {min(lengths)} to {max(lengths)} tokens (median "
-          f"{statistics.median(lengths):.0f}), {batch} a step", interleaved(runs, args.rounds, args.device), sum(lengths),
-          work=dict.fromkeys(runs, step_flops(config, lengths, 0, 0, frozen=False)), rate=args.flops)
-
-
-def stage(name, config, args, encoder=None, tokens=2048):
-    """A stage's Task with a model of `config` (the router's encoder, for "router") -> (task, the models in it)."""
-    s = SimpleNamespace(lr=1e-4, router_lr=1e-5, tokens=tokens, clip=1.0, lam=0.1, contrastive_tau=0.07,
-                        joint_gate="learned", batch=0)
-    model = None if name == "router" else fresh(config, args)
-    if model is not None:
-        with_experts(model)
-    route = None
-    if name != "warmup":
-        route = Router(fresh(config if name == "router" else encoder, args, torch.float32)).to(args.device)
-    return Task(name, model, route, s), [m for m in (model, route and route.encoder) if m is not None]
+    runs = {"transformers, random padded batches": run_theirs, "PersonaFuse": run_ours}
+    table(f"Router stage, {len(rows)} queries of {min(lengths)} to {max(lengths)} tokens, {batch} a step",
+          interleaved(runs, args.rounds, args.device), sum(lengths),
+          dict.fromkeys(runs, step_flops(config, lengths, 0, 0, frozen=False)), args.flops)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -442,7 +243,7 @@ def memory(args):
     """What ten experts add to what is saved for backward, and the largest tensors of a step."""
     config = shape(args, whole_head=True)
     model, rows, length = fresh(config, args).requires_grad_(False), args.batch or 4, args.length or 128
-    batch, tokens, state = rows_of(config, rows, length), rows * length, model.state_dict()
+    batch, state = rows_of(config, rows, length), model.state_dict()
     saved = {}
     for n_experts in (0, 1, 10):  # 0: gradients through the frozen model, to the embeddings
         with torch.device("meta"):
@@ -461,103 +262,90 @@ def memory(args):
         run()
     held = sum(t.nbytes for t in state.values()) + 3 * sum(p.nbytes for p in parameters)  # and two moments
     show(f"Saved for backward, {rows} x {length} tokens",
-         ["", "MB", "share of the step's peak", "with weights"],
+         ["", "MB", "of the peak", "with weights"],
          [[name, f"{size / 1e6:,.1f}", f"{size / most:.1%}", f"{size / (most + held):.1%}"] for name, size in (
              ("by the frozen model", saved[0]), ("one expert adds", saved[1] - saved[0]),
              ("nine more experts add", saved[10] - saved[1]), ("ten experts add", saved[10] - saved[0]),
              ("peak of a step, above weights and moments", most))])
     # what a naive formulation would allocate: logits of all positions, each expert's own output
-    forbidden = {tokens * config.vocab_size, *(tokens * 10 * width for pair in linears(config) for width in pair)}
+    widths, tokens = {width for pair in linears(config) for width in pair}, (rows * length, rows * (length + 1))
+    forbidden = {"tokens x vocabulary": {n * config.vocab_size for n in tokens},
+                 "tokens x experts x width": {n * 10 * width for n in tokens for width in widths}}
     unlike = sorted({(size, f"{list(dims)}", op) for size, dims, op in sizes.found}, reverse=True)[:6]
-    note = "" if largest is None else f"; the profiler's largest allocation is {largest / 1e6:,.1f} MB"
+    note = "" if largest is None else f" (the profiler's largest allocation: {largest / 1e6:,.1f} MB)"
     show(f"The largest tensors of a step{note}", ["tensor", "MB", "made by"],
          [[dims, f"{size / 1e6:,.1f}", op] for size, dims, op in unlike])
-    found = [dims for _, dims, _ in sizes.found if np.prod(dims, dtype=int) in forbidden]
-    print(f"\n  of tokens x vocabulary ({tokens:,} x {config.vocab_size:,}) or tokens x experts x width: "
-          f"{len(found)} of {len(sizes.found):,} tensors {' '.join(map(str, found[:3]))}")
+    for what, numbers in forbidden.items():
+        found = [dims for _, dims, _ in sizes.found if np.prod(dims, dtype=int) in numbers]
+        print(f"  of size {what}: {len(found)} of {len(sizes.found):,} tensors", *found[:2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # load, data: in processes of their own, so that peak memory is true
 
-def read(args):
-    """The files' bytes, once."""
-    return sum(len(file.read_bytes()) for folder in args.weights for file in weight_files(folder))
+def read_once(folders, dtype):
+    return sum(len(file.read_bytes()) for folder in folders for file in weight_files(folder))
 
 
-def setup_of(args):
-    base, encoder = folders(args, 2)
-    return Setup(Path("none"), "small", base, encoder, None, args.device, args.dtype, 0, 1.0, 8, 16.0, 2048, 100)
+def load_ours(folders, dtype):
+    """As train.py --preset small --stage joint does it -> bytes of the parameters."""
+    setup = Setup(Path(), "small", *folders, None, torch.device("cpu"), dtype, 0, 1.0, 8, 16.0, 2048, 100)
+    return sum(p.nbytes for model in (setup.load_base(), setup.load_router()) for p in model.parameters())
 
 
-def ours(args):
-    """Both models, as train.py --stage joint --preset small loads them -> their bytes."""
-    setup = setup_of(args)
-    loaded = setup.load_base(), setup.load_router()
-    return sum(p.nbytes for model in loaded for p in model.parameters())
-
-
-def theirs(args):
+def load_theirs(folders, dtype):
     from transformers import AutoModelForCausalLM
-    loaded = [AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype) for folder in args.weights]
+    loaded = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for folder in folders]
     return sum(p.nbytes for model in loaded for p in model.parameters())
 
 
-def measured(what):
-    """-> a command that does it and prints seconds, peak memory above the start, and what it returned."""
-    def run(args):
-        if what is theirs:
-            from transformers import AutoModelForCausalLM  # noqa: F401 (importing is not loading)
-        before, began = resident(), time.perf_counter()
-        size = what(args)
-        print(json.dumps({"seconds": time.perf_counter() - began, "peak": resident("VmHWM") - before, "size": size}))
-    return run
+def ready():
+    """Imports that are not to be counted as loading."""
+    import transformers
+    transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.Qwen2ForCausalLM
 
 
 def load(args):
     """Start-up of --preset small: both models in memory, beside reading their files once (from the page cache)."""
-    given = ["--weights", *folders(args, 2), "--dtype", str(args.dtype).removeprefix("torch.")]
-    kinds = {"reading the files once": "child-read", f"PersonaFuse, {given[-1]}": "child-ours",
-             f"transformers, {given[-1]}": "child-theirs"}
-    found = {name: [] for name in kinds}
-    for turn in range(args.rounds + 1):
-        for name, what in kinds.items():
-            one = child(what, *given)
-            found[name] += [one] if turn else []
-    table("Loading both models of --preset small", {n: [one["seconds"] for one in all] for n, all in found.items()})
-    show("Memory of it", ["", "bytes of result", "peak above the start", "ratio"],
-         [[name, f"{all[0]['size'] / 1e9:.2f} GB", f"{(most := max(one['peak'] for one in all)) / 1e9:.2f} GB",
-           f"{most / all[0]['size']:.2f}"] for name, all in found.items()])
+    given = folders(args, 2), args.dtype
+    runs = {"reading the files once": read_once, "PersonaFuse": load_ours, "transformers": load_theirs}
+    found = {name: [] for name in runs}
+    for _ in range(args.rounds + 1):
+        for name, run in runs.items():
+            found[name].append(alone(run, *given, ready=ready))
+    found = {name: all[1:] for name, all in found.items()}
+    table("Loading both models of --preset small", {n: [seconds for _, seconds, _ in all] for n, all in found.items()})
+    show("Memory of it, in GB", ["", "result", "peak above the start", "ratio"],
+         [[name, f"{all[0][0] / 1e9:.2f}", f"{(most := max(peak for _, _, peak in all)) / 1e9:.2f}",
+           f"{most / all[0][0]:.2f}"] for name, all in found.items()])
 
 
-def data_path(args):
-    """Records to padded micro-batches of one epoch, as train.py's warm-up does it; prints seconds and peak memory."""
-    setup, marks = setup_of(args), [time.perf_counter()]
-    records = read_records(args.records)
+def data_path(file, folders, cache):
+    """Records to the padded micro-batches of one epoch, as warm-up and router see them -> seconds of each part."""
+    marks = [time.perf_counter()]
+    records = read_records(file)
     marks.append(time.perf_counter())
-    rows, _ = examples(records, Chat.from_dir(setup.base), load_tokenizer(setup.encoder), setup.tokens)
+    rows, _ = examples(records, Chat.from_dir(folders[0]), load_tokenizer(folders[1]), 2048, cache)
     marks.append(time.perf_counter())
     rows = per_pole(rows)
-    order, steps, padded = batches([cost(row) for row in rows], 64, 0), len(rows) // 64, 0
-    for _ in range(steps):
-        for group in micro_batches([rows[i] for i in next(order)], setup.tokens):
-            padded += pad([row.ids for row in group])[0].numel() + pad([row.query for row in group])[0].numel()
-    marks.append(time.perf_counter())
-    print(json.dumps({"seconds": np.diff(marks).tolist(), "peak": resident("VmHWM"), "rows": len(rows),
-                      "tokens": int(sum(len(row.ids) + len(row.query) for row in rows)), "padded": padded}))
+    order = batches([cost(row) for row in rows], 64, 0)
+    for _ in range(len(rows) // 64):
+        for group in micro_batches([rows[i] for i in next(order)], 2048):
+            pad([row.ids for row in group]), pad([row.query for row in group])
+    return [*np.diff([*marks, time.perf_counter()]), time.perf_counter() - marks[0]]
 
 
 def data(args):
     """The data path against the number of records: reading, tokenising for both models, an epoch of batches."""
-    given, rows = ["--weights", *folders(args, 2)], []
+    given, rows = folders(args, 2), []
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "records.jsonl"
         for count in (args.count // 10, args.count):
+            file = Path(folder) / f"{count}.jsonl"
             write_records(file, template_records("train", count))
-            found = child("child-data", *given, "--records", file)
-            rows.append([f"{count:,} records", *(f"{s:.1f} s" for s in (*found["seconds"], sum(found["seconds"]))),
-                         f"{found['peak'] / 1e9:.2f} GB"])
-    show("The data path, one process", ["", "reading", "tokenising", "batching", "together", "peak memory"], rows)
+            for name in ("first time", "again"):
+                seconds, _, peak = alone(data_path, file, given, Path(folder) / f"tokens-{count}")
+                rows.append([f"{count:,} records, {name}", *(f"{s:.1f} s" for s in seconds), f"{peak / 1e9:.2f} GB"])
+    show("The data path, one process", ["", "reading", "tokenising", "batching", "together", "peak"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -584,34 +372,35 @@ def growth(args):
             runs[what, value]()
             most[what, value] = peak(runs[what, value], args.device)[0]
     times = interleaved(runs, args.rounds, args.device)
-    middle = {key: statistics.median(found) for key, found in times.items()}
-    show(f"A step's time and memory above weights and moments, {config.n_layers} layers", ["", "", "median", "min to max", "peak"],
-         [[what, str(value), f"{middle[what, value] * 1e3:,.0f} ms", f"{min(found) * 1e3:,.0f} to {max(found) * 1e3:,.0f}",
-           f"{most[what, value] / 1e6:,.0f} MB"] for (what, value), found in times.items()])
+    rows = []
+    for (what, value), found in times.items():
+        low, middle, high = (f"{f(found) * 1e3:,.0f}" for f in (min, statistics.median, max))
+        rows.append([what, str(value), f"{middle} ms", f"{low} to {high}", f"{most[what, value] / 1e6:,.0f} MB"])
+    show(f"A step's time, and memory above weights and moments, {config.n_layers} layers",
+         ["", "", "median", "lowest to highest", "peak"], rows)
     if args.out:
-        plot(middle, times, most, args.out)
+        plot(times, most, args.out)
 
 
-def plot(middle, times, most, file):
-    """Time above, memory below, one column a size; colours that the colour-blind can tell apart, and two markers."""
+def plot(times, most, file):
+    """Time above, memory below, a column for each size, all axes logarithmic: what is proportional is a straight line
+    of slope 1. Colours that the colour-blind can tell apart, and two markers."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(12, 5.5), sharex="col", sharey="row", layout="constrained")
-    for column, (what, values) in enumerate(GROWTH.items()):
-        time_axis, memory_axis = axes[:, column]
-        times_ms = np.array([[f(times[what, v]) * 1e3 for v in values] for f in (min, statistics.median, max)])
-        time_axis.errorbar(values, times_ms[1], [times_ms[1] - times_ms[0], times_ms[2] - times_ms[1]], color="#0072B2",
-                           marker="o", capsize=3)
-        memory_axis.plot(values, [most[what, v] / 1e6 for v in values], color="#D55E00", marker="s", linestyle="--")
-        memory_axis.set_xscale("log", base=2)
-        memory_axis.set_xticks(values, [str(v) for v in values])
-        memory_axis.minorticks_off()
-        memory_axis.set_xlabel(what)
-        for axis in (time_axis, memory_axis):
+    figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(12, 6), sharex="col", sharey="row", layout="constrained")
+    for (top, bottom), (what, values) in zip(axes.T, GROWTH.items()):
+        low, middle, high = (np.array([f(times[what, v]) * 1e3 for v in values]) for f in (min, statistics.median, max))
+        top.errorbar(values, middle, [middle - low, high - middle], color="#0072B2", marker="o", capsize=3)
+        bottom.plot(values, [most[what, v] / 1e6 for v in values], color="#D55E00", marker="s", linestyle="--")
+        bottom.set_xlabel(what)
+        for axis in (top, bottom):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            axis.set_xticks(values, [str(v) for v in values])
+            axis.yaxis.set_major_formatter("{x:,.0f}")
             axis.grid(alpha=0.3)
-            axis.set_ylim(bottom=0)
-    axes[0, 0].set_ylabel("step, ms (min, median, max)")
+    axes[0, 0].set_ylabel("step, ms (lowest, median, highest)")
     axes[1, 0].set_ylabel("peak above weights, MB")
     figure.savefig(file, dpi=120)
     print(f"\n{file}")
@@ -625,55 +414,52 @@ def gpu(args):
     decoding against the bandwidth."""
     config, encoder = shape(args, "Llama-3.1-8B"), CONFIGS["Qwen2.5-0.5B"]
     encoder = replace(encoder, n_layers=min(args.layers or encoder.n_layers, encoder.n_layers))
-    on_gpu, budget, rows = args.device.type == "cuda", args.tokens, []
+    lengths, on_off, rows = [args.length] if args.length else [2048, 512], (False, True), []
     for name in ("warmup", "router", "joint"):
-        task, models = stage(name, encoder if name == "router" else config, args, encoder, budget)
-        for length in (2048, 512) if not args.length else (args.length,):
-            batch = whole_rows(name, config, encoder, 4 * budget // length, length)
-            real = sum(len(row.ids) * (name != "router") + len(row.query) * (name != "warmup") for row in batch)
-            for recompute, compiled in ((False, False), (True, False), (False, True), (True, True)):
-                for model in models:
-                    model.recompute = recompute
-                    compile_blocks(model, compiled)
-                cells = [name, f"{length}", "yes" if recompute else "no", "yes" if compiled else "no"]
-                run = partial(task.step, batch)
-                try:
-                    run()  # makes moments and kernels
-                    held = torch.cuda.memory_allocated(args.device) if on_gpu else 0
-                    most = peak(run, args.device)[0] + held
-                    times = interleaved({"": run}, args.rounds, args.device)[""]
-                    cells += [f"{real / statistics.median(times):,.0f}", f"{min(times):.2f} to {max(times):.2f}",
-                              f"{most / 1e9:.1f}"]
-                except torch.OutOfMemoryError:
-                    cells += ["out of memory", "", ""]
-                    torch.cuda.empty_cache()
-                rows.append(cells)
-                print(*cells, sep="  ", file=sys.stderr, flush=True)
+        task, models = stage(name, encoder if name == "router" else config, args, encoder, args.tokens)
+        for length, compiled, recompute in product(lengths, on_off, on_off):
+            batch = whole_rows(name, config, encoder, 4 * args.tokens // length, length)
+            tokens = sum(length * (name != "router") + length // 4 * (name != "warmup") for _ in batch)
+            for model in models:
+                model.recompute = recompute
+                compile_blocks(model, compiled)
+            run = partial(task.step, batch)
+            cells = [name, f"{length}", ("no", "yes")[recompute], ("no", "yes")[compiled]]
+            try:
+                run()  # makes moments and kernels
+                held = torch.cuda.memory_allocated(args.device) if args.device.type == "cuda" else 0
+                most = peak(run, args.device)[0] + held
+                times = interleaved({"": run}, args.rounds, args.device)[""]
+                cells += [f"{tokens / statistics.median(times):,.0f}", f"{min(times):.2f} to {max(times):.2f}",
+                          f"{most / 1e9:.1f}"]
+            except torch.OutOfMemoryError:
+                cells += ["out of memory", "", ""]
+                torch.cuda.empty_cache()
+            print(*cells, sep="  ", file=sys.stderr, flush=True)
+            rows.append(cells)
         del run, task, models, model  # the next stage needs the memory
-    note = "" if on_gpu else "; on a CPU, without weights"
-    show(f"Training, {budget:,} tokens a micro-batch, 4 of them a step; peak in GB{note}",
-         ["stage", "row", "recompute", "compile", "tokens/s", "s a step", "peak"], rows)
-    model = fresh(config, args)
+    show(f"Training, 4 micro-batches of {args.tokens:,} tokens a step; peak in GB" + (
+        "" if args.device.type == "cuda" else ", without weights"),
+         ["stage", "tokens a row", "recompute", "compile", "tokens/s", "s a step", "peak"], rows)
+    model, new = fresh(config, args), args.steps or 128
     with_experts(model)
-    new, runs = args.steps or 128, {}
-    for compiled in (False, True):
+    for compiled, n in product(on_off, (1, args.batch or 16)):
         compile_blocks(model, compiled)
-        for n in (1, args.batch or 16):
-            prompts, gate = torch.randint(3, config.vocab_size, (n, 64)).tolist(), gates(n, args.device)
-            runs = {f"batch {n}, no experts": lambda: generate(model, prompts, None, new),
-                    f"batch {n}, {n} gates": lambda: generate(model, prompts, gate, new)}
-            table(f"Decoding, {new} tokens, {'compiled' if compiled else 'as written'}",
-                  interleaved(runs, args.rounds, args.device), n * new,
-                  work={k: new * token_bytes(model, "gates" in k) for k in runs}, rate=args.bandwidth)
+        prompts, gate = torch.randint(3, config.vocab_size, (n, 64)).tolist(), gates(n, args.device)
+        runs = {"no experts": lambda: generate(model, prompts, None, new),
+                f"{n} gate(s)": lambda: generate(model, prompts, gate, new)}
+        table(f"Decoding, {n} x {new} tokens, {'compiled' if compiled else 'as written'}",
+              interleaved(runs, args.rounds, args.device), n * new,
+              {name: new * token_bytes(model, "gate" in name) for name in runs}, args.bandwidth)
 
 
 def whole_rows(name, config, encoder, rows, length):
-    """Rows of `length` tokens, a third of them prompt; the router reads a quarter as many."""
+    """Rows of `length` tokens, a third of them prompt, with queries of a quarter of that."""
     batch = rows_of(config, rows, length - 1, length // 3)
     for i, row in enumerate(batch):
-        row.active, row.expert = torch.eye(len(EXPERTS))[i % len(EXPERTS)], i % len(EXPERTS) if name == "warmup" else None
-        if name != "warmup":
-            row.query = np.random.default_rng(i).integers(encoder.vocab_size, size=length // 4)
+        row.active = torch.eye(len(EXPERTS))[i % len(EXPERTS)]
+        row.query = np.random.default_rng(i).integers(encoder.vocab_size, size=length // 4)
+        row.expert = i % len(EXPERTS) if name == "warmup" else None
         row.ids = None if name == "router" else row.ids
     return batch
 
@@ -687,14 +473,12 @@ def compile_blocks(model, compiled):
 
 COMMANDS = {"step": step, "generate": decode, "teacher": teacher, "router": router, "memory": memory, "load": load,
             "data": data, "growth": growth, "gpu": gpu}
-CHILDREN = {"child-read": measured(read), "child-ours": measured(ours), "child-theirs": measured(theirs),
-            "child-data": data_path}
-NO_CEILING = ("load", "data", "memory", "growth", *CHILDREN)
+NO_CEILING = ("load", "data", "memory", "growth")
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=[*COMMANDS, *CHILDREN], metavar="{" + ",".join(COMMANDS) + "}")
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="model folders; else random weights")
     parser.add_argument("--shape", choices=CONFIGS, help="SmolLM2-135M; router: Qwen2.5-0.5B; gpu: Llama-3.1-8B")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -706,25 +490,21 @@ def main(argv=None):
     parser.add_argument("--natural", action="store_true", help="teacher: replies end where they end")
     parser.add_argument("--queries", help="router, teacher: a file of real queries, .txt, .jsonl or .csv")
     parser.add_argument("--count", type=int, default=100_000, help="data: records")
-    parser.add_argument("--records", help=argparse.SUPPRESS)
     parser.add_argument("--out", help="growth: a PNG file for the plot")
     parser.add_argument("--device", help="cpu (the default; gpu: cuda), cuda or cuda:N")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
     args = parser.parse_args(argv)
     if args.what == "gpu" and not args.device and not torch.cuda.is_available():
-        raise UserError("gpu needs a CUDA GPU, and there is none here; --device cpu --layers 1 --tokens 512 --length 128 "
-                        "only tries the code")
+        raise UserError("gpu needs a CUDA GPU, and there is none here; --device cpu --shape SmolLM2-135M --layers 1 "
+                        "--tokens 512 --length 128 only tries the code")
     args.device = pick_device(args.device or ("cuda" if args.what == "gpu" else "cpu"))
     args.dtype = pick_dtype(args.dtype, args.device)
-    if args.what not in CHILDREN:
-        print(f"{torch.cuda.get_device_name(args.device) if args.device.type == 'cuda' else 'CPU'}, "
-              f"{torch.get_num_threads()} threads, {str(args.dtype).removeprefix('torch.')}", end="")
-        if args.what not in NO_CEILING:
-            args.flops, args.bandwidth = ceiling(args.device, args.dtype)
-            print(f": at most {args.flops / 1e9:,.0f} GFLOP/s in matrix products, {args.bandwidth / 1e9:.1f} GB/s from "
-                  "memory", end="")
-        print(flush=True)
-    (COMMANDS | CHILDREN)[args.what](args)
+    args.flops, args.bandwidth = (0, 0) if args.what in NO_CEILING else ceiling(args.device, args.dtype)
+    print(f"{torch.cuda.get_device_name(args.device) if args.device.type == 'cuda' else 'CPU'}, "
+          f"{torch.get_num_threads()} threads, {str(args.dtype).removeprefix('torch.')}"
+          + (f"; at most {args.flops / 1e9:,.0f} GFLOP/s, {args.bandwidth / 1e9:,.1f} GB/s" if args.flops else ""),
+          flush=True)
+    COMMANDS[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Every command of bench.py runs, on models of almost no size: what it prints is for people, that it runs is for all."""
 import io
-import json
 from contextlib import redirect_stdout
 
 import pytest
 import torch
 
 import bench
-import train
 from bench import main
 from lora import ExpertLinear
 from model import CONFIGS, Config, UserError
@@ -28,6 +26,24 @@ def small(monkeypatch):
     monkeypatch.setattr(bench, "GROWTH", {"experts": (1, 3), "rank": (2, 8), "tokens a row": (8, 32), "rows": (1, 3)})
 
 
+def shown(command):
+    out = io.StringIO()
+    with redirect_stdout(out):
+        main(command.split())
+    assert all(len(line) <= 80 for line in out.getvalue().splitlines()), out.getvalue()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("command, words", [
+    ("step --rounds 2 --length 12", "peft, ten adapters"),
+    ("step --rounds 1 --layers 1 --dtype bfloat16 --length 12", "PersonaFuse, ten experts"),
+    ("generate --rounds 1 --steps 3 --batch 3", "merged for one gate"),
+    ("router --rounds 1 --batch 3 --steps 2", "random padded batches"),
+    ("gpu --device cpu --tokens 48 --rounds 1 --steps 2 --batch 2 --length 24", "Decoding, 2 x 2 tokens, compiled")])
+def test_runs_on_random_weights(command, words):
+    assert words in shown(command)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A base and an encoder with tokenizers, untrained."""
@@ -37,31 +53,17 @@ def folders(tmp_path_factory):
     return f"{folder / 'base'} {folder / 'encoder'}"
 
 
-def shown(command):
-    out = io.StringIO()
-    with redirect_stdout(out):
-        main(command.split())
-    print(out.getvalue())
-    assert all(len(line) <= 100 for line in out.getvalue().splitlines())
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("command", [
-    "step --rounds 2 --length 12", "step --rounds 1 --layers 1 --dtype bfloat16", "generate --rounds 2 --steps 3 --batch 3",
-    "memory --length 16", "router --rounds 1 --batch 3 --steps 2"])
-def test_runs_on_random_weights(command):
-    assert "PersonaFuse" in shown(command) or command.startswith("memory")
-
-
 def test_runs_on_model_folders(folders, tmp_path):
     queries = tmp_path / "queries.txt"
     queries.write_text("How are you?\nWhat should I do on Sunday, when nobody is at home?\n")
-    assert "2 of 2 equal" in shown(f"teacher --weights {folders} --steps 4 --batch 2 --rounds 1")
-    assert "4 to 4" not in shown(f"teacher --weights {folders} --steps 400 --batch 2 --rounds 1 --natural --queries {queries}")
-    encoder = folders.split()[1]
-    shown(f"router --weights {encoder} --queries {queries} --rounds 1 --batch 2 --steps 1")
+    assert "2 of 2 equal" in shown(f"teacher --weights {folders} --steps 4 --batch 2 --rounds 1 --queries {queries}")
+    assert "8 queries" in shown(f"router --weights {folders.split()[1]} --queries {queries} --rounds 1 --batch 2")
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own(folders):
     assert "reading the files once" in shown(f"load --weights {folders} --rounds 1")
-    assert "300 records" in shown(f"data --weights {folders} --count 300")
+    assert "300 records, again" in shown(f"data --weights {folders} --count 300")
 
 
 def test_growth_is_a_table_and_a_picture(tmp_path):
@@ -70,23 +72,20 @@ def test_growth_is_a_table_and_a_picture(tmp_path):
     assert "tokens a row" in table and (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_gpu_runs_where_there_is_none():
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="there is none here"):
-            main(["gpu"])
-    table = shown("gpu --device cpu --tokens 48 --rounds 1 --steps 2 --batch 2 --length 24")
-    assert all(name in table for name in ("warmup", "router", "joint", "Decoding"))
+def test_says_in_one_line_what_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command, words in (("gpu", "needs a CUDA GPU"), ("load", "--weights with 2"), ("teacher", "--weights with 1")):
+        with pytest.raises(UserError, match=words):
+            main([command])
 
 
 def test_what_must_not_exist_is_seen(monkeypatch):
-    """Experts one by one and then mixed, as a stacked einsum: tokens x experts x width, which memory has to count."""
-    assert "width: 0 of" in shown("memory --length 16")
+    """Each expert's own output, then their sum: tokens x experts x width, which `memory` has to count."""
+    assert "experts x width: 0 of" in shown("memory --length 16")
 
-    def einsum(self, x, gate=None):
+    def one_by_one(self, x, gate=None):
         y = torch.nn.functional.linear(x, self.weight, self.bias)
-        if gate is None:
-            return y
-        each = torch.einsum("btei,eio->bteo", torch.einsum("btd,erd->bter", x, self.A), self.B)  # (B, T, E, out)
-        return y + self.scale * torch.einsum("be,bteo->bto", gate, each)
-    monkeypatch.setattr(ExpertLinear, "forward", einsum)
-    assert "width: 0 of" not in shown("memory --length 16")
+        each = torch.einsum("bter,ero->bteo", torch.einsum("btd,erd->bter", x, self.A), self.B)  # (B, T, E, out)
+        return y if gate is None else y + self.scale * (gate[:, None, :, None] * each).sum(2)
+    monkeypatch.setattr(ExpertLinear, "forward", one_by_one)
+    assert "experts x width: 0 of" not in shown("memory --length 16")
