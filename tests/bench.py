@@ -29,7 +29,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", KINETO_LOG_LEVEL="99")
+os.environ.update(HF_HUB_OFFLINE="1", KINETO_LOG_LEVEL="99")
 warnings.filterwarnings("ignore")
 
 import numpy as np

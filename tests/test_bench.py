@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import bench
-from bench import main
+from bench import main, saved_bytes
+from harness import interleaved, our_step, peak, rows_of, step_flops, table, token_bytes, with_experts
 from lora import ExpertLinear
-from model import CONFIGS, Config, UserError
+from model import CONFIGS, Config, Transformer, UserError
 from synth import make_tiny, template_records
 
 pytest.importorskip("transformers", reason="transformers is in requirements-dev.txt")
@@ -38,8 +39,7 @@ def shown(command):
     ("step --rounds 2 --length 12", "peft, ten adapters"),
     ("step --rounds 1 --layers 1 --dtype bfloat16 --length 12", "PersonaFuse, ten experts"),
     ("generate --rounds 1 --steps 3 --batch 3", "merged for one gate"),
-    ("router --rounds 1 --batch 3 --steps 2", "random padded batches"),
-    ("gpu --device cpu --tokens 48 --rounds 1 --steps 2 --batch 2 --length 24", "Decoding, 2 x 2 tokens, compiled")])
+    ("router --rounds 1 --batch 3 --steps 2", "random padded batches")])
 def test_runs_on_random_weights(command, words):
     assert words in shown(command)
 
@@ -66,6 +66,17 @@ def test_runs_in_processes_of_their_own(folders):
     assert "300 records, again" in shown(f"data --weights {folders} --count 300")
 
 
+@pytest.mark.parametrize("compiler", ["none", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_gpu_runs_on_a_cpu(compiler, monkeypatch):
+    if compiler == "none":
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
+    out = shown("gpu --device cpu --tokens 48 --rounds 1 --steps 2 --batch 2 --length 24")
+    rows = [line.split()[:4] for line in out.splitlines() if line.split()[1:2] == ["24"]]
+    assert rows == [[stage, "24", recompute, compiled] for stage in ("warmup", "router", "joint")
+                    for compiled in ("no", "yes") for recompute in ("no", "yes")]
+    assert "Decoding, 2 x 2 tokens, compiled" in out and "out of memory" not in out
+
+
 def test_growth_is_a_table_and_a_picture(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is in requirements-dev.txt")
     table = shown(f"growth --rounds 1 --out {tmp_path / 'growth.png'}")
@@ -77,6 +88,43 @@ def test_says_in_one_line_what_is_missing(monkeypatch):
     for command, words in (("gpu", "needs a CUDA GPU"), ("load", "--weights with 2"), ("teacher", "--weights with 1")):
         with pytest.raises(UserError, match=words):
             main([command])
+
+
+def test_runs_take_turns_and_ratios_are_those_of_neighbours(capsys):
+    order = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert "".join(order) == "ababab" and all(len(found) == 2 for found in times.values())  # the first was to warm up
+    table("title", {"a": [1.0, 2.0, 4.0, 1.0], "b": [3.0, 4.0, 4.0, 2.0]}, 7, {"b": 70.0}, 100.0)
+    _, a, b = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert a[1:] == ["1,500", "ms", "1.00", "[1.00,", "1.00]", "4.7"]
+    assert b[1:] == ["3,500", "ms", "2.00", "[2.00,", "2.00]", "2.0", "20%"]
+
+
+def test_a_peak_counts_what_is_there_at_once():
+    def run():
+        for _ in range(3):
+            both = torch.empty(1000), torch.empty(5000)  # 24 kB, three times, but never beside each other
+            del both
+    assert peak(run, torch.device("cpu")) == (24_000, 20_000)
+
+
+def test_what_is_saved_for_backward_is_counted_once_and_without_parameters():
+    layer, x = torch.nn.Linear(8, 8), torch.ones(4, 8)
+    assert saved_bytes(layer, lambda: (layer(x) + layer(x)).sum()) == x.nbytes  # x twice, the weight not at all
+
+
+def test_operations_that_a_step_needs():
+    """As PyTorch counts them, but for what it leaves out: attention on a CPU, small here, and products added in place."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = Transformer(SHAPES["Llama-3.1-8B"])
+    parameters = with_experts(model)
+    model.model.embed_tokens.register_forward_hook(lambda module, given, out: out.requires_grad_())
+    gate, batch = torch.full((3, 10), 0.1), rows_of(model.config, 3, 16, 9)
+    with FlopCounterMode(display=False) as counter:
+        our_step(model, batch, torch.optim.AdamW(parameters), gate)()
+    expected = step_flops(model.config, [17] * 3, 3 * 8)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+    assert token_bytes(model) - token_bytes(model, experts=False) == sum(p.nbytes for p in parameters)
 
 
 def test_what_must_not_exist_is_seen(monkeypatch):
