@@ -19,6 +19,8 @@ What is notable:
 
 Shapes: B rows, T tokens, N supervised tokens, D width, V vocabulary, E experts.
 """
+import hashlib
+import inspect
 import json
 import math
 import os
@@ -30,11 +32,13 @@ import time
 import typing
 from collections import Counter
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import tokenizers
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -162,22 +166,86 @@ def messages_of(record):
     return [*(record.get("history") or []), {"role": "user", "content": record["query"]}]
 
 
-def examples(records, chat=None, tokenizer=None, limit=None):
+class Ahead:
+    """Stands in for a tokenizer while many texts are encoded: it notes what it is asked and answers with nothing, and
+    once `encode_all` has encoded all of that in one call, on all cores, it answers with the ids."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.token_to_id, self.known = tokenizer, tokenizer.token_to_id, {}
+
+    def encode(self, text, add_special_tokens=False):
+        return self.known.setdefault(text, SimpleNamespace(ids=[]))
+
+    def encode_all(self):
+        found = self.tokenizer.encode_batch_fast(list(self.known), add_special_tokens=False)
+        self.known = dict(zip(self.known, found))
+
+
+def tokenised(records, tokenise, tokenizer, facts=(), file=None, some=4096):
+    """[(ids, how many of them are the prompt)] of all records, in their order, as tokenise(tokenizer, record) has them.
+
+    With a file, they are kept there, for the stages to come and for a resumed run. What is kept holds for these texts,
+    this tokenizer, `facts` (what else the format hangs on), the library's version and this code, of which its key is a
+    hash, and for the ids that it was written with. Anything else that stands there, half a file too, is made anew.
+    """
+    key = hashlib.sha256()
+    if file is not None:
+        code = [inspect.getsource(part) for part in (Chat, encode, query_ids, messages_of, Ahead, tokenised, examples)]
+        key.update(json.dumps([*code, *facts, tokenizers.__version__, tokenizer.to_str()]).encode())
+        for record in records:
+            key.update(json.dumps([messages_of(record), record.get("response")]).encode())
+        try:
+            with open_safetensors(file) as kept:
+                tokens = kept.get_tensor("tokens").numpy()
+                whole = kept.metadata() == {"key": key.hexdigest(), "tokens": hashlib.sha256(tokens).hexdigest()}
+        except UserError:
+            whole = False
+        if whole:
+            lengths, prompts, ids = np.split(tokens, [len(records), 2 * len(records)])
+            return list(zip(np.split(ids, lengths.cumsum()[:-1]), prompts.tolist()))
+    found = []
+    for at in range(0, len(records), some):
+        ahead = Ahead(tokenizer)
+        for record in records[at:at + some]:
+            tokenise(ahead, record)
+        ahead.encode_all()
+        found += [tokenise(ahead, record) for record in records[at:at + some]]
+    found = [(np.array(ids, dtype=np.int32), prompt) for ids, prompt in found]
+    if file is not None and place()[0] == 0:
+        tokens = np.concatenate([np.array([[len(ids), prompt] for ids, prompt in found], dtype=np.int32).T.flatten(),
+                                 *(ids for ids, _ in found)])  # all lengths, then all prompts', then all ids
+        with atomic(file) as part:
+            save_file({"tokens": torch.from_numpy(tokens)}, part,
+                      metadata={"key": key.hexdigest(), "tokens": hashlib.sha256(tokens).hexdigest()})
+    return found
+
+
+def examples(records, chat=None, tokenizer=None, limit=None, folder=None):
     """Records -> Examples; with `chat` for the base, with `tokenizer` for the encoder. Both tokenizers are asked here
-    and nowhere else in training. Returns also how many were left out because they are longer than `limit` tokens."""
-    rows, long = [], 0
-    for record in records:
-        row = Example(str(record["id"]), active_experts(record["traits"]))
-        if chat is not None:
-            ids, supervised = chat.example(messages_of(record), record["response"])
-            row.ids, row.prompt = np.array(ids, dtype=np.int32), supervised.index(True)
-        if tokenizer is not None:
-            row.query = np.array(query_ids(tokenizer, record["query"], record.get("history") or ()), dtype=np.int32)
-        if limit and row.ids is not None and len(row.ids) > limit:
-            long += 1
-        else:
-            rows.append(row)
-    return rows, long
+    and nowhere else in training, and only once where there is a folder to keep the tokens in. Returns also how many
+    were left out because they are longer than `limit` tokens."""
+    base, encoder = (folder and folder / f"{role}.safetensors" for role in ("base", "encoder"))
+
+    def for_base(tokenizer, record):
+        own = copy(chat)
+        own.tokenizer = tokenizer
+        ids, supervised = own.example(messages_of(record), record["response"])
+        return ids, supervised.index(True)
+
+    def for_encoder(tokenizer, record):
+        return query_ids(tokenizer, record["query"], record.get("history") or ()), 0
+
+    rows = [Example(str(record["id"]), active_experts(record["traits"])) for record in records]
+    if tokenizer is not None:
+        for row, (ids, _) in zip(rows, tokenised(records, for_encoder, tokenizer, (), encoder)):
+            row.query = ids
+    if chat is None:
+        return rows, 0
+    facts = chat.bos, chat.end, chat.dates, chat.default_system
+    for row, (ids, prompt) in zip(rows, tokenised(records, for_base, chat.tokenizer, facts, base)):
+        row.ids, row.prompt = ids, prompt
+    short = [row for row in rows if not limit or len(row.ids) <= limit]
+    return short, len(rows) - len(short)
 
 
 def per_pole(rows):
@@ -723,7 +791,7 @@ def open_run(setup, settings, args):
         if differ:
             raise UserError(f"{run} was begun with other arguments: {differ}. Give the same or another --run")
         if args.overwrite:
-            clear(run, remove if found["stages"] else (*remove, "pretrain", "models", "data"))
+            clear(run, remove if found["stages"] else (*remove, "pretrain", "models", "data", "tokens"))
         found["setup"] = own if not found["stages"] and args.overwrite else found["setup"] | {
             k: v for k, v in own.items() if v is not None}
     begun = [stage for stage in settings if stage in found["stages"]]
@@ -800,7 +868,7 @@ def train_stage(stage, setup, s, stop):
     if stage != "warmup":
         router = setup.load_router(setup.run / "router" / "router" if stage == "joint" else None)
         router.encoder.recompute, tokenizer = s.recompute, load_tokenizer(setup.encoder)
-    rows, long = examples(records, chat, tokenizer, s.tokens)
+    rows, long = examples(records, chat, tokenizer, s.tokens, setup.run / "tokens")
     if long:
         print(f"{stage}: left out {long} of {len(records)} records, longer than {s.tokens} tokens (--tokens)")
     if not rows:

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch.nn import functional as F
 
 import train
 from lora import EXPERTS, add_experts, expert_layers
-from model import Config, Transformer, UserError
-from router import Router, contrastive_loss
+from model import Chat, Config, Transformer, UserError
+from router import Router, contrastive_loss, query_ids
+from test_chat import TEMPLATES, make_folder
 from train import Example, Task, batches, cost, fit, heldout, micro_batches, row_losses, schedule, token_losses
 
 CONFIG = Config(97, 32, 2, 4, 2, 8, 48, 1e-5, 1e4, tied=True)
@@ -52,6 +54,103 @@ def some_rows(n, seed=0, experts=range(10)):
 
 def state(task):
     return [p.detach().clone() for p in task.parameters()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens, and the file that they are kept in
+
+RECORDS = [{"id": "a", "query": "  I am sad. \n", "response": " Why? ", "traits": {"openness": 1}},
+           {"id": "b", "query": "Hello", "response": "I don't know.", "traits": {"neuroticism": -1},
+            "history": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\n Hello there"}]},
+           {"id": "c", "query": "<|im_end|>", "response": "Hello", "traits": {"extraversion": 1}},
+           {"id": "d", "query": "Hello", "response": "Be kind.", "traits": {"extraversion": 1}}]
+
+
+def contents(rows):
+    return [(row.id, row.active.tolist(), row.ids is not None and (row.ids.dtype, row.ids.tolist()), row.prompt,
+             row.query is not None and (row.query.dtype, row.query.tolist())) for row in rows]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The batches of texts that a tokenizer was asked for."""
+    found, plain = [], train.Ahead.encode_all
+    monkeypatch.setattr(train.Ahead, "encode_all", lambda self: (found.append(list(self.known)), plain(self))[1])
+    return found
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("some", [1, 3, 4096])
+def test_records_are_encoded_as_one_by_one(kind, some, tmp_path, monkeypatch):
+    chat = Chat.from_dir(make_folder(tmp_path, kind))
+    monkeypatch.setattr(train.tokenised, "__defaults__", (*train.tokenised.__defaults__[:-1], some))
+    rows, long = train.examples(RECORDS, chat, chat.tokenizer)
+    assert long == 0
+    for record, row in zip(RECORDS, rows, strict=True):
+        ids, supervised = chat.example(train.messages_of(record), record["response"])
+        assert row.ids.tolist() == ids and row.ids.dtype == np.int32
+        assert supervised == [False] * row.prompt + [True] * (len(ids) - row.prompt)
+        assert row.query.tolist() == query_ids(chat.tokenizer, record["query"], record.get("history"))
+
+
+def test_tokens_are_made_once_and_kept_make_no_difference(tmp_path, asked):
+    chat = Chat.from_dir(make_folder(tmp_path / "model", "llama"))
+    plain = contents(train.examples(RECORDS, chat, chat.tokenizer)[0])
+    assert len(asked) == 2 and not (tmp_path / "tokens").exists()  # without a folder nothing is written
+    assert contents(train.examples(RECORDS, chat, chat.tokenizer, None, tmp_path / "tokens")[0]) == plain
+    assert len(asked) == 4
+    kept = train.examples(RECORDS, chat, chat.tokenizer, None, tmp_path / "tokens")[0]
+    assert contents(kept) == plain and len(asked) == 4
+    # a limit is no part of what is kept; nor is what one stage needs of what another needs
+    assert len(train.examples(RECORDS, chat, None, len(kept[0].ids), tmp_path / "tokens")[0]) < len(RECORDS)
+    assert [row[4] for row in contents(train.examples(RECORDS, None, chat.tokenizer, None, tmp_path / "tokens")[0])] \
+        == [row[4] for row in plain] and len(asked) == 4
+
+
+@pytest.mark.parametrize("what", ["a query", "a reply", "a history", "order", "fewer", "tokenizer", "dates", "system",
+                                  "library", "code"])
+def test_other_texts_tokenizers_or_formats_are_tokenised_anew(what, tmp_path, asked, monkeypatch):
+    kind, records = "chatml", [dict(record) for record in RECORDS]
+    train.examples(records, Chat.from_dir(make_folder(tmp_path / "was", kind)), None, None, tmp_path / "tokens")
+    chat = Chat.from_dir(make_folder(tmp_path / "now", {"system": "chatml with a default"}.get(what, kind)))
+    if what == "a query":
+        records[2]["query"] += "!"
+    elif what == "a reply":
+        records[0]["response"] = "Because."
+    elif what == "a history":
+        records[1]["history"] = RECORDS[1]["history"][:1]
+    elif what == "order":
+        records.reverse()
+    elif what == "fewer":
+        records.pop()
+    elif what == "tokenizer":
+        chat.tokenizer.add_tokens(["sad"])
+    elif what == "dates":
+        chat.dates = True
+    elif what == "library":
+        monkeypatch.setattr(train.tokenizers, "__version__", "0.0")
+    elif what == "code":
+        monkeypatch.setattr(train, "messages_of", lambda record: [{"role": "user", "content": record["query"]}])
+    new = contents(train.examples(records, chat, None, None, tmp_path / "tokens")[0])
+    assert len(asked) == 2 and new == contents(train.examples(records, chat)[0])
+    train.examples(records, chat, None, None, tmp_path / "tokens")
+    assert len(asked) == 3  # the new ones are kept
+
+
+@pytest.mark.parametrize("torn", ["cut", "empty", "another byte", "no tokens", "a folder"])
+def test_a_torn_file_of_tokens_is_made_anew_in_silence(torn, tmp_path, asked, capsys):
+    chat, file = Chat.from_dir(make_folder(tmp_path / "model", "llama")), tmp_path / "tokens" / "base.safetensors"
+    plain = contents(train.examples(RECORDS, chat, None, None, file.parent)[0])
+    whole = file.read_bytes()
+    if torn == "a folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes({"cut": whole[:-1], "empty": b"", "another byte": whole[:-1] + bytes([whole[-1] ^ 1]),
+                          "no tokens": save({"x": torch.ones(1)})}[torn])
+    assert contents(train.examples(RECORDS, chat, None, None, file.parent)[0]) == plain
+    assert contents(train.examples(RECORDS, chat, None, None, file.parent)[0]) == plain
+    assert len(asked) == 2 and capsys.readouterr() == ("", "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
