@@ -192,7 +192,7 @@ def router(args):
             mask = torch.arange(ids.shape[1], device=args.device) < lengths[:, None]
             with task.autocast:
                 hidden = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-                similarity = ours.similarity(hidden[torch.arange(len(part)), lengths - 1])
+                similarity = ours.similarity(hidden[torch.arange(len(part), device=args.device), lengths - 1])
                 loss = contrastive_loss(similarity, torch.stack([rows[i].active for i in part]), task.s.contrastive_tau)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(task.parameters(), task.s.clip)
@@ -336,15 +336,15 @@ def data_path(file, folders, cache):
 
 
 def data(args):
-    """The data path against the number of records: reading, tokenising for both models, an epoch of batches."""
+    """The data path of --count records: reading, tokenising for both models, an epoch of batches."""
     given, rows = folders(args, 2), []
     with tempfile.TemporaryDirectory() as folder:
-        for count in (args.count // 10, args.count):
-            file = Path(folder) / f"{count}.jsonl"
-            write_records(file, template_records("train", count))
-            for name in ("first time", "again"):
-                seconds, _, peak = alone(data_path, file, given, Path(folder) / f"tokens-{count}")
-                rows.append([f"{count:,} records, {name}", *(f"{s:.1f} s" for s in seconds), f"{peak / 1e9:.2f} GB"])
+        file, cache = Path(folder) / "records.jsonl", Path(folder) / "tokens"
+        write_records(file, template_records("train", args.count))
+        for name in ("the first time", "again"):
+            seconds, _, peak = alone(data_path, file, given, cache)
+            rows.append([f"{args.count:,} records, {name}", *(f"{s:.1f} s" for s in seconds), f"{peak / 1e9:.2f} GB"])
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     show("The data path, one process", ["", "reading", "tokenising", "batching", "together", "peak"], rows)
 
 
@@ -434,6 +434,8 @@ def gpu(args):
                           f"{most / 1e9:.1f}"]
             except torch.OutOfMemoryError:
                 cells += ["out of memory", "", ""]
+                for p in (*task.parameters(), *(p for model in models for p in model.parameters())):
+                    p.grad = None
                 torch.cuda.empty_cache()
             print(*cells, sep="  ", file=sys.stderr, flush=True)
             rows.append(cells)
