@@ -28,11 +28,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import BENCHMARKS, PROMPTS, grouped
-from lora import EXPERTS
-from model import Chat, Prefix, Transformer, UserError, atomic, encode, generate, load_tokenizer, pad, read_json
+from command import Parser, add_fields, check_numbers, pick_device, pick_dtype, run_command
+from lora import EXPERTS, SHORT
+from model import (Chat, Prefix, Transformer, UserError, atomic, encode, generate, load_tokenizer, pad, read_json,
+                   shared_prefix)
 from router import RULES, bars, gate_report, gates_under, persona_gate
-from synth import SHORT, Parser, add_fields, check_numbers, run_command, signatures
-from train import Setup, answer, differences, examples, heldout, micro_batches, pick_device, pick_dtype, similarities
+from synth import signatures
+from train import Setup, answer, differences, examples, heldout, micro_batches, similarities
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,12 +403,6 @@ def choose(model, chat, items, prompts, gate, prefix):
             letters = item.slots[slot][1]
             texts[i] += letters[logits[i, [encode(chat.tokenizer, letter)[0] for letter in letters]].argmax().item()]
     return [text + item.end for text, item in zip(texts, items)]
-
-
-def shared_prefix(prompts):
-    """How many ids all prompts begin with; at least one of each is left over."""
-    first, last, n = min(prompts), max(prompts), min(map(len, prompts)) - 1
-    return next((i for i in range(n) if first[i] != last[i]), n)
 
 
 @torch.no_grad()

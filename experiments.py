@@ -26,10 +26,10 @@ import torch
 
 import train
 from eval import Common, Measured, bootstrap, one_hot, pole_losses, subsets
-from lora import EXPERTS, TRAITS, expert_layers, save_experts
+from lora import EXPERTS, SHORT, TRAITS, expert_layers, save_experts
 from model import UserError, atomic, encode, load_tokenizer, pad, read_json
 from router import gate_report, gates_under, persona_gate, query_ids, save_router
-from synth import SHORT, load_data, write_records
+from synth import load_data, write_records
 from train import STAGES, Setup, cost, examples, heldout, micro_batches, similarities
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -419,30 +419,36 @@ def open_safetensors(file, device="cpu"):
 class Cache:
     """Keys and values of all layers, (n_layers, B, K, size, d), with every row at a position of its own.
 
-    The first pass stores whole right-padded prompts. After it, row b writes its next token at its own length, over the
-    padding that stood there, and sees nothing beyond it.
+    The first pass stores whole right-padded prompts, or what follows the `prefix` that they share. After it, row b
+    writes its next token at its own length, over the padding that stood there, and sees nothing beyond it.
     """
 
-    def __init__(self, config, lengths, size, dtype, device):
+    def __init__(self, config, lengths, size, dtype, device, prefix=None):
         shape = (config.n_layers, len(lengths), config.n_kv_heads, size, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # no NaN under the mask
         self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens stored per row
-        self.longest = max(lengths)
+        self.longest, self.prefix = max(lengths), prefix
         self.at = self.mask = None  # after the prompts: where each row writes (B,), and what it sees (B, 1, 1, S)
 
     def advance(self, tokens):
         """The positions of the tokens that come now, (1 or B, T). Called once a pass, before any layer."""
         device = self.lengths.device
-        if self.at is None:
+        self.prefill = self.at is None
+        if self.prefill:
             self.at = self.lengths  # from the next pass on
-            return torch.arange(tokens, device=device)[None]
+            if self.prefix is None:
+                return torch.arange(tokens, device=device)[None]
+            positions = self.prefix.advance(tokens)
+            self.mask = self.prefix.mask
+            return positions
         self.at, self.lengths, self.longest = self.lengths, self.lengths + 1, self.longest + 1
         self.mask = (torch.arange(self.longest, device=device) <= self.at[:, None])[:, None, None]
         return self.at[:, None]
 
     def update(self, layer, k, v):
         """Store k and v (B, K, T, d) of one layer; return the keys and values to attend to, (B, K, T or S, d)."""
-        if self.mask is None:
+        if self.prefill:
+            k, v = (k, v) if self.prefix is None else self.prefix.update(layer, k, v)
             self.k[layer, :, :, :k.shape[2]], self.v[layer, :, :, :v.shape[2]] = k, v
             return k, v
         rows = torch.arange(len(self.at), device=self.at.device)
@@ -479,6 +485,12 @@ class Prefix:
         return tuple(torch.cat((old.expand(len(new), -1, -1, -1), new), 2) for old, new in zip(self.kv[layer], (k, v)))
 
 
+def shared_prefix(prompts):
+    """How many ids all prompts begin with; at least one of each is left over."""
+    first, last, n = min(prompts), max(prompts), min(map(len, prompts)) - 1
+    return next((i for i in range(n) if first[i] != last[i]), n)
+
+
 def pad(rows, device="cpu"):
     """Lists (or arrays) of ids -> (ids (B, T) filled up with 0 on the right, lengths (B,))."""
     ids = nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=torch.long) for row in rows], batch_first=True)
@@ -505,20 +517,28 @@ def sample(logits, temperature, top_p, u):
     return tokens.gather(-1, choice.clamp(max=logits.shape[-1] - 1))[:, 0]
 
 
+LONG_PREFIX = 32  # tokens: fewer are not worth a pass of their own
+
+
 @torch.no_grad()
 def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top_p=1.0, stops=(), generator=None):
     """Continue prompts of different lengths: B lists of ids -> B lists of new ids, the stop id last where one came.
 
     gate: (B, E), one per row, or (1, E) for all, or None. stops: ids, any of which ends its row. temperature 0 is
     greedy; else tokens are drawn from `generator` (a torch.Generator on the CPU, None: the global one).
-    A batch gives the same greedy tokens as its rows one by one. Finished rows leave the batch.
+    A batch gives the same greedy tokens as its rows one by one. What all prompts begin with is computed once, unless
+    rows have gates of their own. Finished rows leave the batch.
     """
     if not prompts or not all(prompts):
         raise ValueError(f"generate needs prompts of at least one token; lengths are {[len(p) for p in prompts]}")
-    ids, lengths = pad(prompts, model.device)
-    if gate is not None:
-        gate = gate.to(model.device).expand(len(prompts), -1)
-    cache = Cache(model.config, lengths.tolist(), ids.shape[1] + max_new_tokens, model.dtype, model.device)
+    gate, shared, prefix = None if gate is None else gate.to(model.device), 0, None
+    if len(prompts) > 1 and (gate is None or len(gate) == 1) and shared_prefix(prompts) >= LONG_PREFIX:
+        shared = shared_prefix(prompts)
+        prefix = Prefix(model, prompts[0][:shared], gate)
+    gate = None if gate is None else gate.expand(len(prompts), -1)
+    sizes = [len(prompt) for prompt in prompts]
+    cache = Cache(model.config, sizes, max(sizes) + max_new_tokens, model.dtype, model.device, prefix)
+    ids, lengths = pad([prompt[shared:] for prompt in prompts], model.device)
     replies, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows[i]: whose reply row i of the batch is
     for step in range(max_new_tokens):
         h = model.hidden(ids, gate, cache)  # (B, T, D), then (B, 1, D)

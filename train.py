@@ -46,13 +46,13 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from command import parse, pick_device, pick_dtype, run_command
 from lora import EXPERTS, add_experts, expert_layers, load_experts, save_experts
 from model import Chat, Transformer, UserError, atomic, encode, generate, load_tokenizer, open_safetensors, pad
 from model import read_json, send
 from router import RULES, Router, active_experts, bars, contrastive_loss, gate_report, gates_under, load_router
 from router import query_ids, save_router
-from synth import SPLITS, load_data, make_tiny, parse, pick_device, pick_dtype, run_command, template_records
-from synth import write_records
+from synth import SPLITS, load_data, make_tiny, template_records, write_records
 
 VERSION = 1  # of the run folder's format
 STAGES = ("warmup", "router", "joint")

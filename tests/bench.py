@@ -24,7 +24,6 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore")
 
-import numpy as np
 import torch
 
 from lora import EXPERTS, TARGETS, add_experts, expert_layers, merged

@@ -21,7 +21,7 @@ import benchmarks
 import eval as evaluation
 from benchmarks import BENCHMARKS, GPQA, EmoBench, EQBench, SafetyBench, ToMBench, lenient_letter
 from lora import add_experts, expert_layers
-from model import Config, Prefix, Transformer, UserError, encode, pad
+from model import Config, Prefix, Transformer, UserError, encode, generate, pad, shared_prefix
 from test_commands import reduced, run_folder  # noqa: F401: fixtures
 
 
@@ -617,8 +617,36 @@ def test_a_prefix_computed_once_changes_nothing():
                     plain = model.hidden(torch.tensor([begin + row]), gate)[0, len(begin):]
                     assert (hidden[i, :len(row)] - plain).abs().max() <= 1e-5
     prompts = [begin + row for row in rest]
-    assert evaluation.shared_prefix(prompts) == 40 and evaluation.shared_prefix([begin, begin[:5]]) == 4
-    assert evaluation.shared_prefix([[1, 2], [2, 1]]) == 0
+    assert shared_prefix(prompts) == 40 and shared_prefix([begin, begin[:5]]) == 4
+    assert shared_prefix([[1, 2], [2, 1]]) == 0
+
+
+def test_generation_computes_a_long_beginning_once(monkeypatch):
+    """Logits of every step as for each prompt alone, to 1e-4; gates of their own share nothing; nor do few tokens."""
+    torch.manual_seed(0)
+    model = Transformer(Config(97, 64, 3, 4, 2, 32, 96, 1e-5, 1e4))
+    add_experts(model)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    begin, rest = torch.randint(97, (40,)).tolist(), [torch.randint(97, (n,)).tolist() for n in (7, 1, 30)]
+    gates, widths, hidden = torch.softmax(torch.randn(3, 10), -1), [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, *more: widths.append(tuple(ids.shape)) or hidden(ids, *more))
+    for some, gate, first in ((rest, None, [(1, 40), (3, 30)]), (rest, gates[:1], [(1, 40), (3, 30)]),
+                              (rest, gates, [(3, 70)]), (rest[1:2], None, [(1, 41)]),
+                              ([[5], [6]], gates[:1], [(1, 40), (2, 1)])):
+        prompts, steps, head = [begin + row for row in some], [], model.head
+        monkeypatch.setattr(model, "head", lambda h: steps.append(head(h)) or steps[-1])
+        widths.clear()
+        found = generate(model, prompts, gate, 8)
+        monkeypatch.setattr(model, "head", head)
+        assert widths[:len(first)] == first and len(widths) == len(first) + 7
+        for i, prompt in enumerate(prompts):
+            with torch.no_grad():
+                whole = model(torch.tensor([prompt + found[i]]), None if gate is None else gate[i % len(gate)][None])[0]
+            assert (torch.stack([step[i] for step in steps]) - whole[len(prompt) - 1:-1]).abs().max() <= 1e-4
+    widths.clear()
+    generate(model, [begin[:31] + row for row in rest], None, 1)
+    assert widths == [(3, 61)]
 
 
 def test_gpqa_questions_never_reach_a_file_or_the_terminal(made_up, run_folder, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import command
 import eval as evaluation
 import synth
 import train
@@ -197,7 +198,7 @@ def test_a_run_ends_with_losses_under_five_gates_and_five_queries_answered(run_f
 def test_the_closing_table_is_the_held_out_loss(run_folder, monkeypatch):
     """Of the latest experts, per token of the reply, on test records that training never saw."""
     monkeypatch.chdir(run_folder.parent.parent)
-    args = synth.parse(train.Args, ["--preset", "tiny"])
+    args = command.parse(train.Args, ["--preset", "tiny"])
     setup = train.resolve(args, train.STAGES)
     model, chat = setup.load_base(RUN / "joint" / "experts"), train.Chat.from_dir(setup.base)
     rows, _ = train.examples(setup.load_data()["test"][:8], chat)
@@ -425,7 +426,7 @@ def test_joint_before_the_others_is_refused_with_the_command_for_them(run_folder
         tiny("--stage", "joint")
     assert there or not (here / RUN).exists()
     (program, *argv), = told(str(error.value))
-    found = synth.parse(train.Args, argv)
+    found = command.parse(train.Args, argv)
     assert (program, found.stage, Path(found.run)) == ("train.py", missing, RUN)
     assert found.preset == "tiny"
 
@@ -517,7 +518,7 @@ def test_the_router_stage_names_all_that_is_missing_and_nothing_that_it_does_not
     assert "Llama" not in said and "response" not in said
     assert not any(here.iterdir())
     (_, *argv), = [words for words in told(said) if words[0] == "synth.py"]
-    assert synth.parse(synth.Args, argv).out == "data/personafuse.jsonl"  # the command is one that works
+    assert command.parse(synth.Args, argv).out == "data/personafuse.jsonl"  # the command is one that works
 
 
 def test_warm_up_names_the_gated_base_and_how_to_get_at_it(here):
@@ -538,7 +539,7 @@ def test_what_is_there_is_not_called_missing(here, capsys):
     (here / "mine.jsonl").write_text("")
     if not torch.cuda.is_available():
         assert message_of("--stage", "router", "--data", "mine.jsonl").count("\n  - ") == 1  # the GPU
-    args = synth.parse(train.Args, "--stage router --data mine.jsonl --device cpu".split())
+    args = command.parse(train.Args, "--stage router --data mine.jsonl --device cpu".split())
     setup = train.resolve(args, ("router",))
     assert (setup.base, setup.encoder, setup.data) == (None, "weights/Qwen2.5-0.5B", "mine.jsonl")
     assert capsys.readouterr().out == ""
@@ -546,7 +547,7 @@ def test_what_is_there_is_not_called_missing(here, capsys):
 
 def test_small_takes_the_coder_encoder_where_only_that_is_and_says_so(here, capsys):
     (here / "weights" / "Qwen2.5-Coder-0.5B-Instruct").mkdir(parents=True)
-    args = synth.parse(train.Args, "--preset small --stage router --device cpu".split())
+    args = command.parse(train.Args, "--preset small --stage router --device cpu".split())
     assert train.resolve(args, ("router",)).encoder == "weights/Qwen2.5-Coder-0.5B-Instruct"
     assert "the encoder is weights/Qwen2.5-Coder-0.5B-Instruct" in capsys.readouterr().out
 

@@ -12,8 +12,8 @@ import torch
 
 import eval as evaluation
 import train
-from eval import SHORT, average_precision, bootstrap, heat_map, raw_gate, recall_at_k, subsets
-from lora import EXPERTS
+from eval import average_precision, bootstrap, heat_map, raw_gate, recall_at_k, subsets
+from lora import EXPERTS, SHORT
 from model import UserError, generate
 from router import RULES, gates_under, oracle_gate, persona_gate
 from synth import SPLITS, lab, read_records, signatures, template_records, write_records
@@ -194,9 +194,9 @@ def test_a_heat_map_has_a_row_for_each_query_and_fits_a_terminal():
     queries = ["Short", "A query\nover two lines, longer than the column that it is given here, by far", "x" * 40]
     lines = heat_map(gates.numpy(), active.numpy(), queries).split("\n")
     assert len(lines) == 4 and all(len(line) <= 82 for line in lines)
-    assert lines[0].split() == SHORT == ["O+", "O-", "C+", "C-", "E+", "E-", "A+", "A-", "N+", "N-"]
+    assert lines[0].split() == [*SHORT] == ["O+", "O-", "C+", "C-", "E+", "E-", "A+", "A-", "N+", "N-"]
     cells = [[line[41:][4 * i:4 * i + 4] for i in range(10)] for line in lines]
-    assert [cell.strip() for cell in cells[0]] == SHORT  # each name stands over its column
+    assert [cell.strip() for cell in cells[0]] == [*SHORT]  # each name stands over its column
     assert cells[1][3] == "[██]" and cells[1][0] == "[··]" and cells[1][1] == " ·· "
     assert cells[2][0] == " ▒▒ " and cells[2][9] == "[··]" and cells[3][9] == " ░░ "
     assert lines[1].startswith("Short ") and lines[2][39:41] == "… " and "over two" in lines[2]
@@ -257,7 +257,7 @@ def test_routing_reports_every_expert_on_three_subsets(run, capsys):
     queries = [r["query"] for r in read_records(run / "data" / "test.jsonl")]
     rows = out.split("\n\n")[-1].splitlines()
     assert len(rows) == 5 and all(row.startswith(query[:39]) for row, query in zip(rows[1:], queries))
-    assert rows[0].split() == SHORT and all(len(row) <= 82 for row in rows)
+    assert rows[0].split() == [*SHORT] and all(len(row) <= 82 for row in rows)
 
 
 def test_routings_figures_are_those_of_the_saved_router(run, capsys):

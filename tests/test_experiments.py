@@ -21,9 +21,9 @@ from torch.nn import functional as F
 import eval as evaluation
 import experiments
 import train
-from eval import SHORT, Measured, bootstrap, one_hot
+from eval import Measured, bootstrap, one_hot
 from experiments import cases, compared, losses, ratings, read_items, reply_states, show, steered, update_gram, variant
-from lora import EXPERTS, add_experts, expert_layers, merged
+from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
 from model import Config, Transformer, UserError
 from router import gates_under, persona_gate
 from synth import read_records, template_records, write_records

@@ -9,11 +9,13 @@ import re
 import numpy as np
 import pytest
 
+import review
 import synth
 from lora import EXPERTS, TRAITS
 from model import UserError
+from review import krippendorff_alpha
 from router import active_experts
-from synth import SPLITS, fold, krippendorff_alpha, load_data, read_records, split_records, template_records
+from synth import SPLITS, fold, load_data, read_records, split_records, template_records
 from synth import write_records
 
 
@@ -94,7 +96,7 @@ def test_a_report_for_people_fits_a_terminal(tmp_path, capsys):
                                          ("so neurotic", True), ("Be conscientious", True), ("highly agreeable", True),
                                          ("stay open and warm", False), ("I agree", False), ("extra overs", False)])
 def test_naming_a_trait_outright(text, named):
-    assert bool(synth.NAMED.search(text)) == named
+    assert bool(review.NAMED.search(text)) == named
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,9 +193,9 @@ def test_a_sample_takes_from_each_pole_alike_and_hides_the_labels(drawn):
 
 def test_a_rare_pole_is_taken_whole_and_the_rest_filled_up():
     records = [record(i, {"openness": 1}) for i in range(90)] + [record(i, {"neuroticism": -1}) for i in range(90, 93)]
-    sample = synth.stratified(records, 21, 0)
+    sample = review.stratified(records, 21, 0)
     assert len({r["id"] for r in sample}) == len(sample) == 21
-    assert sum("neuroticism" in r["traits"] for r in sample) == 3 and len(synth.stratified(records, 5, 0)) == 5
+    assert sum("neuroticism" in r["traits"] for r in sample) == 3 and len(review.stratified(records, 5, 0)) == 5
 
 
 def test_no_cell_of_a_spreadsheet_is_a_formula_and_all_text_is_shown(tmp_path):

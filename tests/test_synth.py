@@ -8,13 +8,16 @@ from itertools import permutations
 import pytest
 import torch
 
+import command
 import eval as evaluation
+import review
 import synth
 import train
+from command import parse
 from lora import EXPERTS, TRAITS
 from model import Chat, Transformer, UserError
 from router import active_experts
-from synth import SPLITS, check_record, lab, load_data, make_tiny, parse, read_records, signatures, split_records
+from synth import SPLITS, check_record, lab, load_data, make_tiny, read_records, signatures, split_records
 from synth import template_records, write_records
 
 
@@ -414,13 +417,13 @@ def test_transformers_reads_the_tiny_tokenizers_alike(tiny):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-CLASSES = [train.Args, synth.Args, synth.Report, synth.Split, synth.Review, evaluation.Routing, evaluation.Ablate,
+CLASSES = [train.Args, synth.Args, review.Report, review.Split, review.Review, evaluation.Routing, evaluation.Ablate,
            evaluation.Ask]
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
 def test_every_argument_has_a_sentence(cls):
-    sentences = synth.field_help(cls)
+    sentences = command.field_help(cls)
     assert set(sentences) == {field.name for field in dataclasses.fields(cls)}
     for name, sentence in sentences.items():
         assert len(sentence) > 5 and sentence.endswith(".") and "\n" not in sentence, name
@@ -486,8 +489,8 @@ def test_help_names_every_argument_with_its_sentence(program, argv, says, capsys
     shown = capsys.readouterr().out
     assert left.value.code == 0 and says in shown
     if program is not evaluation or argv:
-        cls = program.COMMANDS[argv[0]][0] if argv else program.Args
-        for name, sentence in synth.field_help(cls).items():
+        cls = (review if program is synth else program).COMMANDS[argv[0]][0] if argv else program.Args
+        for name, sentence in command.field_help(cls).items():
             assert " ".join(sentence.split()) in " ".join(shown.split()), name
     if program is not evaluation and not argv:
         assert f"python {program.__name__}.py" in shown  # how it is used
@@ -497,10 +500,10 @@ def test_an_error_of_the_users_is_one_line_and_status_two(capsys):
     def fails():
         raise UserError("no such thing; look there")
     with pytest.raises(SystemExit) as left:
-        synth.run_command(fails)
+        command.run_command(fails)
     found = capsys.readouterr()
     assert left.value.code == 2 and found.out == ""
     assert found.err.endswith("error: no such thing; look there\n") and found.err.count("\n") == 1
     with pytest.raises(SystemExit) as left:
-        synth.run_command(lambda: 130)
+        command.run_command(lambda: 130)
     assert left.value.code == 130

@@ -18,9 +18,12 @@ import pytest
 import torch
 
 import synth
+import teachers
+from command import parse
 from lora import TRAITS
 from model import Chat, Transformer, UserError
-from synth import Query, Reply, check_record, make_tiny, read_pole, read_queries, read_records
+from synth import check_record, make_tiny, read_queries, read_records
+from teachers import Query, Reply, read_pole
 
 ROOT = Path(synth.__file__).resolve().parent
 POLED = {"openness": {"pole": "high", "cue": "ideas"}, "neuroticism": -1, "agreeableness": 0}
@@ -221,7 +224,7 @@ def separate(*replies, retries=0, **item):
     query, asked = Query({"id": 1, "query": "What now?"} | item, "separate", retries, "test"), []
     for reply in replies:
         asked.append(query.ask[0])
-        query.tell(reply if isinstance(reply, synth.Fault) else Reply(*([reply] if isinstance(reply, str) else reply)))
+        query.tell(reply if isinstance(reply, teachers.Fault) else Reply(*([reply] if isinstance(reply, str) else reply)))
     return query, asked
 
 
@@ -239,7 +242,7 @@ def test_three_steps_each_see_what_came_before_and_all_is_kept():
     for text in texts:
         assert "What now?" in text and "Finnish" in text and "Earlier I slept." in text and "$" not in text
     assert "They wait." not in texts[0] and "They wait." in texts[1] and "They wait." in texts[2]
-    for expert, manner in synth.MANNERS.items():
+    for expert, manner in teachers.MANNERS.items():
         assert manner in texts[1] and (manner in texts[2]) == (expert in ("high_openness", "low_neuroticism"))
     assert not any(trait in texts[2].lower() for trait in TRAITS)  # the answer is not to name them
 
@@ -272,15 +275,15 @@ def test_json_that_is_whole_may_be_followed_by_a_cut_off_text_and_is_else_asked_
 
 def test_a_retry_has_the_complaint_and_the_reply_and_each_reply_has_its_own_budget():
     wrong = json.dumps({"openness": "medium"})
-    query, asked = separate("They wait.", wrong, synth.Fault("server: 500"), json.dumps(POLED), "", "Wait.", retries=2)
+    query, asked = separate("They wait.", wrong, teachers.Fault("server: 500"), json.dumps(POLED), "", "Wait.", retries=2)
     assert query.outcome["response"] == "Wait." and query.outcome["teacher"]["calls"] == 6
     assert [m["role"] for m in asked[2]] == ["system", "user", "assistant", "user"]
     assert asked[2][:2] == asked[1] and asked[2][2]["content"] == wrong
     assert "'medium', expected" in asked[2][3]["content"]
     assert asked[3] == asked[2]  # after a fault of the network the same is asked again
-    query, asked = separate("They wait.", wrong, synth.Fault("server: 500"), wrong, retries=2)
+    query, asked = separate("They wait.", wrong, teachers.Fault("server: 500"), wrong, retries=2)
     assert "expected the pole" in query.outcome["reason"] and query.outcome["raw"] == wrong
-    assert separate(synth.Fault("a"), synth.Fault("b"), retries=1)[0].outcome["reason"] == "b"
+    assert separate(teachers.Fault("a"), teachers.Fault("b"), retries=1)[0].outcome["reason"] == "b"
 
 
 def test_fields_of_a_query_cannot_pass_for_an_outcome():
@@ -544,9 +547,9 @@ def test_waits_double_and_retry_after_comes_first(tmp_path, monkeypatch):
         if seconds > 0:
             slept.append(seconds)
             now[0] += seconds
-    monkeypatch.setattr(synth.time, "sleep", sleep)
-    monkeypatch.setattr(synth.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(synth.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(teachers.time, "sleep", sleep)
+    monkeypatch.setattr(teachers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(teachers.random, "uniform", lambda low, high: high)
     plan = iter([(500, b""), (502, b""), (429, b"", {"Retry-After": "7"}), (503, b""), (429, b"", {"Retry-After": "0"}),
                  (500, b""), *[(500, b"")] * 8])
     asked = write(tmp_path / "q.txt", "What now?")
@@ -560,12 +563,12 @@ def test_waits_double_and_retry_after_comes_first(tmp_path, monkeypatch):
     ("3", 3), ("0", 0), (" 1.5 ", 1.5), ("99999", 3600), ("-1", None), ("soon", None), ("nan", None), ("", None),
     (None, None), ("9" * 400, None)])
 def test_retry_after_is_seconds_or_a_date(text, seconds):
-    assert synth.retry_after(text) == seconds
+    assert teachers.retry_after(text) == seconds
 
 
 def test_retry_after_as_a_date():
-    assert 50 < synth.retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 61
-    assert synth.retry_after(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0
+    assert 50 < teachers.retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 61
+    assert teachers.retry_after(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0
 
 
 @pytest.mark.parametrize("url", ["localhost:80/v1", "ftp://x/v1", "http:///v1", "http://me:pw@host/v1",
@@ -580,11 +583,11 @@ def test_an_address_that_is_none_is_refused(asked, tmp_path, url):
 def test_an_invalid_certificate_is_an_error_and_nothing_is_sent(asked, tmp_path, monkeypatch):
     """The client's own connection, with a handshake that fails as one does for a certificate nobody has signed."""
     def connect(self):
-        assert self._context.verify_mode == synth.ssl.CERT_REQUIRED and self._context.check_hostname
-        error = synth.ssl.SSLCertVerificationError("x")
+        assert self._context.verify_mode == teachers.ssl.CERT_REQUIRED and self._context.check_hostname
+        error = teachers.ssl.SSLCertVerificationError("x")
         error.verify_message = "self-signed certificate"
         raise error
-    monkeypatch.setattr(synth.http.client.HTTPSConnection, "connect", connect)
+    monkeypatch.setattr(teachers.http.client.HTTPSConnection, "connect", connect)
     with pytest.raises(UserError, match="certificate is not valid .self-signed"):
         synth.main(["--teacher", "http", "--url", "https://localhost:1/v1", "--model", "m", "--queries", str(asked),
                     "--out", str(tmp_path / "o.jsonl")])
@@ -689,19 +692,19 @@ def test_two_processes_on_one_file_refuse_each_other_and_ctrl_c_keeps_what_is_fi
 
 
 def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched_it(asked, tmp_path, monkeypatch):
-    whole, teachers = synth.Sink.add, []
+    whole, made = synth.Sink.add, []
 
-    class Http(synth.Http):
+    class Http(teachers.Http):
         def __init__(self, args):
             super().__init__(args)
-            teachers.append(self)
+            made.append(self)
 
     def add(sink, outcomes):
         whole(sink, outcomes)
         if len(ids(tmp_path / "o.jsonl")) == 1:
-            until(lambda: teachers[0].finished.qsize() == 11 + 4)  # the others, and four workers' good-byes
+            until(lambda: made[0].finished.qsize() == 11 + 4)  # the others, and four workers' good-byes
             raise KeyboardInterrupt
-    monkeypatch.setattr(synth, "Http", Http)
+    monkeypatch.setattr(teachers, "Http", Http)
     monkeypatch.setattr(synth.Sink, "add", add)
     with serving(good) as server:
         assert synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 4)) == 130
@@ -780,7 +783,7 @@ def test_a_model_folder_writes_in_batches_of_neighbours_in_length_and_finished_r
             text = "no" if number % 3 == 0 and tried[number] == 1 else text
             replies.append([*chat.tokenizer.encode(text, add_special_tokens=False).ids, chat.end])
         return replies
-    monkeypatch.setattr(synth, "generate", says)
+    monkeypatch.setattr(teachers, "generate", says)
     long = [item | {"query": item["query"] + " So?" * (7 * i % 12)} for i, item in enumerate(lines(asked))]
     queries, out = write(tmp_path / "long.jsonl", *long), tmp_path / "o.jsonl"
     assert not synth.main(local_command(folder, queries, out, "--steps", "joint", "--batch", 4, "--max-new-tokens", 77,
@@ -798,7 +801,7 @@ def test_a_model_folder_writes_in_batches_of_neighbours_in_length_and_finished_r
 def test_a_choice_is_the_most_probable_whole_reply(folder):
     """Against each choice's log-probability, token by token, from the whole model's logits."""
     folder, _, chat = folder
-    teacher, seen = synth.Local(synth.parse(synth.Args, local_command(folder, "q", "o"))), set()
+    teacher, seen = teachers.Local(parse(synth.Args, local_command(folder, "q", "o"))), set()
     with torch.no_grad():
         for p in teacher.model.parameters():
             p.mul_(6 if p.dim() == 2 else 1)  # as initialised, every next token is about as likely as any other
@@ -821,10 +824,10 @@ def test_a_choice_is_the_most_probable_whole_reply(folder):
 def test_scored_traits_never_fail_to_parse(folder, asked, tmp_path, monkeypatch):
     folder, _, chat = folder
     wait = [*chat.tokenizer.encode("wait").ids, chat.end]
-    monkeypatch.setattr(synth, "generate", lambda model, prompts, *_, **__: [wait for _ in prompts])
+    monkeypatch.setattr(teachers, "generate", lambda model, prompts, *_, **__: [wait for _ in prompts])
     out = tmp_path / "o.jsonl"
     turn = iter("high low neither neither high".split() * 11 + ["neither"] * 5)
-    monkeypatch.setattr(synth.Local, "choose", lambda self, messages, choices: next(turn))
+    monkeypatch.setattr(teachers.Local, "choose", lambda self, messages, choices: next(turn))
     assert not synth.main(local_command(folder, asked, out, "--steps", "score", "--batch", 1, "--retries", 0))
     for record in read_records(out):
         assert record["traits"] == {"openness": 1, "conscientiousness": -1, "neuroticism": 1}
@@ -839,12 +842,12 @@ def test_a_query_too_long_to_be_scored_is_rejected():
     query = Query({"id": 1, "query": "What now?"}, "score", 0, "test")
     query.tell(Reply("They wait."))
     assert query.ask[1] == ("high", "low", "neither")
-    query.tell(synth.Fault("the prompt has 9,000 tokens, more than 8,192"))
+    query.tell(teachers.Fault("the prompt has 9,000 tokens, more than 8,192"))
     assert query.outcome["reason"].startswith("the prompt has") and query.outcome["teacher"]["calls"] == 2
 
 
 def test_noise_is_rejected_and_prompts_too_long_for_memory_are_not_read(folder, asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(synth.Local, "LONGEST", 800)
+    monkeypatch.setattr(teachers.Local, "LONGEST", 800)
     queries = write(tmp_path / "long.jsonl", {"id": "long", "query": "So " * 900}, *lines(asked)[:2])
     assert not synth.main(local_command(folder[0], queries, tmp_path / "o.jsonl", "--max-new-tokens", 3, "--retries",
                                         1))
@@ -854,14 +857,14 @@ def test_noise_is_rejected_and_prompts_too_long_for_memory_are_not_read(folder, 
 
 
 def test_ctrl_c_between_two_tokens_keeps_the_batches_before(folder, asked, tmp_path, monkeypatch, capsys):
-    whole, calls = synth.generate, []
+    whole, calls = teachers.generate, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
-    monkeypatch.setattr(synth, "generate", interrupted)
+    monkeypatch.setattr(teachers, "generate", interrupted)
     command = local_command(folder[0], asked, tmp_path / "o.jsonl", "--max-new-tokens", 2, "--retries", 0, "--batch", 2)
     assert synth.main(command) == 130 and len(ids(tmp_path / "o.rejected.jsonl")) == 4
     assert not synth.main(command) and sorted(ids(tmp_path / "o.rejected.jsonl")) == sorted(ids(asked))

@@ -1,0 +1,116 @@
+"""What the command lines of synth.py, train.py and eval.py share: options from a dataclass, errors in one line, a device.
+
+What is notable:
+- a program's options are the fields of a dataclass: name, type and default from the field, the help from the sentence
+  under it
+- whatever a user can do wrong ends in a UserError: one line on standard error, exit status 2, no traceback
+"""
+import argparse
+import ast
+import inspect
+import sys
+import textwrap
+import typing
+from dataclasses import MISSING, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from model import UserError
+
+
+@cache
+def field_help(cls):
+    """{field: the sentence under it} of a dataclass and those it inherits from, read from their source."""
+    found = {}
+    for parent in cls.__mro__[-2::-1]:  # object has none
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
+        found |= {a.target.id: " ".join(b.value.value.split()) for a, b in zip(body, body[1:])
+                  if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+    return found
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage
+        raise UserError(f"{message}; see python {self.prog} --help")
+
+
+def parse(cls, argv=None, description=None, prog=None):
+    """Fill the dataclass `cls` from the command line: --name VALUE for each field, a switch for each bool, several
+    values for a list; a field without a default is a list of plain words, perhaps empty if it has a default_factory."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    prog=prog)
+    add_fields(parser, cls)
+    return check_numbers(cls(**vars(parser.parse_args(argv))))
+
+
+def check_numbers(args):
+    """UserError for a number out of its range: NaN, infinite, negative, or 0 where 0 makes no sense -> args."""
+    for key, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low = 0 if key in ("seed", "lam", "lr_warmup", "temperature", "replies", "retries") else \
+                1 if isinstance(value, int) else 1e-9
+            high = 1 if key in ("lr_warmup", "top_p") else 2**31
+            if not low <= value <= high:
+                raise UserError(f"--{key.replace('_', '-')} is {value}, expected a number from {low:g} to {high:g}")
+    return args
+
+
+def add_fields(parser, cls):
+    hints, sentences = typing.get_type_hints(cls), field_help(cls)
+    for one in fields(cls):
+        kind, sentence = hints[one.name], sentences[one.name]
+        if one.default is MISSING:
+            parser.add_argument(one.name, nargs="+" if one.default_factory is MISSING else "*",
+                                metavar="FILE" if one.name.startswith("file") else "TEXT", help=sentence)
+            continue
+        if type(None) in typing.get_args(kind):  # "int | None": None stands for the preset's value
+            kind = typing.get_args(kind)[0]
+        option = {"default": one.default, "help": sentence.replace("%", "%%")}
+        if one.default not in (None, False, ()):
+            option["help"] += f" (default: {one.default})"
+        if kind is bool:
+            option["action"] = "store_true"
+        elif typing.get_origin(kind) is typing.Literal:
+            option["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is list:
+            option.update(nargs="+", metavar="TEXT")
+        else:
+            option.update(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
+        parser.add_argument("--" + one.name.rstrip("_").replace("_", "-"), dest=one.name, **option)
+
+
+def run_command(main):
+    """Run a program's main(); an error of the user's becomes one line on standard error and exit status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe has gone: `… | head`
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def pick_device(name=None):
+    """cpu, cuda or cuda:N -> torch.device; None takes a GPU if there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("a CUDA GPU, and a PyTorch built for it: --device cpu does without, slowly")
+    return device
+
+
+def pick_dtype(name, device):
+    """The base's dtype: as named, else bfloat16 on a GPU and float32 on a CPU."""
+    if device.type == "cuda" and name != "float32" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"bfloat16, which {torch.cuda.get_device_name(device)} cannot do: use --dtype float32")
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
