@@ -1,6 +1,7 @@
 """Laws of the training: what a step computes, what it moves, and that stopping and going on change nothing."""
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_token_losses_and_their_gradient_are_those_of_the_plain_cross_entropy(ch
     weight = torch.rand(10, dtype=torch.float64)  # every position counts for itself
     ours = token_losses(model, h, t, chunk)
     plain = F.cross_entropy(model.head(h), t, reduction="none")
-    assert torch.allclose(ours, plain, atol=1e-12)
+    assert torch.allclose(ours, plain, atol=1e-12) and ours.shape == (10,)
     wanted = [h, model.head_weight] if trains else [h]
     ours, plain = (torch.autograd.grad((loss * weight).sum(), wanted, retain_graph=True) for loss in (ours, plain))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, plain))
@@ -272,6 +273,37 @@ def test_warm_up_of_ten_together_equals_each_apart():
     for a, b in zip(together, start):
         assert torch.equal(a[1], b[1])  # an expert without any row has not moved
         assert not torch.equal(a[3], b[3])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_train_alike_and_are_not_compiled_again_for_other_lengths(recompute):
+    """A step or two compile; then any number of rows, of any length, finds what it needs. The whole optimiser step is
+    compared, in fp64, so that only the order of sums can differ."""
+    torch.compiler.reset()
+    tasks = [Task("joint", base(random_B=True).double(), router().double(), settings(tokens=10_000)) for _ in range(2)]
+    for part in (tasks[1].model, tasks[1].router.encoder):
+        part.recompute = recompute
+        train.compile_layers(part)
+    try:
+        for seed, n in enumerate((6, 3, 2, 9, 5, 12)):
+            rows = some_rows(n, seed)
+            for row in rows:
+                row.expert = None
+            plain, compiled = (task.step(rows) for task in tasks)
+            torch.compiler.set_stance("fail_on_recompile")
+            assert compiled["loss"].item() == pytest.approx(plain["loss"].item(), rel=1e-6), n
+        apart = max((a - b).abs().max() for a, b in zip(*map(state, tasks)))
+        assert apart < 1e-6, apart  # the router's cosines are fp32
+    finally:
+        torch.compiler.set_stance("default")
+
+
+def test_compile_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="C\\+\\+ compiler"):
+        train.compile_layers(base())
 
 
 def test_an_expert_absent_from_a_step_does_not_move():
