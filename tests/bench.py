@@ -44,7 +44,7 @@ from model import CONFIGS, Chat, Transformer, UserError, generate, load_tokenize
 from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
 from synth import read_queries, read_records, template_records, write_records
 from teachers import Query
-from train import PRESETS, Example, Setup, batches, cost, examples, micro_batches, per_pole, row_losses
+from train import PRESETS, Example, Setup, batches, compile_layers, cost, examples, micro_batches, per_pole, row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def memory(args):
          [[dims, f"{size / 1e6:,.1f}", op] for size, dims, op in unlike])
     for what, numbers in forbidden.items():
         found = [dims for _, dims, _ in sizes.found if np.prod(dims, dtype=int) in numbers]
-        print(f"  of size {what}: {len(found)} of {len(sizes.found):,} tensors", *found[:2])
+        print(f"  of size {what}: {len(found)} of {len(sizes.found):,} tensors", *found[:1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -469,8 +469,8 @@ def whole_rows(name, config, encoder, rows, length):
 def compile_blocks(model, compiled):
     for block in model.model.layers:
         block._compiled_call_impl = None
-        if compiled:
-            block.compile(dynamic=True)
+    if compiled:
+        compile_layers(model)
 
 
 COMMANDS = {"step": step, "generate": decode, "teacher": teacher, "router": router, "memory": memory, "load": load,
