@@ -1,4 +1,4 @@
-"""What the command lines of synth.py, train.py and eval.py share: options from a dataclass, errors in one line, a device.
+"""What the command lines of synth.py, train.py and eval.py share: options, errors in one line, the device.
 
 What is notable:
 - a program's options are the fields of a dataclass: name, type and default from the field, the help from the sentence

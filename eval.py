@@ -1,11 +1,10 @@
-"""Everything that measures: how the router routes, what the gate is worth, and what the models say.
+"""Everything that measures and uses a run: how the router routes, what the gate is worth, what the models say.
 
     python eval.py routing --run runs/tiny                   # does the router find the poles that a query calls for?
     python eval.py ablate --run runs/tiny                    # held-out loss under seven gate rules; each expert alone
     python eval.py experiment routing --run runs/tiny        # and health, plot, inventory: see experiments.py
     python eval.py bench emobench --data DIR --run runs/tiny # a public benchmark: base, PersonaFuse, the difference
-    python eval.py ask --run runs/tiny "My boss is furious"  # gate, the base's reply, PersonaFuse's reply
-    python eval.py ask --run runs/tiny --persona O+,E-:0.5 "My boss is furious"
+    python eval.py ask --run runs/tiny "My boss is furious"  # and chat, export: see use.py
 
 Test records are split, where the data allow it, into domains that training has seen and domains held out entirely.
 Intervals are paired bootstraps over records, 95 %: the same records under both gates.
@@ -29,10 +28,10 @@ from tqdm import tqdm
 
 from benchmarks import BENCHMARKS, PROMPTS, grouped
 from command import Parser, add_fields, check_numbers, pick_device, pick_dtype, run_command
-from lora import EXPERTS, SHORT
+from lora import EXPERTS, SHORT, adapter_shape
 from model import (Chat, Prefix, Transformer, UserError, atomic, encode, generate, load_tokenizer, pad, read_json,
                    shared_prefix)
-from router import RULES, bars, gate_report, gates_under, persona_gate
+from router import RULES, gate_report, gates_under, persona_gate, raw_gate
 from synth import signatures
 from train import Setup, answer, differences, examples, heldout, micro_batches, similarities
 
@@ -52,6 +51,10 @@ class Common:
     """The base's model folder, if it has moved."""
     encoder: str | None = None
     """The encoder's model folder, if it has moved."""
+    experts: str | None = None
+    """Experts from elsewhere, trained with PEFT or in another run: a folder with one PEFT folder for each."""
+    router: str | None = None
+    """A router from elsewhere: another run's router/router or joint/router."""
     device: str | None = None
     """cpu, cuda or cuda:N; a GPU if there is one."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
@@ -62,6 +65,18 @@ class Common:
     """τ of the gate; that of the joint stage, else 1.0, if not given."""
     tokens: int = 4096
     """Most tokens in a batch, padding included."""
+
+
+@dataclass(kw_only=True)
+class ByHand(Common):
+    persona: str | None = None
+    """Set the gate by hand, through the same softmax: O+,E-:0.5 is open, and half as strongly introverted."""
+    gate: str | None = None
+    """Set raw weights: ten numbers with commas between, or names as in high_openness:0.7,low_neuroticism:0.3."""
+
+    def __post_init__(self):
+        if self.persona and self.gate:
+            raise UserError("--persona and --gate both set the gate: choose one")
 
 
 class Measured:
@@ -78,9 +93,13 @@ class Measured:
         self.setup = Setup(
             run=run, device=device, dtype=pick_dtype(args.dtype, device), tokens=args.tokens,
             tau=args.tau or found["stages"].get("joint", {}).get("tau", 1.0), eval_records=0, **own)
+        if args.experts:
+            self.setup.rank, self.setup.alpha = adapter_shape(args.experts)
 
     def folder(self, part):
         """Where the "experts" or the "router" to measure are. UserError if they are not trained yet."""
+        if getattr(self.args, part):
+            return Path(getattr(self.args, part))
         first = "warmup" if part == "experts" else "router"
         stage = {None: None, "warmup": first, "joint": "joint"}[self.args.stage]
         folder = self.setup.run / stage / part if stage else self.setup.stage_folder(part)
@@ -129,6 +148,17 @@ def bootstrap(difference, counts, seed=0, n=2000):
     drawn = [rng.integers(0, size, size) for _ in range(n)]
     means = [difference[i].sum() / counts[i].sum() for i in drawn]
     return difference.sum() / counts.sum(), *np.percentile(means, (2.5, 97.5))
+
+
+def by_hand(run, args):
+    """The gate that --gate or --persona sets, (1, E), or None."""
+    if args.persona:
+        return persona_gate(args.persona, run.setup.tau)[None]
+    gate = raw_gate(args.gate) if args.gate else None
+    if gate is not None and gate.max() > 0.999 and run.folder("experts").parent.name == "joint":
+        print("note: joint training has made the experts used to working together, and one alone is far from what\n"
+              "they were trained for; --stage warmup has experts that were trained alone", file=sys.stderr)
+    return gate
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,7 +310,7 @@ def one_hot(expert):
 # bench: the public benchmarks. benchmarks.py has their files, prompts, parsing and scoring; here a model answers them
 
 @dataclass(kw_only=True)
-class Bench(Common):
+class Bench(ByHand):
     names: list[str]
     """Which: emobench, eqbench, tombench, safetybench, gpqa, or all that --data holds."""
     run: str | None = None
@@ -297,10 +327,6 @@ class Bench(Common):
     """Score what is there of a replies.jsonl that is not whole."""
     only: typing.Literal["base", "personafuse"] | None = None
     """Run one of the two; both, and compare them, if not given."""
-    persona: str | None = None
-    """Set the gate by hand, as for ask, instead of asking the router."""
-    gate: str | None = None
-    """Set raw weights, as for ask."""
     mode: typing.Literal["generate", "logits"] | None = None
     """logits takes the letter with the highest log-probability: SafetyBench's default; generate, the others'."""
     lang: typing.Literal["en", "zh"] | None = None
@@ -335,8 +361,6 @@ class Subjects:
     """The base and PersonaFuse, loaded when first asked for, and the gate of each question."""
 
     def __init__(self, args):
-        if args.persona and args.gate:
-            raise UserError("--persona and --gate both set the gate: choose one")
         if not args.run and not (args.base and args.only != "personafuse"):
             raise UserError("which model? --run with a run folder, or --base with a model folder to measure it alone")
         self.args, self.run, self.routed = args, Measured(replace(args, data=None)) if args.run else None, {}
@@ -373,11 +397,8 @@ class Subjects:
         """One gate (1, E) for all questions, None for the base, or what makes the gates of items: items -> (B, E)."""
         if name == "base":
             return None
-        if self.args.gate:
-            return raw_gate(self.args.gate)
-        if self.args.persona:
-            return persona_gate(self.args.persona, self.run.setup.tau)[None]
-        return self.route
+        hand = by_hand(self.run, self.args)
+        return self.route if hand is None else hand
 
     def route(self, items):
         """The router's gates, each query read once: the scenario and the question, as they stand."""
@@ -740,81 +761,18 @@ def bench_report(bench, rows, replies, scores, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# ask
-
-@dataclass(kw_only=True)
-class Ask(Common):
-    queries: list[str]
-    """What to ask; several are answered in turn."""
-    persona: str | None = None
-    """Set the gate by hand, through the same softmax: O+,E-:0.5 is open, and half as strongly introverted."""
-    gate: str | None = None
-    """Set raw weights: ten numbers with commas between, or names as in high_openness:0.7,low_neuroticism:0.3."""
-    max_new_tokens: int = 200
-    """Longest reply."""
-    temperature: float = 0.0
-    """Of sampling; 0 takes the most probable token every time."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens with this much probability."""
-
-
-def raw_gate(text):
-    """`--gate` -> (1, E). UserError unless it is ten weights, or names with weights, from 0 up that sum to 1."""
-    parts = [part.strip() for part in text.split(",")]
-    named = dict(part.partition(":")[::2] for part in parts)
-    try:
-        if set(named) <= set(EXPERTS) and len(named) == len(parts):
-            weights = [float(named[e] or 1) if e in named else 0.0 for e in EXPERTS]
-        else:
-            weights = [float(part) for part in parts]
-    except ValueError:
-        weights = []
-    if len(weights) != len(EXPERTS) or not all(0 <= w <= 1 for w in weights) or abs(sum(weights) - 1) > 1e-3:
-        raise UserError(f"--gate {text!r}: expected ten weights from 0 up that sum to 1, in the order "
-                        f"{', '.join(EXPERTS)}, or some of these names with weights, such as high_openness:0.7,"
-                        "low_neuroticism:0.3")
-    return torch.tensor([weights])
-
-
-def ask(args):
-    """The gate as bars, the base's reply and PersonaFuse's reply to each query."""
-    if args.persona and args.gate:
-        raise UserError("--persona and --gate both set the gate: choose one")
-    if not all(query.strip() for query in args.queries):
-        raise UserError("an empty query: say what to ask")
-    if any("\ud800" <= char <= "\udfff" for query in args.queries for char in query):
-        raise UserError("the query is not UTF-8 text: check the terminal's encoding")  # how Python shows stray bytes
-    run, records = Measured(args), [{"id": i, "query": query, "traits": {}} for i, query in enumerate(args.queries)]
-    if args.gate:
-        gates = raw_gate(args.gate).expand(len(records), -1)
-        if gates.max() > 0.999 and run.folder("experts").parent.name == "joint":
-            print("note: joint training has made the experts used to working together, and one alone is far from what\n"
-                  "they were trained for; --stage warmup has experts that were trained alone")
-    elif args.persona:
-        gates = persona_gate(args.persona, run.setup.tau).expand(len(records), -1)
-    else:
-        rows = run.rows(records)
-        active = torch.stack([row.active for row in rows])
-        gates = gates_under("learned", active, similarities(run.router, rows, args.tokens), run.setup.tau)
-    for i, record in enumerate(records):
-        sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
-        replies = [answer(run.model, run.chat, [record], gate, generator=torch.Generator().manual_seed(args.seed),
-                          **sampling)[0] for gate in (None, gates[i:i + 1])]
-        print(f"\n{record['query']}\n\n{bars(gates[i])}\n\nbase:        {replies[0]}\n\nPersonaFuse: {replies[1]}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-COMMANDS = {"routing": (Routing, routing), "ablate": (Ablate, ablate), "bench": (Bench, bench), "ask": (Ask, ask)}
+COMMANDS = {"routing": (Routing, routing), "ablate": (Ablate, ablate), "bench": (Bench, bench)}
 
 
 def main(argv=None):
-    from experiments import COMMANDS as experiments  # here, since that file stands on this one
+    import experiments  # here, since these stand on this file
+    import use
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
-    known = COMMANDS | experiments
+    known = COMMANDS | experiments.COMMANDS | use.COMMANDS
     for name, (cls, function) in known.items():
         add_fields(commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False),
                    cls)
@@ -824,5 +782,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import eval  # by the name under which experiments.py knows it, so that there is one of each class
+    import eval  # by the name under which experiments.py and use.py know it, so that there is one of each class
     run_command(eval.main)

@@ -179,16 +179,23 @@ def export_mixture(model, gate, folder, base=""):
 
 
 @torch.no_grad()
-def merged(model, gate):
-    """A state dict with public names in which the mixture for this gate (E,) is part of the dense weights.
+def merged_tensors(model, gate):
+    """Yield (public name, tensor), one after the other, with the mixture for this gate (E,) in the dense weights.
 
     W + (α/r) Σ_e w_e B_e A_e, computed in fp32 (or wider) and rounded to W's dtype once. The changed weights are new
     tensors; the model is left as it is.
     """
-    gate, layers = one_gate(model, gate), expert_layers(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith((".A", ".B"))}
-    for name, layer in layers.items():
-        B = layer.B * (gate.to(layer.B) * layer.scale)[:, None, None]  # (E, r, out)
-        update = B.flatten(0, 1).T @ layer.A.flatten(0, 1)             # (out, in)
-        state[f"{name}.weight"] = (layer.weight.to(update.dtype) + update).to(layer.weight.dtype)
-    return state
+    gate, layers = one_gate(model, gate), {f"{name}.weight": layer for name, layer in expert_layers(model).items()}
+    for name, tensor in model.state_dict().items():
+        if name in layers:
+            layer = layers[name]
+            B = layer.B * (gate.to(layer.B) * layer.scale)[:, None, None]  # (E, r, out)
+            update = B.flatten(0, 1).T @ layer.A.flatten(0, 1)             # (out, in)
+            yield name, (tensor.to(update.dtype) + update).to(tensor.dtype)
+        elif not name.endswith((".A", ".B")):
+            yield name, tensor
+
+
+def merged(model, gate):
+    """The tensors of merged_tensors as a state dict."""
+    return dict(merged_tensors(model, gate))

@@ -521,11 +521,13 @@ LONG_PREFIX = 32  # tokens: fewer are not worth a pass of their own
 
 
 @torch.no_grad()
-def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top_p=1.0, stops=(), generator=None):
+def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top_p=1.0, stops=(), generator=None,
+             each=None):
     """Continue prompts of different lengths: B lists of ids -> B lists of new ids, the stop id last where one came.
 
     gate: (B, E), one per row, or (1, E) for all, or None. stops: ids, any of which ends its row. temperature 0 is
-    greedy; else tokens are drawn from `generator` (a torch.Generator on the CPU, None: the global one).
+    greedy; else tokens are drawn from `generator` (a torch.Generator on the CPU, None: the global one). `each` is
+    called with (row, id) as soon as an id is known.
     A batch gives the same greedy tokens as its rows one by one. What all prompts begin with is computed once, unless
     rows have gates of their own. Finished rows leave the batch.
     """
@@ -548,6 +550,8 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
         ids = sample(model.head(last), temperature, top_p, u)[:, None]  # (B, 1)
         for row, token in zip(rows, ids[:, 0].tolist()):
             replies[row].append(token)
+            if each is not None:
+                each(row, token)
         alive = [i for i, row in enumerate(rows) if replies[row][-1] not in stops]
         if not alive:
             break

@@ -74,6 +74,24 @@ def persona_gate(text, temperature):
     return (similarity / temperature).softmax(-1)
 
 
+def raw_gate(text):
+    """`--gate` -> (1, E). UserError unless it is ten weights, or names with weights, from 0 up that sum to 1."""
+    parts = [part.strip() for part in text.split(",")]
+    named = dict(part.partition(":")[::2] for part in parts)
+    try:
+        if set(named) <= set(EXPERTS) and len(named) == len(parts):
+            weights = [float(named[e] or 1) if e in named else 0.0 for e in EXPERTS]
+        else:
+            weights = [float(part) for part in parts]
+    except ValueError:
+        weights = []
+    if len(weights) != len(EXPERTS) or not all(0 <= w <= 1 for w in weights) or abs(sum(weights) - 1) > 1e-3:
+        raise UserError(f"--gate {text!r}: expected ten weights from 0 up that sum to 1, in the order "
+                        f"{', '.join(EXPERTS)}, or some of these names with weights, such as high_openness:0.7,"
+                        "low_neuroticism:0.3")
+    return torch.tensor([weights])
+
+
 RULES = {  # gate rules: what each one is, in words for the tables
     "base": "no experts at all", "uniform": "0.1 for each", "random": "drawn from Dirichlet(1) for each query",
     "shuffled": "the router's gate of another query", "learned": "the router's gate",

@@ -1,7 +1,7 @@
 """Teachers that are language models: what they are asked, how their replies are read, and how they are reached.
 
 What is notable:
-- Persona-CoT reasons from the situation to its traits to the response; all prompts are here, readable and easy to change
+- Persona-CoT reasons from the situation to its traits to the response; all prompts are here, easy to read and change
 - what models write is read with patience and refused where it could mean two things; nothing of it is ever run
 - a teacher is a model folder in this process, or a server that speaks OpenAI's chat completions; the standard library
   is enough for the second

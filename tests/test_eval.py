@@ -12,10 +12,11 @@ import torch
 
 import eval as evaluation
 import train
-from eval import average_precision, bootstrap, heat_map, raw_gate, recall_at_k, subsets
+import use
+from eval import average_precision, bootstrap, heat_map, recall_at_k, subsets
 from lora import EXPERTS, SHORT
 from model import UserError, generate
-from router import RULES, gates_under, oracle_gate, persona_gate
+from router import RULES, gates_under, oracle_gate, persona_gate, raw_gate
 from synth import SPLITS, lab, read_records, signatures, template_records, write_records
 from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
@@ -240,7 +241,7 @@ def shown(capsys, command, *argv):
 
 
 def opened(run, stage="joint"):
-    args = evaluation.Ask(queries=["x"], run=str(run), stage=stage)
+    args = use.Ask(queries=["x"], run=str(run), stage=stage)
     return evaluation.Measured(args)
 
 
@@ -432,8 +433,9 @@ def test_sampled_replies_are_fixed_by_the_seed(run, capsys):
     (["--gate", "high_openness:0.5,low_openness:0.5"], False), (["--persona", "O+"], False)])
 def test_one_joint_expert_alone_is_commented_on(run, capsys, argv, note):
     """After joint training a single expert is far from what it was trained for; warm-up's were trained alone."""
-    out = shown(capsys, f"ask --run {run} --max-new-tokens 1", *argv, "Hello?")
-    assert ("note: joint training" in out) == note and ("--stage warmup" in out) == note
+    evaluation.main(f"ask --run {run} --max-new-tokens 1".split() + [*argv, "Hello?"])
+    out, err = capsys.readouterr()
+    assert ("note: joint training" in err) == note and ("--stage warmup" in err) == note
     if argv[0] == "--gate":
         assert train.bars(raw_gate(argv[1])[0]) in out
 
@@ -456,7 +458,7 @@ def test_a_run_without_joint_is_measured_after_warm_up(run_folder, here, no_tabl
     copy(run_folder, here, ["joint"])
     assert "router after router, tau 1" in shown(capsys, f"routing --run {RUN}")
     assert "experts after warmup" in shown(capsys, f"ablate --run {RUN} --records 4")
-    m = evaluation.Measured(evaluation.Ask(queries=["x"], run=str(RUN)))
+    m = evaluation.Measured(use.Ask(queries=["x"], run=str(RUN)))
     assert (m.folder("experts"), m.folder("router")) == (RUN / "warmup" / "experts", RUN / "router" / "router")
     with pytest.raises(UserError, match="no router of stage joint yet: .*--preset tiny --stage joint --run runs/tiny"):
         evaluation.main(f"routing --run {RUN} --stage joint".split())
@@ -494,7 +496,7 @@ def test_the_temperature_is_that_of_joint_training_unless_given(run_folder, here
     assert '"tau": 1.0' in config
     (folder / "config.json").write_text(config.replace('"tau": 1.0', '"tau": 0.3'))
     for given, wanted in ((None, 0.3), (0.7, 0.7)):
-        m = evaluation.Measured(evaluation.Ask(queries=["x"], run=str(RUN), tau=given))
+        m = evaluation.Measured(use.Ask(queries=["x"], run=str(RUN), tau=given))
         assert m.setup.tau == wanted and m.router.temperature == wanted
 
 

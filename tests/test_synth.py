@@ -13,6 +13,7 @@ import eval as evaluation
 import review
 import synth
 import train
+import use
 from command import parse
 from lora import EXPERTS, TRAITS
 from model import Chat, Transformer, UserError
@@ -418,7 +419,7 @@ def test_transformers_reads_the_tiny_tokenizers_alike(tiny):
 # The command line
 
 CLASSES = [train.Args, synth.Args, review.Report, review.Split, review.Review, evaluation.Routing, evaluation.Ablate,
-           evaluation.Ask]
+           use.Ask, use.Talk, use.Export]
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
@@ -464,7 +465,7 @@ def test_zero_is_a_number_where_it_means_something(argv):
 
 
 @pytest.mark.parametrize("argv, why", [
-    ("ask --top-p 0 Hi", "--top-p is 0"), ("ask --top-p 1.1 Hi", "--top-p is 1.1"), ("ask", "required: TEXT"),
+    ("ask --top-p 0 Hi", "--top-p is 0"), ("ask --top-p 1.1 Hi", "--top-p is 1.1"), ("ask", "ask needs queries"),
     ("ask --temperature -1 Hi", "--temperature is -1"), ("ask --max-new-tokens 0 Hi", "--max-new-tokens is 0"),
     ("routing --show 0", "--show is 0"), ("routing more", "unrecognized arguments: more"),
     ("measure", "invalid choice"),
@@ -481,15 +482,15 @@ def test_arguments_of_eval_that_make_no_sense_are_refused_in_one_line(argv, why)
 @pytest.mark.parametrize("program, argv, says", [
     (train, [], "--lr-warmup X"), (synth, [], "--overwrite"), (evaluation, [], "routing"),
     (evaluation, ["routing"], "--show N"), (evaluation, ["ablate"], "--control TEXT"),
-    (evaluation, ["ask"], "--persona TEXT"), (synth, ["report"], "--json"), (synth, ["split"], "--hold-out TEXT"),
-    (synth, ["review"], "--import TEXT")])
+    (evaluation, ["ask"], "--persona TEXT"), (evaluation, ["chat"], "--top-p X"), (evaluation, ["export"], "--as"),
+    (synth, ["report"], "--json"), (synth, ["split"], "--hold-out TEXT"), (synth, ["review"], "--import TEXT")])
 def test_help_names_every_argument_with_its_sentence(program, argv, says, capsys):
     with pytest.raises(SystemExit) as left:
         program.main([*argv, "--help"])
     shown = capsys.readouterr().out
     assert left.value.code == 0 and says in shown
     if program is not evaluation or argv:
-        cls = (review if program is synth else program).COMMANDS[argv[0]][0] if argv else program.Args
+        cls = (evaluation.COMMANDS | use.COMMANDS | review.COMMANDS)[argv[0]][0] if argv else program.Args
         for name, sentence in command.field_help(cls).items():
             assert " ".join(sentence.split()) in " ".join(shown.split()), name
     if program is not evaluation and not argv:

@@ -103,7 +103,10 @@ def test_tokens_are_made_once_and_kept_make_no_difference(tmp_path, asked):
     kept = train.examples(RECORDS, chat, chat.tokenizer, None, tmp_path / "tokens")[0]
     assert contents(kept) == plain and len(asked) == 4
     # a limit is no part of what is kept; nor is what one stage needs of what another needs
-    assert len(train.examples(RECORDS, chat, None, len(kept[0].ids), tmp_path / "tokens")[0]) < len(RECORDS)
+    lengths = [len(row.ids) for row in kept]
+    for limit in (max(lengths), max(lengths) - 1):
+        rows, long = train.examples(RECORDS, chat, None, limit, tmp_path / "tokens")
+        assert [len(row.ids) for row in rows] == [n for n in lengths if n <= limit] and long == 4 - len(rows)
     assert [row[4] for row in contents(train.examples(RECORDS, None, chat.tokenizer, None, tmp_path / "tokens")[0])] \
         == [row[4] for row in plain] and len(asked) == 4
 
@@ -131,7 +134,7 @@ def test_other_texts_tokenizers_or_formats_are_tokenised_anew(what, tmp_path, as
     elif what == "library":
         monkeypatch.setattr(train.tokenizers, "__version__", "0.0")
     elif what == "code":
-        monkeypatch.setattr(train, "messages_of", lambda record: [{"role": "user", "content": record["query"]}])
+        monkeypatch.setattr(train, "encode", lambda tokenizer, text: tokenizer.encode(text).ids)
     new = contents(train.examples(records, chat, None, None, tmp_path / "tokens")[0])
     assert len(asked) == 2 and new == contents(train.examples(records, chat)[0])
     train.examples(records, chat, None, None, tmp_path / "tokens")
