@@ -106,7 +106,7 @@ def decode(args):
                 mixture: lambda: generate(ours, prompts, gate, new)}
         if rows == 1:
             dense.load_state_dict(merged(ours, gate[0]), assign=True)
-            runs["PersonaFuse, merged for one gate"] = lambda: generate(dense, prompts, None, new)
+            runs["merged for one gate"] = lambda: generate(dense, prompts, None, new)
         work = {name: new * token_bytes(ours, name == mixture) for name in runs}
         table(f"Generation, {rows} x {length} tokens of prompt, {new} new ones",
               interleaved(runs, args.rounds, args.device), rows * new, work=work, rate=args.bandwidth)
@@ -136,8 +136,8 @@ def teacher(args):
 
     times = interleaved({"transformers.generate": run_theirs, "PersonaFuse": run_ours}, args.rounds, device)
     lengths, same = [len(r) for r in replies["ours"]], sum(a == b for a, b in zip(*replies.values()))
-    table(f"{Path(folder).name}, {rows} prompts of {min(map(len, prompts))} to {width} tokens, replies of "
-          f"{min(lengths)} to {max(lengths)}; {same} of {rows} equal", times, sum(lengths),
+    table(f"{rows} prompts of {min(map(len, prompts))} to {width} tokens, replies of {min(lengths)} to {max(lengths)}; "
+          f"{same} of {rows} equal", times, sum(lengths),
           {"PersonaFuse": max(lengths) * token_bytes(ours)}, args.bandwidth)
 
 
@@ -200,7 +200,7 @@ def router(args):
             task.optimizer.zero_grad()
 
     lengths = [cost(row) for row in rows]
-    runs = {"transformers, random padded batches": run_theirs, "PersonaFuse": run_ours}
+    runs = {"transformers, padded batches": run_theirs, "PersonaFuse": run_ours}
     table(f"Router stage, {len(rows)} queries of {min(lengths)} to {max(lengths)} tokens, {batch} a step",
           interleaved(runs, args.rounds, args.device), sum(lengths),
           dict.fromkeys(runs, step_flops(config, lengths, 0, 0, frozen=False)), args.flops)
@@ -427,11 +427,12 @@ def gpu(args):
             cells = [name, f"{length}", ("no", "yes")[recompute], ("no", "yes")[compiled]]
             try:
                 run()  # makes moments and kernels
-                held = torch.cuda.memory_allocated(args.device) if args.device.type == "cuda" else 0
-                most = peak(run, args.device)[0] + held
+                most = ""
+                if args.device.type == "cuda":
+                    held = torch.cuda.memory_allocated(args.device)
+                    most = f"{(held + peak(run, args.device)[0]) / 1e9:.1f}"
                 times = interleaved({"": run}, args.rounds, args.device)[""]
-                cells += [f"{tokens / statistics.median(times):,.0f}", f"{min(times):.2f} to {max(times):.2f}",
-                          f"{most / 1e9:.1f}"]
+                cells += [f"{tokens / statistics.median(times):,.0f}", f"{min(times):.2f} to {max(times):.2f}", most]
             except torch.OutOfMemoryError:
                 cells += ["out of memory", "", ""]
                 for p in (*task.parameters(), *(p for model in models for p in model.parameters())):
@@ -440,8 +441,7 @@ def gpu(args):
             print(*cells, sep="  ", file=sys.stderr, flush=True)
             rows.append(cells)
         del run, task, models, model  # the next stage needs the memory
-    show(f"Training, 4 micro-batches of {args.tokens:,} tokens a step; peak in GB" + (
-        "" if args.device.type == "cuda" else ", without weights"),
+    show(f"Training, 4 micro-batches of {args.tokens:,} tokens a step; peak in GB",
          ["stage", "tokens a row", "recompute", "compile", "tokens/s", "s a step", "peak"], rows)
     model, new = fresh(config, args), args.steps or 128
     with_experts(model)

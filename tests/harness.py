@@ -55,8 +55,8 @@ def show(title, head, rows):
 
 
 def table(title, times, amount=None, work=None, rate=1.0):
-    """Print medians, and ratios of neighbours to the first name. amount: tokens of a run, for tokens/s. work: {name:
-    FLOPs or bytes of a run}, shown as a share of `rate` (FLOP/s or B/s), the machine's ceiling."""
+    """Print medians, and ratios of neighbours to the first name with their middle half. amount: tokens of a run, for
+    tokens/s. work: {name: FLOPs or bytes of a run}, shown as a share of `rate` (FLOP/s or B/s), the machine's ceiling."""
     first, rows = next(iter(times.values())), []
     for name, found in times.items():
         ratios, middle = sorted(t / f for t, f in zip(found, first)), statistics.median(found)
@@ -65,8 +65,8 @@ def table(title, times, amount=None, work=None, rate=1.0):
                      f"{statistics.median(ratios):.2f} [{ratios[q]:.2f}, {ratios[-1 - q]:.2f}]",
                      *([f"{amount / middle:,.1f}"] if amount else []),
                      *([f"{work[name] / middle / rate:.0%}" if name in work else ""] if work else [])])
-    show(title, ["", "median", "to the first [half]", *(["tokens/s"] if amount else []),
-                 *(["of ceiling"] if work else [])], rows)
+    show(title, ["", "median", "ratio [half]", *(["tokens/s"] if amount else []),
+                 *(["ceiling"] if work else [])], rows)
 
 
 def ceiling(device, dtype):

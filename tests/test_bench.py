@@ -1,4 +1,4 @@
-"""Every command of bench.py runs, on models of almost no size: what it prints is for people, that it runs is for all."""
+"""Every command of bench.py runs, on models of almost no size, and what its tables are made with keeps its laws."""
 import io
 from contextlib import redirect_stdout
 
@@ -24,7 +24,7 @@ def small(monkeypatch):
     for name, config in SHAPES.items():
         monkeypatch.setitem(CONFIGS, name, config)
     monkeypatch.setattr(bench, "ceiling", lambda device, dtype: (1e11, 1e10))
-    monkeypatch.setattr(bench, "GROWTH", {"experts": (1, 3), "rank": (2, 8), "tokens a row": (8, 32), "rows": (1, 3)})
+    monkeypatch.setattr(bench, "GROWTH", {"experts": (1, 3), "tokens a row": (8, 32)})
 
 
 def shown(command):
@@ -36,10 +36,9 @@ def shown(command):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("step --rounds 2 --length 12", "peft, ten adapters"),
-    ("step --rounds 1 --layers 1 --dtype bfloat16 --length 12", "PersonaFuse, ten experts"),
+    ("step --rounds 1 --layers 1 --length 12", "peft, ten adapters"),
     ("generate --rounds 1 --steps 3 --batch 3", "merged for one gate"),
-    ("router --rounds 1 --batch 3 --steps 2", "random padded batches")])
+    ("router --rounds 1 --batch 3 --steps 2", "padded batches")])
 def test_runs_on_random_weights(command, words):
     assert words in shown(command)
 
