@@ -56,7 +56,7 @@ def show(title, head, rows):
 
 def table(title, times, amount=None, work=None, rate=1.0):
     """Print medians, and ratios of neighbours to the first name with their middle half. amount: tokens of a run, for
-    tokens/s. work: {name: FLOPs or bytes of a run}, shown as a share of `rate` (FLOP/s or B/s), the machine's ceiling."""
+    tokens/s. work: {name: FLOPs or bytes of a run}, shown as a share of `rate`, the machine's ceiling."""
     first, rows = next(iter(times.values())), []
     for name, found in times.items():
         ratios, middle = sorted(t / f for t, f in zip(found, first)), statistics.median(found)

@@ -108,7 +108,7 @@ def test_a_peak_counts_what_is_there_at_once():
 
 
 def test_what_is_saved_for_backward_is_counted_once_and_without_parameters():
-    layer, x = torch.nn.Linear(8, 8), torch.ones(4, 8)
+    layer, x = torch.nn.Linear(8, 8), torch.ones(4, 8, requires_grad=True)
     assert saved_bytes(layer, lambda: (layer(x) + layer(x)).sum()) == x.nbytes  # x twice, the weight not at all
 
 
