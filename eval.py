@@ -118,7 +118,8 @@ class Measured:
 
     @cached_property
     def model(self):
-        self.same("base")
+        if not self.args.experts:  # those from elsewhere may be another base's
+            self.same("base")
         return self.setup.load_base(self.folder("experts"))
 
     @cached_property
@@ -128,7 +129,8 @@ class Measured:
 
     @cached_property
     def router(self):
-        self.same("encoder")
+        if not self.args.router:
+            self.same("encoder")
         return self.setup.load_router(self.folder("router"))
 
     def rows(self, records):

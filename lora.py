@@ -109,8 +109,12 @@ def save_experts(model, folder, base=""):
 
 def adapter_shape(folder):
     """(rank, alpha) that the experts saved in `folder` have, from the first one's adapter_config.json."""
-    settings = read_json(Path(folder) / EXPERTS[0] / "adapter_config.json")
-    return settings.get("r"), settings.get("lora_alpha")
+    file = Path(folder) / EXPERTS[0] / "adapter_config.json"
+    settings = read_json(file)
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or type(alpha) not in (int, float) or not 1 <= rank < 2**16 or not 0 < alpha < 2**31:
+        raise UserError(f"{file}: r is {short(rank)} and lora_alpha {short(alpha)}, expected positive numbers")
+    return rank, alpha
 
 
 @torch.no_grad()

@@ -274,6 +274,8 @@ TABLE = {  # name: (program, arguments, file or folder, how it is broken, words 
     "a template that is not UTF-8": (train, WARMUP, "base/chat_template.jinja", text(b"\xff\xfe"), "not readable as text"),
     # adapters
     "another rank": (evaluation, ASK, f"run/joint/experts/{FIRST}", other_rank, f"{ADAPTED}: r is 4, expected 2"),
+    "a rank in words, from elsewhere": (evaluation, [*ASK, "--experts", "run/joint/experts"], ADAPTED, config(r="two"),
+                                        f"{ADAPTED}: r is 'two' and lora_alpha 16.0, expected"),
     "other targets": (evaluation, ASK, ADAPTED, config(target_modules=["q_proj"]), f"{ADAPTED}: target_modules is"),
     "targets that are lists": (evaluation, ASK, ADAPTED, config(target_modules=[["q_proj"]]), "target_modules is"),
     "a missing expert": (evaluation, ASK, f"run/joint/experts/{EXPERTS[4]}", gone,

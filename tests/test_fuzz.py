@@ -24,7 +24,7 @@ import eval as evaluation  # noqa: E402
 import small  # noqa: E402
 import synth  # noqa: E402
 import train  # noqa: E402
-from lora import add_experts, load_experts, save_experts  # noqa: E402
+from lora import adapter_shape, add_experts, load_experts, save_experts  # noqa: E402
 from model import Chat, Transformer, UserError, generate, load_tokenizer  # noqa: E402
 from router import Router, load_router, query_ids, save_router  # noqa: E402
 from synth import read_queries, read_records, write_records  # noqa: E402
@@ -68,7 +68,8 @@ def use_checkpoint(run):
 
 def use_run(run):
     setup = evaluation.Measured(SimpleNamespace(
-        run=str(run), base=None, encoder=None, data=None, device="cpu", dtype=None, tokens=64, tau=None, stage=None)).setup
+        run=str(run), base=None, encoder=None, data=None, device="cpu", dtype=None, tokens=64, tau=None, stage=None,
+        experts=None, router=None)).setup
     train.differences(train.read_run(run)["setup"], {"seed": 0})
     assert setup.rank >= 1 and setup.tau > 0
 
@@ -92,6 +93,7 @@ def targets(tmp_path_factory):
     save_router(router, at / "router")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         found.append((at / "experts" / "low_openness" / file, lambda path: load_experts(model, path), at / "experts"))
+    found.append((at / "experts" / "high_openness" / "adapter_config.json", lambda path: adapter_shape(path), at / "experts"))
     for file in ("config.json", "model.safetensors"):
         found.append((at / "router" / file, lambda path: load_router(router, path), at / "router"))
     s = settings(steps=2, batch=2, tokens=64)
