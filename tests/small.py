@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -83,13 +83,17 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def slowly(tensors, file, metadata=None):
-    """save_file in many small writes, so that there is time to be killed between two of them."""
-    from safetensors.torch import save
-    data = save(tensors, metadata)
-    with open(file, "wb", buffering=0) as out:
-        for at in range(0, len(data), 1000):
-            out.write(data[at:at + 1000])
+def slowly(half=None):
+    """save_file in many small writes, so that there is time to be killed between two of them; of the file whose name
+    begins so, in the middle."""
+    def write(tensors, file, metadata=None):
+        data = save(tensors, metadata)
+        with open(file, "wb", buffering=0) as out:
+            for at in range(0, len(data), 1000):
+                if half and file.name.startswith(half) and 2 * at > len(data):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                out.write(data[at:at + 1000])
+    return write
 
 
 def dies_at(event, number):
@@ -106,8 +110,8 @@ def dies_at(event, number):
 
 
 def serve():
-    """For each line on standard input {cwd, argv, event, number, slow}: train in a forked process (a start of Python would take
-    two seconds each time) and answer with its status, how many events it saw, and what it said."""
+    """For each line on standard input {cwd, argv, event, number, slow, half}: train in a forked process (a start of
+    Python would take two seconds each time) and answer with its status, how many events it saw, and what it said."""
     torch.set_num_threads(1)
     p = torch.nn.Parameter(torch.zeros(1))
     p.grad = torch.zeros(1)
@@ -121,8 +125,8 @@ def serve():
             try:
                 train.closing = lambda setup: None
                 if job.get("slow"):
-                    train.save_file = slowly
-                count = dies_at(job.get("event", 0), job.get("number", signal.SIGKILL))
+                    train.save_file = slowly(job.get("half"))
+                count = dies_at(job["event"], job.get("number", signal.SIGKILL)) if "event" in job else [0]
                 status, _, said = run_quietly(train, *job["argv"])
                 sys.setprofile(None)
                 Path("said").write_text(json.dumps({"events": count[0], "err": said}))
