@@ -104,8 +104,8 @@ def run_command(main):
     except OSError as error:  # a disk that is full, a folder that may not be read
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except (torch.OutOfMemoryError, MemoryError) as error:
-        fail(f"memory is full ({' '.join(str(error).split())[:150]}): lower --tokens, or take a smaller model, a device "
-             "with more memory or --dtype bfloat16, which takes half of float32")
+        fail(f"memory is full ({' '.join(str(error).split())[:150]}): lower --tokens, or take a smaller model, a "
+             "device with more memory or --dtype bfloat16, which takes half of float32")
 
 
 def pick_device(name=None):

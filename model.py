@@ -127,7 +127,8 @@ class Config:
 
         family = found.get("model_type")
         if family not in ("llama", "qwen2"):
-            raise UserError(f"{file}: model_type is {short(family)}, expected 'llama' (Llama 3, SmolLM2) or 'qwen2' (Qwen2)")
+            raise UserError(f"{file}: model_type is {short(family)}, expected 'llama' (Llama 3, SmolLM2) or 'qwen2' "
+                            "(Qwen2)")
         refuse("hidden_act", ("silu",), "the feed-forward layer here is SwiGLU")
         refuse("mlp_bias", (False, None), "the feed-forward layers here have no bias")
         refuse("attention_bias", (False, None) if family == "llama" else (True, False, None), "o_proj here has no bias")
@@ -661,8 +662,8 @@ def check_ids(tokenizer, file):
     special = tokenizer.get_added_tokens_decoder()
     for eos in end_ids(config):
         if eos not in special:
-            raise UserError(f"{file}: {eos}, eos_token_id of config.json, is {tokenizer.id_to_token(eos)!r} here and no "
-                            "special token: is this another model's tokenizer?")
+            raise UserError(f"{file}: {eos}, eos_token_id of config.json, is {tokenizer.id_to_token(eos)!r} here and "
+                            "no special token: is this another model's tokenizer?")
 
 
 def end_ids(file):

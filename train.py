@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 from command import MOST, parse, pick_device, pick_dtype, run_command
 from lora import EXPERTS, add_experts, expert_layers, load_experts, save_experts
-from model import Chat, Transformer, UserError, atomic, encode, finite, generate, load_tokenizer, open_safetensors, pad
-from model import read_json, remove, send, short, weight_files
+from model import Chat, Transformer, UserError, atomic, encode, finite, generate, load_tokenizer, open_safetensors
+from model import pad, read_json, remove, send, short, weight_files
 from router import RULES, Router, active_experts, bars, contrastive_loss, gate_report, gates_under, load_router
 from router import query_ids, save_router
 from synth import SPLITS, load_data, make_tiny, read_bytes, template_records, write_records
@@ -527,9 +527,9 @@ def memory_advice(task, error):
     kept = sum(activations(part, task.s.tokens, part.recompute) for part in decoders(task))
     if_recomputed = sum(activations(part, task.s.tokens, True) for part in decoders(task))
     said = " ".join(str(error).split())[:150]
-    advice = (f"the device's memory is full ({said}). The frozen base takes {size(frozen)}, what trains {size(16 * trained)} "
-              f"(values, gradients, two moments) and a micro-batch of {task.s.tokens} tokens about {size(kept)}. "
-              f"--tokens {max(1, task.s.tokens // 2)} with --overwrite halves the last")
+    advice = (f"the device's memory is full ({said}). The frozen base takes {size(frozen)}, what trains "
+              f"{size(16 * trained)} (values, gradients, two moments) and a micro-batch of {task.s.tokens} tokens "
+              f"about {size(kept)}. --tokens {max(1, task.s.tokens // 2)} with --overwrite halves the last")
     if if_recomputed < kept:
         advice += f"; --recompute, with --resume too, leaves {size(if_recomputed)} of it, at a third more time"
     if task.model is not None and task.stage != "pretrain":
@@ -634,20 +634,21 @@ def restore(task, run):
 def restore_from(file, task):
     """Fill parameters and optimiser from one checkpoint -> its step. All is checked before anything is changed."""
     with open_safetensors(file) as tensors:
-        found, step, MOMENTS = set(tensors.keys()), (tensors.metadata() or {}).get("step", ""), ("exp_avg", "exp_avg_sq")
+        found, step = set(tensors.keys()), (tensors.metadata() or {}).get("step", "")
         if not step.isascii() or not step.isdigit() or file.stem != f"{task.stage}-{int(step):07d}":
             raise UserError(f"{file}: step is {short(step)}, expected the one in the file's name")
         values, moments = [], []
         for i, p in enumerate(task.parameters()):
-            names = [f"{i}.value", *(f"{i}.{name}" for name in MOMENTS if f"{i}.step" in found)]
-            if any(name not in found or tuple(tensors.get_slice(name).get_shape()) != tuple(p.shape) for name in names):
+            names = [f"{i}.value", *([f"{i}.exp_avg", f"{i}.exp_avg_sq"] if f"{i}.step" in found else [])]
+            if any(name not in found or tensors.get_slice(name).get_shape() != list(p.shape) for name in names):
                 raise UserError(f"{file}: does not fit this run's models; use --overwrite to train anew")
             value, *rest = (tensors.get_tensor(name) for name in names)
             count = [tensors.get_tensor(f"{i}.step")] if rest else []
             if not all(t.is_floating_point() and finite(t) for t in (value, *rest, *count)) or count and count[0].dim():
                 raise UserError(f"{file}: its {i}th parameter is not all finite floats")
             values.append(value)
-            moments.append({name: t.to(p.device) for name, t in zip(("step", *MOMENTS), (*count, *rest))})
+            kinds = zip(("step", "exp_avg", "exp_avg_sq"), (*count, *rest))
+            moments.append({name: t.to(p.device) for name, t in kinds})
     for p, value, state in zip(task.parameters(), values, moments):
         p.copy_(value)
         if state:
@@ -815,11 +816,11 @@ def read_run(run):
     setup, stages = found["setup"], found["stages"]
     for key in sorted(setup.keys() | KINDS):
         if key not in KINDS or not KINDS[key](setup.get(key)):
-            raise UserError(f"{file}: {key} of setup is {short(setup.get(key))}, which no run has: was the file edited?")
+            raise UserError(f"{file}: {key} of setup is {short(setup.get(key))}, which no run has. Was it edited?")
     for stage, settings in stages.items():
         tau = settings.get("tau", 1.0) if isinstance(settings, dict) else None
         if stage not in STAGES or type(tau) not in (int, float) or not 1e-9 <= tau < 2**31:
-            raise UserError(f"{file}: stage {short(stage)} is {short(settings)}, which no run has: was the file edited?")
+            raise UserError(f"{file}: stage {short(stage)} is {short(settings)}, which no run has. Was it edited?")
     if not isinstance(found.get("content", {}), dict):
         raise UserError(f"{file}: content is {short(found['content'])}, expected an object")
     return found
@@ -884,7 +885,7 @@ def open_run(setup, settings, args):
         for key in was:
             if found["content"][key] != was[key]:
                 raise UserError(f"{getattr(setup, key)}: not the {key} that {run} was begun with: what is in it has "
-                                f"changed (its fingerprint was {short(was[key])} and is now {found['content'][key]!r}). "
+                                f"changed (its fingerprint was {short(was[key])}, now {found['content'][key]!r}). "
                                 "Put back what was there, or give another --run")
         if args.overwrite:
             clear(run, remove if found["stages"] else (*remove, "pretrain", "models", "data"))
@@ -1004,7 +1005,7 @@ def check_room(task, s, run):
     """UserError, before training, where the disk has no room for this stage's checkpoints and its result."""
     trained = 4 * sum(p.numel() for p in task.parameters())
     have, there = shutil.disk_usage(run).free, len(states(run, task.stage))
-    checkpoints = max(1, min(s.keep, -(-s.steps // s.save_every)) + 1 - there)  # the oldest goes after the newest came
+    checkpoints = max(1, min(s.keep, -(-s.steps // s.save_every)) + 1 - there)  # the oldest goes last
     need = 3 * trained * checkpoints + trained
     if need > have:
         raise UserError(f"{run}: its disk has {size(have)} free, and {task.stage} needs {size(need)} more: "
@@ -1032,8 +1033,8 @@ def heldout(model, rows, gates=None, tokens=8192):
     nats, order = np.zeros(len(rows)), {id(row): i for i, row in enumerate(rows)}
     for row in rows:
         if len(row.ids) > (model.context or math.inf):
-            raise UserError(f"record {row.id!r} has {len(row.ids):,} tokens, and the base reads {model.context:,}: take "
-                            "it out of the data")
+            raise UserError(f"record {row.id!r} has {len(row.ids):,} tokens, and the base reads {model.context:,}: "
+                            "take it out of the data")
     for group in micro_batches(rows, tokens):
         where = [order[id(row)] for row in group]
         gate = None if gates is None else gates[where].to(model.device)

@@ -1,4 +1,4 @@
-"""Fed anything, at random: valid files, some of their bytes changed, cut out, doubled or put in, must be read or refused.
+"""Fed anything, at random: valid files, some of whose bytes are changed, cut out or put in, must be read or refused.
 
 In-process, on the readers that every command goes through: what comes is a UserError or a value that can be used; no
 other exception, no crash, no hang, no memory beyond a gigabyte. The cases are the same every time (derandomized).
@@ -93,14 +93,15 @@ def targets(tmp_path_factory):
     save_router(router, at / "router")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         found.append((at / "experts" / "low_openness" / file, lambda path: load_experts(model, path), at / "experts"))
-    found.append((at / "experts" / "high_openness" / "adapter_config.json", lambda path: adapter_shape(path), at / "experts"))
+    found.append((at / "experts" / "high_openness" / "adapter_config.json", lambda path: adapter_shape(path),
+                  at / "experts"))
     for file in ("config.json", "model.safetensors"):
         found.append((at / "router" / file, lambda path: load_router(router, path), at / "router"))
     s = settings(steps=2, batch=2, tokens=64)
     rows, _ = train.examples(small.records(6), tokenizer=load_tokenizer(world / "encoder"))
     train.fit(train.Task("router", None, Router(router.encoder), s), rows, s, at / "run")
     config = {"version": 1, "stages": {"router": {"steps": 2}, "joint": {"tau": 1.0}}, "content": {}, "setup": {
-        "preset": "tiny", "base": "{run}/models/base", "encoder": "{run}/models/encoder", "data": "{run}/data", "seed": 0,
+        "preset": "tiny", "base": "{run}/base", "encoder": "{run}/encoder", "data": "{run}/data", "seed": 0,
         "rank": 8, "alpha": 16.0}}
     (at / "run" / "config.json").write_text(json.dumps(config))
     found += [(at / "run/state/router-0000002.safetensors", use_checkpoint, at / "run"),
@@ -110,7 +111,8 @@ def targets(tmp_path_factory):
     found.append((world / "data" / "test.jsonl", lambda path: read_records(path), world / "data" / "test.jsonl"))
     (at / "q.csv").write_text('id,query,domain\n1,"What, now?",work\n2,Why?,\n')
     (at / "q.txt").write_text("What now?\nWhy, then?\n")
-    write_records(at / "q.jsonl", [{"query": "What?", "history": [{"role": "user", "content": "Hi"}]}, {"query": "Why?"}])
+    write_records(at / "q.jsonl", [{"query": "What?", "history": [{"role": "user", "content": "Hi"}]},
+                                   {"query": "Why?"}])
     found += [(at / name, lambda path: read_queries(path), at / name) for name in ("q.csv", "q.txt", "q.jsonl")]
     write_records(at / "r.rejected.jsonl", [{"id": "a", "query": "b", "reason": "c"}, {"id": "d", "reason": "e"}])
     found.append((at / "r.rejected.jsonl", read_and_mend, at / "r.rejected.jsonl"))
@@ -119,7 +121,8 @@ def targets(tmp_path_factory):
     return [(file, reader, path, file.read_bytes()) for file, reader, path in found]
 
 
-PIECES = [b"", b"\0", b"\xff", b"9", b"-", b"1e999", b"NaN", b"null", b"[", b"{", b'"', b"\n", b"99999999", b"true", b"\\ud800"]
+PIECES = [b"", b"\0", b"\xff", b"9", b"-", b"1e999", b"NaN", b"null", b"[", b"{", b'"', b"\n", b"99999999", b"true",
+          b"\\ud800"]
 # (place as a share of the file, or of its first 300 bytes; how many bytes go; what comes)
 change = st.tuples(st.floats(0, 1, exclude_max=True), st.booleans(), st.sampled_from([0, 1, 1, 2, 8, 10**9]),
                    st.one_of(st.binary(min_size=1, max_size=2), st.sampled_from(PIECES)))
@@ -165,7 +168,8 @@ def test_no_size_that_a_file_claims_takes_memory(targets, tmp_path):
     base = Path(shutil.copytree(targets[0][2], tmp_path / "base"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     good = json.loads((base / "config.json").read_text())
-    for key in ("hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "head_dim"):
+    for key in ("hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+                "head_dim"):
         for value in (10**6, 2**31, 2**62, 10**30):
             (base / "config.json").write_text(json.dumps(good | {key: value}))
             with pytest.raises(UserError):

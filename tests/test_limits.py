@@ -34,12 +34,14 @@ from train import Task, activations, fit, heldout, row_losses
 
 @pytest.mark.parametrize("what", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_figure_that_is_no_number_ends_training_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, what, value):
+def test_a_figure_that_is_no_number_ends_training_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, what,
+                                                                                     value):
     whole, s = train.figures, settings(steps=6, save_every=2, keep=1, batch=3)
     at = iter(range(1, 100))
     monkeypatch.setattr(train, "figures", lambda report: whole(report) | ({what: value} if next(at) == 5 else {}))
     rows = some_rows(30)
-    with pytest.raises(UserError, match=f"joint, step 5: the {what} is {value}.*joint-0000004.safetensors is kept.*--lr") as e:
+    with pytest.raises(UserError,
+                       match=f"joint, step 5: the {what} is {value}.*joint-0000004.safetensors is kept.*--lr") as e:
         fit(Task("joint", base(), router(), s), rows, s, tmp_path)
     order = train.batches([train.cost(row) for row in rows], 3, [0, *b"joint"])
     fifth = [next(order) for _ in range(5)][4]
@@ -85,7 +87,8 @@ def test_memory_that_is_full_says_what_reduces_it_and_by_how_much(tmp_path, monk
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("experts", [False, True])
-@pytest.mark.parametrize("shape", [Config(97, 64, 4, 4, 2, 16, 128, 1e-5, 1e4), Config(97, 32, 6, 8, 1, 16, 96, 1e-5, 1e4)])
+@pytest.mark.parametrize("shape", [Config(97, 64, 4, 4, 2, 16, 128, 1e-5, 1e4), Config(97, 32, 6, 8, 1, 16, 96, 1e-5,
+                                                                                       1e4)])
 def test_the_memory_that_the_advice_speaks_of_is_what_the_forward_pass_keeps(shape, experts, recompute):
     """Bytes that autograd holds after a forward pass, each tensor once, against the estimate: within a quarter. (With
     recomputation it holds the layers' inputs; the estimate adds one layer, which the backward pass makes again.)"""
@@ -234,10 +237,11 @@ def test_a_stage_trains_at_a_temperature_of_a_thousandth(stage, tmp_path):
 
 @pytest.mark.parametrize("length", [1, 2, 150, 199])
 def test_generation_ends_with_the_context(folder, length):
-    """Prompts from one token to one less than the context of 200: together prompt and reply never pass it, a batch gives
-    the same as its rows, and every token is what the whole model says of all before it."""
+    """Prompts from one token to one less than the context of 200: prompt and reply together fill it and never pass it,
+    a batch gives the same as its rows, and every token is what the whole model says of all before it."""
     model, _ = loaded(folder)
-    gate, prompt = torch.eye(10)[3:4], torch.randint(250, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    gate, prompt = torch.eye(10)[3:4], torch.randint(250, (length,),
+                                                     generator=torch.Generator().manual_seed(1)).tolist()
     reply, = generate(model, [prompt], gate, 1000)
     assert len(prompt) + len(reply) == model.context == 200
     row = torch.tensor([prompt + reply])
@@ -297,8 +301,8 @@ def test_twenty_thousand_steps_take_no_more_memory_and_no_more_time_each(tmp_pat
     fit(task, some_rows(40), s, tmp_path)
     early, late = np.median(times[1000:4000]), np.median(times[-3000:])
     with capsys.disabled():
-        print(f"\n20,000 steps: {1e3 * early:.2f} ms a step early, {1e3 * late:.2f} late; {memory[1] / 2**20:.1f} MiB after 2,000 steps, "
-              f"{memory[-1] / 2**20:.1f} after 20,000")
+        print(f"\n20,000 steps: {1e3 * early:.2f} ms a step early, {1e3 * late:.2f} late; "
+              f"{memory[1] / 2**20:.1f} MiB after 2,000 steps, {memory[-1] / 2**20:.1f} after 20,000")
     assert late < 1.3 * early and memory[-1] - memory[1] < 8 * 2**20
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 20_000
     assert threading.active_count() < 10 and EXPERTS
