@@ -645,7 +645,7 @@ def restore_from(file, task):
             value, *rest = (tensors.get_tensor(name) for name in names)
             count = [tensors.get_tensor(f"{i}.step")] if rest else []
             if not all(t.is_floating_point() and finite(t) for t in (value, *rest, *count)) or count and count[0].dim():
-                raise UserError(f"{file}: its {i}th parameter is not all finite floats")
+                raise UserError(f"{file}: parameter {i} of it is not all finite floats")
             values.append(value)
             kinds = zip(("step", "exp_avg", "exp_avg_sq"), (*count, *rest))
             moments.append({name: t.to(p.device) for name, t in kinds})

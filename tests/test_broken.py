@@ -363,7 +363,7 @@ TABLE = {  # name: (program, arguments, file or folder, how it is broken, words 
     "a checkpoint without its step": (train, JOINT, "run/joint", checkpoint(header(lambda h: h.pop("__metadata__"))),
                                       f"{STATE}: step is ''"),
     "a checkpoint with NaN": (train, JOINT, "run/joint", checkpoint(tensor_and_step("3.exp_avg", at(0, torch.nan))),
-                              f"{STATE}: its 3th parameter is not all finite|remove it"),
+                              f"{STATE}: parameter 3 of it is not all finite|remove it"),
     "a checkpoint's moments of another shape": (train, JOINT, "run/joint", checkpoint(
         tensor_and_step("2.exp_avg", lambda t: t[:1].clone())), f"{STATE}: does not fit"),
     # arguments; all of them are in test_synth.py and test_commands.py
