@@ -197,8 +197,9 @@ def test_a_servers_certificate_is_verified(asked, tmp_path, monkeypatch, certifi
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    small.write_model(tmp_path_factory.mktemp("limits") / "base")
-    return tmp_path_factory.getbasetemp() / "limits0" / "base"
+    folder = tmp_path_factory.mktemp("limits") / "base"
+    small.write_model(folder)
+    return folder
 
 
 def loaded(folder):
