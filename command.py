@@ -45,13 +45,16 @@ def parse(cls, argv=None, description=None, prog=None):
     return check_numbers(cls(**vars(parser.parse_args(argv))))
 
 
+MOST = {"lr_warmup": 1, "top_p": 1, "batch": 2**16, "rank": 2**16, "workers": 2**12}  # beyond them memory would end
+
+
 def check_numbers(args):
     """UserError for a number out of its range: NaN, infinite, negative, or 0 where 0 makes no sense -> args."""
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low = 0 if key in ("seed", "lam", "lr_warmup", "temperature", "replies", "retries") else \
                 1 if isinstance(value, int) else 1e-9
-            high = 1 if key in ("lr_warmup", "top_p") else 2**31
+            high = MOST.get(key, 2**31)
             if not low <= value <= high:
                 raise UserError(f"--{key.replace('_', '-')} is {value}, expected a number from {low:g} to {high:g}")
     return args
@@ -81,19 +84,28 @@ def add_fields(parser, cls):
         parser.add_argument("--" + one.name.rstrip("_").replace("_", "-"), dest=one.name, **option)
 
 
+def fail(message):
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run_command(main):
     """Run a program's main(); an error of the user's becomes one line on standard error and exit status 2."""
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe has gone: `… | head`
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # a disk that is full, a folder that may not be read
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        fail(f"memory is full ({' '.join(str(error).split())[:150]}): lower --tokens, or take a smaller model, a "
+             "device with more memory or --dtype bfloat16, which takes half of float32")
 
 
 def pick_device(name=None):
@@ -106,6 +118,8 @@ def pick_device(name=None):
         raise UserError(f"--device {name!r}: expected cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("a CUDA GPU, and a PyTorch built for it: --device cpu does without, slowly")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
     return device
 
 

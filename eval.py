@@ -33,7 +33,7 @@ from model import (Chat, Prefix, Transformer, UserError, atomic, encode, generat
                    shared_prefix)
 from router import RULES, gate_report, gates_under, persona_gate, raw_gate
 from synth import signatures
-from train import Setup, answer, differences, examples, heldout, micro_batches, similarities
+from train import Setup, answer, differences, examples, fingerprint, heldout, micro_batches, read_run, similarities
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,8 @@ class Measured:
         run = Path(args.run)
         if not (run / "config.json").exists():
             raise UserError(f"{run}: no config.json, so there is no run here; python train.py --preset tiny makes one")
-        found, self.args = read_json(run / "config.json"), args
+        found, self.args = read_run(run), args
+        self.content = found.get("content", {})
         own = found["setup"] | {k: getattr(args, k) or Setup.inside(found["setup"][k], run)
                                 for k in ("base", "encoder", "data")}
         device = pick_device(args.device)
@@ -108,8 +109,17 @@ class Measured:
                             f"--preset {self.setup.preset} --stage {stage or first} --run {self.setup.run}")
         return folder
 
+    def same(self, role):
+        """UserError if the base or the encoder is not what the run was trained on: --base may name any folder."""
+        folder = getattr(self.setup, role)
+        if self.content.get(role) and fingerprint(folder) != self.content[role]:
+            raise UserError(f"{folder}: not the {role} that {self.setup.run} was trained on: config.json, tokenizer or "
+                            f"tensors are others. --{role} names the folder, if it has moved")
+
     @cached_property
     def model(self):
+        if not self.args.experts:  # those from elsewhere may be another base's
+            self.same("base")
         return self.setup.load_base(self.folder("experts"))
 
     @cached_property
@@ -119,6 +129,8 @@ class Measured:
 
     @cached_property
     def router(self):
+        if not self.args.router:
+            self.same("encoder")
         return self.setup.load_router(self.folder("router"))
 
     def rows(self, records):

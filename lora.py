@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from model import Linear, UserError, atomic, linear, open_safetensors, read_json
+from model import Linear, UserError, atomic, finite, linear, open_safetensors, read_json, short
 
 TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
 EXPERTS = tuple(f"{pole}_{trait}" for trait in TRAITS for pole in ("high", "low"))  # trait t: high 2t, low 2t + 1
@@ -110,8 +110,12 @@ def save_experts(model, folder, base=""):
 
 def adapter_shape(folder):
     """(rank, alpha) that the experts saved in `folder` have, from the first one's adapter_config.json."""
-    settings = read_json(Path(folder) / EXPERTS[0] / "adapter_config.json")
-    return settings.get("r"), settings.get("lora_alpha")
+    file = Path(folder) / EXPERTS[0] / "adapter_config.json"
+    settings = read_json(file)
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or type(alpha) not in (int, float) or not 1 <= rank < 2**16 or not 0 < alpha < 2**31:
+        raise UserError(f"{file}: r is {short(rank)} and lora_alpha {short(alpha)}, expected positive numbers")
+    return rank, alpha
 
 
 @torch.no_grad()
@@ -134,10 +138,10 @@ def load_experts(model, folder):
         for key, value in expected.items():
             given = settings.get(key, 8 if key in ("r", "lora_alpha") else value)  # 8: PEFT's own default
             if given not in (value, None if value in (False, {}) else value):
-                raise UserError(f"{file}: {key} is {given!r}, expected {value!r}")
+                raise UserError(f"{file}: {key} is {short(given)}, expected {value!r}")
         targets = settings.get("target_modules")
-        if not isinstance(targets, list) or set(targets) != set(TARGETS):
-            raise UserError(f"{file}: target_modules is {targets!r}, expected {sorted(TARGETS)}")
+        if not isinstance(targets, list) or sorted(map(str, targets)) != sorted(TARGETS):
+            raise UserError(f"{file}: target_modules is {short(targets)}, expected {sorted(TARGETS)}")
         file = file.with_name("adapter_model.safetensors")
         shapes = {f"base_model.model.{name}.lora_{ab}.weight": shape for name, layer in layers.items()
                   for ab, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank)))}
@@ -148,6 +152,9 @@ def load_experts(model, folder):
         for name, shape in shapes.items():
             if tuple(state[name].shape) != shape:
                 raise UserError(f"{file}: {name} is {tuple(state[name].shape)}, expected {shape}: another base's?")
+            if not state[name].is_floating_point() or not finite(state[name].float()):
+                raise UserError(f"{file}: {name} ({str(state[name].dtype)[6:]}) is not all finite floats: a training "
+                                "that went wrong, or a broken copy")
         found.append(state)
     for e, state in enumerate(found):
         for name, layer in layers.items():

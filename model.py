@@ -15,10 +15,11 @@ Shapes: B rows, T tokens, S tokens in the cache, D width, H query heads, K key/v
 E experts.
 """
 import json
+import math
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def read_json(path, kind=dict):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, kind):
         expected = "object" if kind is dict else "list"
@@ -56,17 +57,35 @@ def atomic(path):
     """Yield a temporary name beside `path` to write a file or a folder to; rename it when the block ends well.
 
     Nobody ever sees half a file under its final name, and what was there before stays until the new one is whole.
+    UserError if it cannot be written: a full disk, a folder that may only be read.
     """
     path = Path(path)
     part, old = (path.with_name(path.name + end) for end in (".part", ".old"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in (part, old):
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    yield part
-    if path.is_dir():  # a folder cannot be renamed onto one that has files in it
-        os.replace(path, old)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not path.exists():  # a kill came between the two renames below
+            os.replace(old, path)
+        remove(part, old)
+        yield part
+        if path.is_dir():  # a folder cannot be renamed onto one that has files in it
+            os.replace(path, old)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        remove(part)  # on a full disk, what was written of it is in the way
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({why}); what was there before is kept. Is the disk full, or may "
+                        "this folder only be read?") from None
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(*paths):
+    """Remove files and folders, where they are there."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,21 +117,26 @@ class Config:
         def need(key, kind, default=None):
             value = found.get(key)
             value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
-                raise UserError(f"{file}: {key} is {value!r}, expected a positive number")
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < LARGEST:
+                raise UserError(f"{file}: {key} is {short(value)}, expected a positive number")
             return value
 
         def refuse(key, allowed, why):
             if found.get(key, allowed[0]) not in allowed:
-                raise UserError(f"{file}: {key} is {found[key]!r}, expected {allowed[0]!r}: {why}")
+                raise UserError(f"{file}: {key} is {short(found[key])}, expected {allowed[0]!r}: {why}")
 
         family = found.get("model_type")
         if family not in ("llama", "qwen2"):
-            raise UserError(f"{file}: model_type is {family!r}, expected 'llama' (Llama 3, SmolLM2) or 'qwen2' (Qwen2)")
+            raise UserError(f"{file}: model_type is {short(family)}, expected 'llama' (Llama 3, SmolLM2) or 'qwen2' "
+                            "(Qwen2)")
         refuse("hidden_act", ("silu",), "the feed-forward layer here is SwiGLU")
         refuse("mlp_bias", (False, None), "the feed-forward layers here have no bias")
         refuse("attention_bias", (False, None) if family == "llama" else (True, False, None), "o_proj here has no bias")
         refuse("use_sliding_window", (False, None), "attention here is over all that came before")
+        refuse("tie_word_embeddings", (False, True, None), "the head is the embedding or it is not")
+        for key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(found.get(key) or {}, dict):
+                raise UserError(f"{file}: {key} is {short(found[key])}, expected an object or null")
 
         rope = dict(found.get("rope_parameters") or {})
         theta = rope.pop("rope_theta", None) or found.get("rope_theta")
@@ -120,9 +144,11 @@ class Config:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if kind not in ("default", "llama3"):
-            raise UserError(f"{file}: RoPE scaling is {kind!r}, expected 'llama3' or none")
-        if kind == "llama3" and not all(isinstance(scaling.get(n), (int, float)) for n in numbers):
-            raise UserError(f"{file}: RoPE scaling 'llama3' needs the numbers {', '.join(numbers)}; found {scaling}")
+            raise UserError(f"{file}: RoPE scaling is {short(kind)}, expected 'llama3' or none")
+        if kind == "llama3" and not (all(isinstance(scaling.get(n), (int, float)) and 0 < scaling[n] < LARGEST
+                                         for n in numbers) and scaling[numbers[1]] < scaling[numbers[2]]):
+            raise UserError(f"{file}: RoPE scaling 'llama3' needs the positive numbers {', '.join(numbers)}, the "
+                            f"second below the third; found {short(scaling)}")
         found["rope_theta"] = theta
 
         heads, dim = need("num_attention_heads", int), need("hidden_size", int)
@@ -133,11 +159,22 @@ class Config:
             hidden_dim=need("intermediate_size", int), norm_eps=need("rms_norm_eps", float),
             rope_theta=float(need("rope_theta", (int, float))),
             rope_scaling={"rope_type": kind} | {n: scaling[n] for n in numbers} if kind == "llama3" else None,
-            qkv_bias=family == "qwen2", tied=bool(found.get("tie_word_embeddings", False)))
+            qkv_bias=family == "qwen2", tied=found.get("tie_word_embeddings") is True)
+        if config.n_layers > 1024:  # each would be laid out before the weights could show that they are not there
+            raise UserError(f"{file}: num_hidden_layers is {config.n_layers}, expected at most 1024")
         if heads % config.n_kv_heads or config.head_dim % 2:
             raise UserError(f"{file}: {heads} query heads over {config.n_kv_heads} key/value heads of width "
                             f"{config.head_dim}; expected a whole number of groups and an even width")
         return config
+
+
+LARGEST = 2**40  # no size of a model, and no theta, comes near; larger ones would overflow
+
+
+def short(value, length=80):
+    """A value as messages show it: its beginning, if it is long."""
+    text = repr(value)
+    return text if len(text) <= length else text[:length] + "…"
 
 
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -283,6 +320,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.recompute = config, False
+        self.context = None  # most tokens that it can read and write, where the model folder says so
         self.model = nn.Module()  # the public names start with "model."
         table = torch.empty(config.vocab_size, config.dim)
         if not table.is_meta:  # on the meta device, drawing numbers would import half of PyTorch's compiler: 2 s
@@ -344,8 +382,13 @@ class Transformer(nn.Module):
         UserError names the file and tensor that is missing, unexpected or of another shape.
         """
         config = Config.from_dir(path)
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product is beyond 64 bits
+            why = short(str(error).partition("\n")[0])
+            raise UserError(f"{path}/config.json: no model of this shape can be made ({why})") from None
+        model.context = context_length(path)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         where, state = {}, {}  # all is checked before anything is loaded
         for file, names in weight_files(path).items():
@@ -371,11 +414,27 @@ class Transformer(nn.Module):
         for name, file in where.items():
             with open_safetensors(file, str(device)) as tensors:  # a mapping each: what a cast has read is given back
                 state[name] = tensors.get_tensor(name).to(dtype)
+            if not finite(state[name]):
+                raise UserError(f"{file}: {name} has values that are NaN or infinite as {str(dtype)[6:]}: a training "
+                                "that went wrong, or a broken download")
         if config.tied and not torch.equal(state.pop("lm_head.weight", state["model.embed_tokens.weight"]),
                                            state["model.embed_tokens.weight"]):
             raise UserError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
         model.load_state_dict(state, strict=True, assign=True)
         return model
+
+
+def finite(tensor):
+    """Whether no value is NaN or infinite; in one pass and without a copy."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+
+
+def context_length(path):
+    """max_position_embeddings of a model folder's config.json, or None where it is not said."""
+    found = read_json(Path(path) / "config.json").get("max_position_embeddings")
+    if found is not None and (type(found) is not int or found < 1):
+        raise UserError(f"{path}/config.json: max_position_embeddings is {short(found)}, expected a positive number")
+    return found
 
 
 def weight_files(path):
@@ -391,14 +450,16 @@ def weight_files(path):
                             "are not; download the model's safetensors files, or convert with safetensors' own script")
         raise UserError(f"{path}: no model.safetensors and no model.safetensors.index.json")
     files = {}
-    for name, file in (read_json(index).get("weight_map") or {}).items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"{index}: {name} is said to be in {file!r}, expected the name of a file in this folder")
+    where = read_json(index).get("weight_map")
+    for name, file in where.items() if isinstance(where, dict) else ():
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+            raise UserError(f"{index}: {name} is said to be in {short(file)}, expected the name of a file in this "
+                            "folder")
         files.setdefault(path / file, []).append(name)
     if not files:
         raise UserError(f"{index}: no weight_map")
     for file in files:
-        if not file.exists():
+        if not os.path.isfile(file):
             raise UserError(f"{file}: no such file, but {index.name} lists it: download the missing part again")
     return files
 
@@ -409,6 +470,8 @@ def open_safetensors(file, device="cpu"):
     try:
         with safe_open(str(file), framework="pt", device=device) as tensors:
             yield tensors
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; make or download it again") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or make it again") from None
 
@@ -529,7 +592,8 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
     greedy; else tokens are drawn from `generator` (a torch.Generator on the CPU, None: the global one). `each` is
     called with (row, id) as soon as an id is known.
     A batch gives the same greedy tokens as its rows one by one. What all prompts begin with is computed once, unless
-    rows have gates of their own. Finished rows leave the batch.
+    rows have gates of their own. Finished rows leave the batch. A row ends with the model's context, too; UserError
+    for a prompt that leaves no room in it.
     """
     if not prompts or not all(prompts):
         raise ValueError(f"generate needs prompts of at least one token; lengths are {[len(p) for p in prompts]}")
@@ -538,7 +602,11 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
         shared = shared_prefix(prompts)
         prefix = Prefix(model, prompts[0][:shared], gate)
     gate = None if gate is None else gate.expand(len(prompts), -1)
-    sizes = [len(prompt) for prompt in prompts]
+    sizes, context = [len(prompt) for prompt in prompts], model.context or math.inf
+    if max(sizes) >= context:
+        raise UserError(f"a prompt has {max(sizes):,} tokens, and the model can read and write {context:,} in all: "
+                        "shorten it")
+    max_new_tokens = min(max_new_tokens, context - min(sizes))
     cache = Cache(model.config, sizes, max(sizes) + max_new_tokens, model.dtype, model.device, prefix)
     ids, lengths = pad([prompt[shared:] for prompt in prompts], model.device)
     replies, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows[i]: whose reply row i of the batch is
@@ -552,7 +620,8 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
             replies[row].append(token)
             if each is not None:
                 each(row, token)
-        alive = [i for i, row in enumerate(rows) if replies[row][-1] not in stops]
+        alive = [i for i, row in enumerate(rows)
+                 if replies[row][-1] not in stops and sizes[row] + len(replies[row]) < context]
         if not alive:
             break
         if len(alive) < len(rows):
@@ -571,12 +640,41 @@ def load_tokenizer(path):
         raise UserError(f"{file}: no such file; download the tokenizer's files beside the weights")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{file}: not a tokenizer ({error})") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
+        raise UserError(f"{file}: not a tokenizer ({short(str(error), 300)})") from None
+    check_ids(tokenizer, file)
     tokenizer.encode_special_tokens = True  # "<|eot_id|>" typed by someone is nine characters, not the end of a turn
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def check_ids(tokenizer, file):
+    """UserError if the model beside a tokenizer, where there is one, is not that tokenizer's."""
+    config = file.with_name("config.json")
+    size = read_json(config).get("vocab_size") if config.exists() else None
+    if type(size) is not int:  # nothing to compare with
+        return
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
+    if largest >= size:
+        raise UserError(f"{file}: {token!r} has the id {largest}, but config.json says {size} tokens (vocab_size): is "
+                        "this another model's tokenizer?")
+    special = tokenizer.get_added_tokens_decoder()
+    for eos in end_ids(config):
+        if eos not in special:
+            raise UserError(f"{file}: {eos}, eos_token_id of config.json, is {tokenizer.id_to_token(eos)!r} here and "
+                            "no special token: is this another model's tokenizer?")
+
+
+def end_ids(file):
+    """eos_token_id of a JSON file as a set of numbers: none, one or several are given."""
+    eos = read_json(file).get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(e) is int and 0 <= e < 2**31 for e in eos):
+        raise UserError(f"{file}: eos_token_id is {short(eos)}, expected a number or a list of numbers")
+    return set(eos)
 
 
 def encode(tokenizer, text):
@@ -618,13 +716,17 @@ class Chat:
         settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
         template = settings.get("chat_template") or ""
         if isinstance(template, list):  # several templates by name
-            template = next((t["template"] for t in template if t.get("name") == "default"), "")
+            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"),
+                            "")
         if (path / "chat_template.jinja").exists():
-            template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        stops = set()
-        for name in ("config.json", "generation_config.json"):
-            eos = read_json(path / name).get("eos_token_id") if (path / name).exists() else None
-            stops.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+            try:
+                template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path / 'chat_template.jinja'}: not readable as text ({error})") from None
+        if not isinstance(template, str):
+            raise UserError(f"{path / 'tokenizer_config.json'}: chat_template is {short(template)}, expected text")
+        files = [path / name for name in ("config.json", "generation_config.json") if (path / name).exists()]
+        stops = set().union(*map(end_ids, files))
         try:
             return cls(load_tokenizer(path), template, stops)
         except UserError as error:

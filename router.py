@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora import EXPERTS, TRAITS
-from model import UserError, atomic, encode, open_safetensors, read_json
+from model import UserError, atomic, encode, finite, open_safetensors, read_json, short
 
 MAX_QUERY_TOKENS = 512  # ours: the router reads the end of what is longer
 
@@ -213,7 +213,8 @@ def load_router(router, folder):
     """Fill a Router from `folder`; its temperature stays the caller's. UserError names what is missing or differs."""
     settings = read_json(Path(folder) / "config.json")
     if settings.get("experts") != list(EXPERTS):
-        raise UserError(f"{folder}: the router's experts are {settings.get('experts')}, expected {list(EXPERTS)}")
+        raise UserError(f"{folder}: the router's experts are {short(settings.get('experts'), 300)}, expected "
+                        f"{list(EXPERTS)}")
     file = Path(folder) / "model.safetensors"
     own = {name.removeprefix("encoder."): tensor for name, tensor in router.state_dict().items()}
     with open_safetensors(file) as tensors:
@@ -223,5 +224,9 @@ def load_router(router, folder):
             shape = tuple(tensors.get_slice(name).get_shape())
             if shape != tuple(tensor.shape):
                 raise UserError(f"{file}: {name} is {shape}, expected {tuple(tensor.shape)}: another encoder's?")
+            value = tensors.get_tensor(name)
+            if not value.is_floating_point() or not finite(value.float()):
+                raise UserError(f"{file}: {name} ({str(value.dtype)[6:]}) is not all finite floats: a training that "
+                                "went wrong, or a broken copy")
         for name, tensor in own.items():
             tensor.copy_(tensors.get_tensor(name))

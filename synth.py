@@ -59,6 +59,8 @@ def check_record(record, need_response=True):
             return f"{key} is {text!r}, expected some text"
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        return "too many brackets within brackets"
     except UnicodeEncodeError:
         return "half of a surrogate pair (\\ud800 to \\udfff), which is no text"
     if not isinstance(record["id"], (str, int)) or isinstance(record["id"], bool):

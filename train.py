@@ -46,13 +46,13 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from command import parse, pick_device, pick_dtype, run_command
+from command import MOST, parse, pick_device, pick_dtype, run_command
 from lora import EXPERTS, add_experts, expert_layers, load_experts, save_experts
-from model import Chat, Transformer, UserError, atomic, encode, generate, load_tokenizer, open_safetensors, pad
-from model import read_json, send
+from model import Chat, Transformer, UserError, atomic, encode, finite, generate, load_tokenizer, open_safetensors
+from model import pad, read_json, remove, send, short, weight_files
 from router import RULES, Router, active_experts, bars, contrastive_loss, gate_report, gates_under, load_router
 from router import query_ids, save_router
-from synth import SPLITS, load_data, make_tiny, template_records, write_records
+from synth import SPLITS, load_data, make_tiny, read_bytes, template_records, write_records
 
 VERSION = 1  # of the run folder's format
 STAGES = ("warmup", "router", "joint")
@@ -526,8 +526,8 @@ def schedule(step, steps, warmup):
 
 def fit(task, rows, s, run, stop=lambda: False):
     """Train `task` on `rows` for s.steps steps, from the run folder's last checkpoint if it has one."""
-    lengths = [cost(row) for row in rows]
-    order = batches(lengths, s.batch, [s.seed, *task.stage.encode()])
+    lengths, skipped = [cost(row) for row in rows], Counter()
+    order = supervised(rows, batches(lengths, s.batch, [s.seed, *task.stage.encode()]), task, skipped)
     done, first = restore(task, run), task.rank == 0  # the first process writes
     log = rewind_log(run, task.stage, done) if first else None
     pending, real, began = [], 0, time.perf_counter()
@@ -536,8 +536,10 @@ def fit(task, rows, s, run, stop=lambda: False):
     for step, batch in zip(range(1, s.steps + 1), order):
         if step <= done:  # the order is drawn again, the steps are not
             continue
-        batch = [rows[i] for i in batch]
-        pending.append((step, batch, task.step(batch, schedule(step - 1, s.steps, s.lr_warmup))))
+        try:
+            pending.append((step, batch, task.step(batch, schedule(step - 1, s.steps, s.lr_warmup))))
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{task.stage}, step {step}: {memory_advice(task, error)}") from None
         real += sum((0 if row.ids is None or task.model is None else len(row.ids))
                     + (0 if task.router is None else len(row.query)) for row in batch)
         stopping = agreed(stop, task.size)
@@ -546,14 +548,16 @@ def fit(task, rows, s, run, stop=lambda: False):
         if line or save or task.device.type == "cpu":  # on a GPU, steps in between are not waited for
             for at, batch, report in pending:
                 report = {"step": at, "stage": task.stage, **figures(report)}
-                if not math.isfinite(report["loss"]):  # nothing of it is saved: the last checkpoint is before it
-                    raise UserError(f"{task.stage}, step {at}: the loss is {report['loss']}, so training ends here. Try "
-                                    "a lower --lr or --router-lr with --overwrite, or look at this step's records: "
+                bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(report[key])), None)
+                if bad:  # nothing of it is saved: the last checkpoint is before it
+                    kept = states(run, task.stage)[-1:]
+                    raise UserError(f"{task.stage}, step {at}: the {bad} is {report[bad]}, so training ends here"
+                                    + f"; {kept[0] if kept else 'no checkpoint'} is kept. Try a lower --lr or "
+                                    "--router-lr with --overwrite, or look at this step's records: "
                                     + ", ".join(row.id for row in batch))
                 report["tokens_per_s"] = real / (time.perf_counter() - began)
                 if first:
-                    log.write(json.dumps(report) + "\n")
-                    log.flush()
+                    append(log, report)
             pending, real, began = [], 0, time.perf_counter()
             bar.set_postfix_str(f"loss {report['loss']:.3f}", refresh=False)
         bar.update()
@@ -566,8 +570,76 @@ def fit(task, rows, s, run, stop=lambda: False):
             bar.close()
             raise Stopped(f"stopped after step {step} of {s.steps} of {task.stage}; all of it is saved")
     bar.close()
+    if skipped and first:
+        print(f"{task.stage}: skipped {skipped['batches']} batches without a supervised token")
     if first:
         log.close()
+
+
+def supervised(rows, order, task, skipped):
+    """Batches of row numbers -> batches of rows. Where the base's loss is asked for, rows without a supervised token
+    are left out, and a batch that has no others is skipped and counted."""
+    some = [task.model is None or len(row.ids) > row.prompt for row in rows]
+    if not any(some):
+        raise UserError(f"{task.stage}: no record has a single supervised token: are all responses empty?")
+    for batch in order:
+        batch = [rows[i] for i in batch if some[i]]
+        if batch:
+            yield batch
+        else:
+            skipped["batches"] += 1
+
+
+def memory_advice(task, error):
+    """What fills a GPU, which settings reduce it and by how much: one line. Sizes are estimates from the shapes."""
+    trained = sum(p.numel() for p in task.parameters())
+    parts = {id(p): p for module in (task.model, task.router) if module is not None for p in module.parameters()}
+    frozen = sum(p.numel() * p.element_size() for p in parts.values()) - 4 * trained
+    kept = sum(activations(part, task.s.tokens, part.recompute) for part in decoders(task))
+    if_recomputed = sum(activations(part, task.s.tokens, True) for part in decoders(task))
+    said = " ".join(str(error).split())[:150]
+    advice = (f"the device's memory is full ({said}). The frozen base takes {size(frozen)}, what trains "
+              f"{size(16 * trained)} (values, gradients, two moments) and a micro-batch of {task.s.tokens} tokens "
+              f"about {size(kept)}. --tokens {max(1, task.s.tokens // 2)} with --overwrite halves the last")
+    if if_recomputed < kept:
+        advice += f"; --recompute, with --resume too, leaves {size(if_recomputed)} of it, at a third more time"
+    if task.model is not None and task.stage != "pretrain":
+        rank = expert_layers(task.model)["model.layers.0.self_attn.q_proj"].A.shape[1]
+        experts = sum(tensor.numel() for tensor in task.expert_tensors())
+        advice += f"; half of --rank {rank} saves {size(8 * experts)}" if rank > 1 else ""
+    return advice
+
+
+def decoders(task):
+    return [part for part in (task.model, task.router and task.router.encoder) if part is not None]
+
+
+def activations(model, tokens, recompute):
+    """Bytes that a forward pass over `tokens` tokens keeps for the backward pass, about: per token and layer the
+    inputs and outputs of norms, projections, attention and experts; with recomputation each layer's input, and one
+    layer whole."""
+    c = model.config
+    adapted = getattr(model.model.layers[0].self_attn.q_proj, "A", None)
+    low = 0 if adapted is None else 2 * 7 * adapted.shape[0] * adapted.shape[1]
+    layer = 4 * c.dim + 2 * c.head_dim * (c.n_heads + c.n_kv_heads) + 4 * c.hidden_dim + low
+    width = 2 if model.device.type == "cuda" else model.model.embed_tokens.weight.element_size()
+    return tokens * width * (2 * c.dim + (c.n_layers * c.dim + layer if recompute else c.n_layers * layer))
+
+
+def size(n):
+    """Bytes in words."""
+    return f"{n / 2**30:.1f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"
+
+
+def append(log, entry):
+    """One more line of log.jsonl, in one write: a kill comes before it or after it."""
+    line = json.dumps(entry).encode() + b"\n"
+    try:
+        if log.write(line) < len(line):  # the disk took a part of it
+            raise OSError("no space left on the disk")
+    except OSError as error:
+        raise UserError(f"{log.name}: cannot be written ({error.strerror or error}); the last checkpoint is kept. Free "
+                        "some space, then --resume goes on") from None
 
 
 def log_line(report, steps):
@@ -579,16 +651,16 @@ def log_line(report, steps):
 def rewind_log(run, stage, done):
     """log.jsonl, open for appending, without this stage's lines after step `done` (or a torn last one)."""
     file, lines = run / "log.jsonl", []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
             entry = json.loads(line)
-        except ValueError:
+            keep = entry["stage"] != stage or entry["step"] <= done
+        except (ValueError, LookupError, TypeError, RecursionError):
             continue
-        if entry["stage"] != stage or entry["step"] <= done:
-            lines.append(line)
+        lines += [line + b"\n"] if keep else []
     with atomic(file) as part:
-        part.write_text("".join(line + "\n" for line in lines))
-    return open(file, "a")
+        part.write_bytes(b"".join(lines))
+    return open(file, "ab", buffering=0)
 
 
 def states(run, stage):
@@ -600,6 +672,9 @@ def save_state(task, step, s, run):
     """Everything that resuming needs in one file: parameters, moments, step counts. The last s.keep of them stay."""
     tensors = {}
     for i, p in enumerate(task.parameters()):
+        if not finite(p):
+            raise UserError(f"{task.stage}, step {step}: a parameter is NaN or infinite, so nothing is saved over the "
+                            "last good checkpoint. Try a lower --lr or --router-lr with --overwrite")
         tensors[f"{i}.value"] = p.detach().contiguous()
         for name, value in task.optimizer.state.get(p, {}).items():  # empty for an expert that has not trained yet
             tensors[f"{i}.{name}"] = value
@@ -615,19 +690,41 @@ def save_state(task, step, s, run):
 def restore(task, run):
     """Fill parameters and optimiser from the last checkpoint -> the step it was made after; 0 without one."""
     files = states(run, task.stage)
+    if task.rank == 0:
+        remove(*(run / "state").glob(f"{task.stage}-*.part"))  # what a kill has left of one
     if not files:
         return 0
-    with open_safetensors(files[-1]) as tensors:
-        found, step = set(tensors.keys()), int(tensors.metadata()["step"])
+    try:
+        return restore_from(files[-1], task)
+    except UserError as error:
+        before = f"remove it, and --resume goes on from {files[-2].name}" if len(files) > 1 else \
+            "remove it, and --resume begins this stage anew"
+        raise UserError(f"{error}; {before}") from None
+
+
+def restore_from(file, task):
+    """Fill parameters and optimiser from one checkpoint -> its step. All is checked before anything is changed."""
+    with open_safetensors(file) as tensors:
+        found, step = set(tensors.keys()), (tensors.metadata() or {}).get("step", "")
+        if not step.isascii() or not step.isdigit() or file.stem != f"{task.stage}-{int(step):07d}":
+            raise UserError(f"{file}: step is {short(step)}, expected the one in the file's name")
+        values, moments = [], []
         for i, p in enumerate(task.parameters()):
-            if f"{i}.value" not in found or tuple(tensors.get_slice(f"{i}.value").get_shape()) != tuple(p.shape):
-                raise UserError(f"{files[-1]}: does not fit this run's models; use --overwrite to train anew")
-            p.copy_(tensors.get_tensor(f"{i}.value"))
-            moments = {name: tensors.get_tensor(f"{i}.{name}").to(p.device)
-                       for name in ("step", "exp_avg", "exp_avg_sq") if f"{i}.{name}" in found}
-            if moments:
-                task.optimizer.state[p] = moments
-    return step
+            names = [f"{i}.value", *([f"{i}.exp_avg", f"{i}.exp_avg_sq"] if f"{i}.step" in found else [])]
+            if any(name not in found or tensors.get_slice(name).get_shape() != list(p.shape) for name in names):
+                raise UserError(f"{file}: does not fit this run's models; use --overwrite to train anew")
+            value, *rest = (tensors.get_tensor(name) for name in names)
+            count = [tensors.get_tensor(f"{i}.step")] if rest else []
+            if not all(t.is_floating_point() and finite(t) for t in (value, *rest, *count)) or count and count[0].dim():
+                raise UserError(f"{file}: parameter {i} of it is not all finite floats")
+            values.append(value)
+            kinds = zip(("step", "exp_avg", "exp_avg_sq"), (*count, *rest))
+            moments.append({name: t.to(p.device) for name, t in kinds})
+    for p, value, state in zip(task.parameters(), values, moments):
+        p.copy_(value)
+        if state:
+            task.optimizer.state[p] = state
+    return int(step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -661,6 +758,8 @@ class Setup:
     def load_base(self, experts=None):
         """The frozen base with ten experts, fresh ones from the seed or those saved in the folder `experts`."""
         model = Transformer.from_pretrained(self.base, self.dtype, self.device)
+        if self.rank > model.config.dim:
+            raise UserError(f"--rank is {self.rank}, expected at most the base's width, {model.config.dim}")
         torch.manual_seed(self.seed)
         add_experts(model, rank=self.rank, alpha=self.alpha)
         if experts is not None:
@@ -768,6 +867,66 @@ def differences(was, now):
                      if k not in HARMLESS and None not in (was.get(k), v) and was.get(k) != v)
 
 
+def is_path(value):
+    return isinstance(value, str) and value != "" and "\0" not in value
+
+
+KINDS = {  # what the setup in a run's config.json holds
+    "preset": lambda v: isinstance(v, str) and v in PRESETS, "data": is_path,
+    "base": lambda v: v is None or is_path(v), "encoder": lambda v: v is None or is_path(v),
+    "seed": lambda v: type(v) is int and 0 <= v < 2**31, "rank": lambda v: type(v) is int and 1 <= v <= MOST["rank"],
+    "alpha": lambda v: type(v) in (int, float) and 0 < v < 2**31}
+
+
+def read_run(run):
+    """A run folder's config.json -> dict. UserError for what another version, or a hand, has made of it."""
+    file = Path(run) / "config.json"
+    found = read_json(file)
+    if found.get("version") != VERSION or not all(isinstance(found.get(k), dict) for k in ("setup", "stages")):
+        raise UserError(f"{file}: format {short(found.get('version'))}, expected {VERSION}: made by another version")
+    setup, stages = found["setup"], found["stages"]
+    for key in sorted(setup.keys() | KINDS):
+        if key not in KINDS or not KINDS[key](setup.get(key)):
+            raise UserError(f"{file}: {key} of setup is {short(setup.get(key))}, which no run has. Was it edited?")
+    for stage, settings in stages.items():
+        tau = settings.get("tau", 1.0) if isinstance(settings, dict) else None
+        if stage not in STAGES or type(tau) not in (int, float) or not 1e-9 <= tau < 2**31:
+            raise UserError(f"{file}: stage {short(stage)} is {short(settings)}, which no run has. Was it edited?")
+    if not isinstance(found.get("content", {}), dict):
+        raise UserError(f"{file}: content is {short(found['content'])}, expected an object")
+    return found
+
+
+def fingerprint(path):
+    """What a model folder or data hold, as a short text: a hash of config.json, the tokenizer and a sample of every
+    tensor (the same for one file and for shards); or of the records."""
+    path, digest = Path(path), hashlib.sha256()
+    if not (path / "config.json").exists():
+        for file in [path / f"{split}.jsonl" for split in SPLITS] if path.is_dir() else [path]:
+            digest.update(hashlib.sha256(read_bytes(file)).digest())
+        return digest.hexdigest()[:16]
+    digest.update(json.dumps(read_json(path / "config.json"), sort_keys=True).encode())
+    if (path / "tokenizer.json").exists():
+        digest.update(read_bytes(path / "tokenizer.json"))
+    samples = {}
+    for file, names in weight_files(path).items():
+        with open_safetensors(file) as tensors:
+            for name in set(tensors.keys()) & set(tensors.keys() if names is None else names):
+                part = tensors.get_slice(name)
+                shape = part.get_shape()
+                values = part[shape[0] // 2:shape[0] // 2 + 1] if shape else torch.zeros(0)  # the row in the middle
+                samples[name] = f"{name}{shape}".encode() + values.contiguous().view(torch.uint8).numpy().tobytes()
+    for name in sorted(samples):
+        digest.update(samples[name])
+    return digest.hexdigest()[:16]
+
+
+def content(setup):
+    """Fingerprints of what the run takes from outside its folder; what is inside was made from the seed."""
+    paths = {key: getattr(setup, key) for key in ("base", "encoder", "data")}
+    return {key: fingerprint(path) for key, path in paths.items() if path and not path.startswith(f"{setup.run}/")}
+
+
 def open_run(setup, settings, args):
     """Begin, continue or refuse a run folder; write its config.json -> the stages that are still to be trained."""
     run, file = setup.run, setup.run / "config.json"
@@ -783,17 +942,22 @@ def open_run(setup, settings, args):
             raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is begun here")
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise UserError(f"{run} is there already and holds no run: choose another --run, or remove it")
-        found = {"version": VERSION, "setup": own, "stages": {}}
+        found = {"version": VERSION, "setup": own, "stages": {}, "content": content(setup)}
     else:
-        found = read_json(file)
-        if found.get("version") != VERSION or not all(isinstance(found.get(k), dict) for k in ("setup", "stages")):
-            raise UserError(f"{file}: format {found.get('version')!r}, expected {VERSION}: made by another version")
+        found = read_run(run)
         # later stages were built on the first one that is trained anew
         remove = STAGES[STAGES.index(next(iter(settings))):] if args.overwrite else ()
         found["stages"] = {stage: was for stage, was in found["stages"].items() if stage not in remove}
         differ = differences(found["setup"], own) if found["stages"] or not args.overwrite else ""
         if differ:
             raise UserError(f"{run} was begun with other arguments: {differ}. Give the same or another --run")
+        was = found.get("content", {}) if found["stages"] or not args.overwrite else {}
+        found["content"] = was | content(setup)
+        for key in was:
+            if found["content"][key] != was[key]:
+                raise UserError(f"{getattr(setup, key)}: not the {key} that {run} was begun with: what is in it has "
+                                f"changed (its fingerprint was {short(was[key])}, now {found['content'][key]!r}). "
+                                "Put back what was there, or give another --run")
         if args.overwrite:
             clear(run, remove if found["stages"] else (*remove, "pretrain", "models", "data", "tokens"))
         found["setup"] = own if not found["stages"] and args.overwrite else found["setup"] | {
@@ -814,9 +978,21 @@ def open_run(setup, settings, args):
     return remaining(setup, settings)
 
 
+def unbegin(run, stages, config):
+    """Leave a run as it was, if an error came before anything of it was trained: config is what config.json held."""
+    logged = (run / "log.jsonl").is_file() and (run / "log.jsonl").stat().st_size
+    if any(states(run, stage) or (run / stage).exists() for stage in stages):
+        return
+    if config is not None:
+        with atomic(run / "config.json") as part:
+            part.write_bytes(config)
+    elif not logged and {path.name for path in run.iterdir()} <= {"config.json", "log.jsonl", "state"}:
+        remove(run)
+
+
 def remaining(setup, settings):
     """Take what the run folder's config.json says of models -> the stages that are still to be trained."""
-    found = read_json(setup.run / "config.json")["setup"]  # the closing may need what another stage was given
+    found = read_run(setup.run)["setup"]  # the closing may need what another stage was given
     setup.base, setup.encoder = (Setup.inside(found[k], setup.run) for k in ("base", "encoder"))
     return [stage for stage in settings if not (setup.run / stage).is_dir()]
 
@@ -888,9 +1064,11 @@ def train_stage(stage, setup, s, stop):
     for decoder in ([model] if model else []) + ([router.encoder] if router else []):
         if s.compile:
             compile_layers(decoder)
-    rows, long = examples(records, chat, tokenizer, s.tokens, setup.run / "tokens")
+    limit = min(s.tokens, model.context or s.tokens) if model else s.tokens
+    rows, long = examples(records, chat, tokenizer, limit, setup.run / "tokens")
     if long:
-        print(f"{stage}: left out {long} of {len(records)} records, longer than {s.tokens} tokens (--tokens)")
+        why = "--tokens" if limit == s.tokens else "the base's context"
+        print(f"{stage}: left out {long} of {len(records)} records, longer than {limit} tokens ({why})")
     if not rows:
         raise UserError(f"{setup.data}: no record is short enough to train on; raise --tokens")
     if stage == "warmup":
@@ -899,6 +1077,8 @@ def train_stage(stage, setup, s, stop):
         if idle:
             print(f"warmup: no record calls for {', '.join(idle)}; these experts stay as they are, without effect")
     task = Task(stage, model, router, s)
+    if task.rank == 0:
+        check_room(task, s, setup.run)
     fit(task, rows, s, setup.run, stop)
     if task.rank == 0:
         with atomic(setup.run / stage) as part:
@@ -906,6 +1086,18 @@ def train_stage(stage, setup, s, stop):
             task.save(part, setup.base)
     if task.size > 1:
         dist.barrier()  # the next stage begins with what this one wrote
+
+
+def check_room(task, s, run):
+    """UserError, before training, where the disk has no room for this stage's checkpoints and its result."""
+    trained = 4 * sum(p.numel() for p in task.parameters())
+    have, there = shutil.disk_usage(run).free, len(states(run, task.stage))
+    checkpoints = max(1, min(s.keep, -(-s.steps // s.save_every)) + 1 - there)  # the oldest goes last
+    need = 3 * trained * checkpoints + trained
+    if need > have:
+        raise UserError(f"{run}: its disk has {size(have)} free, and {task.stage} needs {size(need)} more: "
+                        f"{checkpoints} checkpoint(s) of {size(3 * trained)} and its result. Free some, lower --keep, "
+                        "or give a --run on another disk")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -926,6 +1118,10 @@ def similarities(router, rows, tokens=8192):
 def heldout(model, rows, gates=None, tokens=8192):
     """Loss of every row's reply: -> (summed nats (N,), supervised tokens (N,)), numpy fp64. gates: (N, E) or None."""
     nats, order = np.zeros(len(rows)), {id(row): i for i, row in enumerate(rows)}
+    for row in rows:
+        if len(row.ids) > (model.context or math.inf):
+            raise UserError(f"record {row.id!r} has {len(row.ids):,} tokens, and the base reads {model.context:,}: "
+                            "take it out of the data")
     for group in micro_batches(rows, tokens):
         where = [order[id(row)] for row in group]
         gate = None if gates is None else gates[where].to(model.device)
@@ -987,7 +1183,8 @@ def main(argv=None, close=True):
     stages = STAGES if args.stage == "all" else (args.stage,)
     setup = resolve(args, stages)
     settings = {stage: stage_settings(args, stage) for stage in stages}
-    rank = join(setup, settings)
+    rank, config = join(setup, settings), setup.run / "config.json"
+    before = config.read_bytes() if config.is_file() else None
     if rank == 0:
         to_do = open_run(setup, settings, args)
     stop = threading.Event()
@@ -1011,6 +1208,10 @@ def main(argv=None, close=True):
             dist.barrier()
         for stage in to_do:
             train_stage(stage, setup, SimpleNamespace(**settings[stage]), stop.is_set)
+    except UserError:
+        if rank == 0 and not args.overwrite:
+            unbegin(setup.run, to_do, before)
+        raise
     except Stopped as stopped:
         if rank == 0:
             print(f"{stopped}. Go on with the same command and --resume", file=sys.stderr)

@@ -1,0 +1,308 @@
+"""What happens while training, doors that stay shut, and numbers at their ends.
+
+- a loss that is not a number, a device without memory, batches in which nothing is supervised
+- certificates, with a real handshake against a server of our own
+- gates of one expert, prompts of one token and of the whole context, 20,000 steps
+"""
+import contextlib
+import json
+import resource
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import small
+import synth
+import train
+from lora import EXPERTS, expert_layers
+from model import Chat, Config, Transformer, UserError, encode, generate
+from router import Router, contrastive_loss, query_ids
+from test_teachers import asked, good, http_command, ids, serving  # noqa: F401 (asked is a fixture)
+from test_train import base, router, settings, some_rows
+from train import Task, activations, fit, heldout, row_losses
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What happens while training
+
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_no_number_ends_training_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, what,
+                                                                                     value):
+    whole, s = train.figures, settings(steps=6, save_every=2, keep=1, batch=3)
+    at = iter(range(1, 100))
+    monkeypatch.setattr(train, "figures", lambda report: whole(report) | ({what: value} if next(at) == 5 else {}))
+    rows = some_rows(30)
+    with pytest.raises(UserError,
+                       match=f"joint, step 5: the {what} is {value}.*joint-0000004.safetensors is kept.*--lr") as e:
+        fit(Task("joint", base(), router(), s), rows, s, tmp_path)
+    order = train.batches([train.cost(row) for row in rows], 3, [0, *b"joint"])
+    fifth = [next(order) for _ in range(5)][4]
+    assert str(e.value).endswith("look at this step's records: " + ", ".join(rows[i].id for i in fifth))
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["joint-0000004.safetensors"]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+
+
+def test_parameters_that_are_no_numbers_are_not_saved_over_good_ones(tmp_path):
+    """A step may have a loss and make parameters of which the next has none."""
+    s, task = settings(steps=4, save_every=2), Task("router", None, router(), settings())
+    fit(task, some_rows(10), settings(steps=2, save_every=2), tmp_path)
+    before = small.contents(tmp_path / "state")
+    with torch.no_grad():
+        next(task.router.parameters())[0, 0] = torch.inf
+    with pytest.raises(UserError, match="router, step 4: a parameter is NaN or infinite"):
+        train.save_state(task, 4, s, tmp_path)
+    assert small.contents(tmp_path / "state") == before
+
+
+@pytest.mark.parametrize("stage", ["warmup", "router", "joint"])
+def test_memory_that_is_full_says_what_reduces_it_and_by_how_much(tmp_path, monkeypatch, stage):
+    """Raised where CUDA would: in the forward pass of a later step. Checkpoints made before it stay."""
+    s, model = settings(steps=6, save_every=2, tokens=500), base() if stage != "router" else None
+    task = Task(stage, model, router() if stage != "warmup" else None, s)
+    whole, calls = Task.losses, []
+
+    def losses(self, rows, tokens):
+        calls.append(1)
+        if (tmp_path / "state").exists():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 79 GiB")
+        return whole(self, rows, tokens)
+    monkeypatch.setattr(Task, "losses", losses)
+    with pytest.raises(UserError, match=f"{stage}, step 3: .*memory is full .CUDA out of memory") as error:
+        fit(task, some_rows(20), s, tmp_path)
+    said = str(error.value)
+    assert "--tokens 250 " in said and "--recompute" in said and "\n" not in said
+    assert ("--rank 2" in said) == (stage != "router")
+    trained = 16 * sum(p.numel() for p in task.parameters())
+    assert f"what trains {train.size(trained)} " in said
+    assert [p.stem for p in (tmp_path / "state").iterdir()] == [f"{stage}-0000002"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("shape", [Config(97, 64, 4, 4, 2, 16, 128, 1e-5, 1e4), Config(97, 32, 6, 8, 1, 16, 96, 1e-5,
+                                                                                       1e4)])
+def test_the_memory_that_the_advice_speaks_of_is_what_the_forward_pass_keeps(shape, experts, recompute):
+    """Bytes that autograd holds after a forward pass, each tensor once, against the estimate: within a quarter. (With
+    recomputation it holds the layers' inputs; the estimate adds one layer, which the backward pass makes again.)"""
+    model = Transformer(shape)
+    if experts:
+        train.add_experts(model, rank=4, alpha=8)
+    model.recompute, held = recompute, {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            held[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gate = torch.full((1, 10), 0.1, requires_grad=True) if experts else None
+        model.hidden(torch.randint(97, (1, 200)), gate)
+    estimate = activations(model, 200, recompute)
+    if recompute:
+        estimate = 200 * 4 * (2 + shape.n_layers) * shape.dim
+        assert estimate < activations(model, 200, True) < estimate + activations(model, 200, False) / shape.n_layers
+    assert 0.75 < estimate / sum(n for n, _ in held.values()) < 1.33
+
+
+def test_memory_that_is_full_outside_of_training_is_one_line_too(monkeypatch):
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB\nmore")
+    monkeypatch.setattr(train, "main", main)
+    status, _, said = small.run_quietly(train)
+    assert status == 2 and said.startswith("train.py: error: memory is full (CUDA out") and said.count("\n") == 1
+    assert "--dtype bfloat16" in said
+
+
+def test_a_batch_without_supervised_tokens_is_skipped_and_counted(tmp_path, capsys):
+    """Training is then that on the other rows, in their order; resumed, too."""
+    s, rows = settings(steps=6, batch=2, save_every=3), some_rows(24)
+    for i, row in enumerate(rows):
+        row.prompt = len(row.ids) if i % 4 else row.prompt
+    order = train.batches([train.cost(row) for row in rows], 2, [0, *b"warmup"])
+    want, skipped = [], 0
+    while len(want) < 6:
+        some = [rows[i].id for i in next(order) if not i % 4]
+        want, skipped = want + ([some] if some else []), skipped + (not some)
+    assert skipped
+    for part in ("whole", "parts"):
+        task, got = Task("warmup", base(), s=s), []
+        whole = task.step
+        task.step = lambda batch, *a: got.append([row.id for row in batch]) or whole(batch, *a)
+        if part == "parts":
+            with pytest.raises(train.Stopped):
+                fit(task, rows, s, tmp_path / part, stop=iter([False, True]).__next__)
+        fit(task, rows, s, tmp_path / part)
+        assert got == want
+        assert f"warmup: skipped {skipped} batches without a supervised token" in capsys.readouterr().out
+    for row in rows:
+        row.prompt = len(row.ids)
+    with pytest.raises(UserError, match="warmup: no record has a single supervised token"):
+        fit(Task("warmup", base(), s=s), rows, s, tmp_path / "none")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Certificates
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A self-signed certificate for localhost, and its key."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not here to make a certificate with")
+    at = tmp_path_factory.mktemp("tls")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", at / "key.pem", "-out",
+                    at / "cert.pem", "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+                   check=True, capture_output=True)
+    return at
+
+
+@contextlib.contextmanager
+def serving_tls(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    with serving(good) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        yield server
+
+
+@pytest.mark.parametrize("trusted, host, why", [
+    (False, "localhost", "localhost: its certificate is not valid .self.signed certificate"),
+    (True, "127.0.0.1", "127.0.0.1: its certificate is not valid .IP address mismatch"), (True, "localhost", None)])
+def test_a_servers_certificate_is_verified(asked, tmp_path, monkeypatch, certificate, trusted, host, why):  # noqa: F811
+    """A real handshake. Nothing is sent to a server that nobody vouches for, the key least of all."""
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem" if trusted else tmp_path / "none.pem"))
+    out = tmp_path / "o.jsonl"
+    with serving_tls(certificate) as server:
+        server.url = f"https://{host}:{server.server_port}/v1"
+        command = http_command(server, asked, out, "--key-env", "MY_KEY", "--retries", 0)
+        if why:
+            with pytest.raises(UserError, match=why) as error:
+                synth.main(command)
+            assert not server.bodies and not server.headers and not ids(out) and "sk-secret" not in str(error.value)
+        else:
+            assert not synth.main(command) and len(ids(out)) == 12
+            assert {headers["Authorization"] for headers in server.headers} == {"Bearer sk-secret"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers at their ends
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("limits") / "base"
+    small.write_model(folder)
+    return folder
+
+
+def loaded(folder):
+    torch.manual_seed(0)
+    model = Transformer.from_pretrained(folder, torch.float32)
+    train.add_experts(model, rank=2, alpha=4)
+    for layer in expert_layers(model).values():
+        torch.nn.init.normal_(layer.B, std=0.3)
+    return model, Chat.from_dir(folder)
+
+
+def test_a_gate_at_a_temperature_of_a_thousandth_is_one_expert_in_loss_and_reply(folder):
+    """Similarities a hundredth apart are 10 apart at τ = 1e-3: e^-10. And its gradient is finite."""
+    (model, chat), rows = loaded(folder), some_rows(6)
+    for row in rows:
+        row.ids, row.query = row.ids % 250, row.query % 250
+    similarity = torch.linspace(-1, 1, 10).repeat(6, 1)[:, torch.randperm(10)].requires_grad_()
+    r = Router(Transformer(Config(264, 16, 1, 2, 1, 8, 24, 1e-5, 1e4)), 1e-3)
+    gate, one_hot = r.gate(similarity), torch.eye(10)[similarity.argmax(-1)]
+    assert torch.equal(gate.detach(), one_hot) and torch.allclose(gate.sum(-1), torch.ones(6))
+    assert np.array_equal(heldout(model, rows, gate.detach())[0], heldout(model, rows, one_hot)[0])
+    (row_losses(model, rows, gate).sum() + contrastive_loss(similarity, one_hot, 1e-3)).backward()
+    assert similarity.grad.isfinite().all()
+    prompt = chat.prompt([{"role": "user", "content": "Hi"}])
+    assert generate(model, [prompt], gate[:1].detach(), 5) == generate(model, [prompt], one_hot[:1], 5)
+
+
+@pytest.mark.parametrize("stage", ["router", "joint"])
+def test_a_stage_trains_at_a_temperature_of_a_thousandth(stage, tmp_path):
+    s, r = settings(steps=4), router()
+    r.temperature = 1e-3
+    fit(Task(stage, base(random_B=True) if stage == "joint" else None, r, s), some_rows(12), s, tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(e["loss"]) and np.isfinite(e["grad_norm"]) and e["top1"] > 0.9 for e in entries)
+
+
+@pytest.mark.parametrize("length", [1, 2, 150, 199])
+def test_generation_ends_with_the_context(folder, length):
+    """Prompts from one token to one less than the context of 200: prompt and reply together fill it and never pass it,
+    a batch gives the same as its rows, and every token is what the whole model says of all before it."""
+    model, _ = loaded(folder)
+    gate, prompt = torch.eye(10)[3:4], torch.randint(250, (length,),
+                                                     generator=torch.Generator().manual_seed(1)).tolist()
+    reply, = generate(model, [prompt], gate, 1000)
+    assert len(prompt) + len(reply) == model.context == 200
+    row = torch.tensor([prompt + reply])
+    logits = model(row[:, :-1], gate)[0, length - 1:]
+    assert logits.gather(1, row[0, length:, None])[:, 0].sub(logits.max(-1).values).abs().max() < 1e-4  # the largest
+    short = prompt[:1]
+    assert generate(model, [prompt, short], gate, 1000) == [reply, generate(model, [short], gate, 1000)[0]]
+
+
+@pytest.mark.parametrize("length", [200, 201, 5000])
+def test_a_prompt_that_fills_the_context_is_refused(folder, length):
+    with pytest.raises(UserError, match=f"a prompt has {length:,} tokens, and the model can read and write 200"):
+        generate(loaded(folder)[0], [[1], [1] * length], None, 5)
+
+
+def test_prompts_of_nothing_are_refused_and_empty_queries_are_read_as_a_space(folder):
+    model, chat = loaded(folder)
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(model, [[]], None, 5)
+    assert query_ids(chat.tokenizer, "") == encode(chat.tokenizer, " ")
+    assert generate(model, [chat.prompt([{"role": "user", "content": ""}])], None, 3)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "router", "joint"])
+def test_a_batch_of_one_row_of_one_supervised_token_trains(stage, tmp_path):
+    s, rows = settings(steps=3, batch=1), some_rows(1)
+    rows[0].ids, rows[0].prompt, rows[0].query = rows[0].ids[:2], 1, rows[0].query[:1]
+    task = Task(stage, None if stage == "router" else base(), None if stage == "warmup" else router(), s)
+    fit(task, rows, s, tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+    assert all(p.isfinite().all() for p in task.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_twenty_thousand_steps_take_no_more_memory_and_no_more_time_each(tmp_path, monkeypatch, capsys):
+    """Of the router stage, whose steps are the shortest; the loop is the same for all. A line of log for each step, a
+    checkpoint every 1,000."""
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    torch.manual_seed(0)
+    r = Router(Transformer(Config(97, 8, 1, 1, 1, 8, 8, 1e-5, 1e4, tied=True)))
+    s = settings(steps=20_000, batch=2, save_every=1000, log_every=1000, tokens=64)
+    task, memory, times, began = Task("router", None, r, s), [], [], [time.process_time()]
+    whole = task.step
+
+    def step(*args):
+        now = time.process_time()  # of the processor, whoever else uses it
+        times.append(now - began[0])  # a whole round of the loop: step, log, order
+        began[0] = now
+        if len(times) % 1000 == 0:
+            memory.append(resident())
+        return whole(*args)
+    task.step = step
+    fit(task, some_rows(40), s, tmp_path)
+    early, late = np.median(times[1000:4000]), np.median(times[-3000:])
+    with capsys.disabled():
+        print(f"\n20,000 steps: {1e3 * early:.2f} ms a step early, {1e3 * late:.2f} late; "
+              f"{memory[1] / 2**20:.1f} MiB after 2,000 steps, {memory[-1] / 2**20:.1f} after 20,000")
+    assert late < 1.3 * early and memory[-1] - memory[1] < 8 * 2**20
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 20_000
+    assert threading.active_count() < 10 and EXPERTS
