@@ -44,15 +44,16 @@ class ExpertLinear(Linear):
         multiplied by  w0 w0 w1 w1  (repeat_interleave), not by  w0 w1 w0 w1  (repeat). Seen as (E, r), it is a
         plain broadcast of the gate over r.
         """
-        y = linear(x, self.weight, self.bias)
         if gate is None:
-            return y
+            return linear(x, self.weight, self.bias)
         n_experts, rank, _ = self.A.shape
         A, B = self.A.flatten(0, 1).to(x.dtype), self.B.flatten(0, 1).to(x.dtype)  # (E·r, in), (E·r, out)
-        h = (x @ A.T).unflatten(-1, (n_experts, rank))                             # (B, T, E, r)
-        h = h * (gate * self.scale).to(h.dtype)[:, None, :, None]
-        y.view(-1, y.shape[-1]).addmm_(h.flatten(-2).flatten(0, 1), B)             # y += h @ B, with no tensor between
-        return y                                                                   # (B, T, out)
+        h = linear(x, A).view(*x.shape[:-1], n_experts, rank)                      # (B, T, E, r)
+        h = h * gate.to(x.dtype).view(-1, 1, n_experts, 1)
+        y = linear(x.flatten(0, 1), self.weight, self.bias)                        # (B·T, out)
+        # y += α/r · h @ B, with no tensor between. y is no view of another tensor: autograd would copy its gradient
+        y.addmm_(h.view(-1, n_experts * rank), B, alpha=self.scale)
+        return y.view(*x.shape[:-1], -1)                                           # (B, T, out)
 
 
 def expert_layers(model):

@@ -197,8 +197,8 @@ def linear(x, weight, bias=None):
     product with one row to one thread, and takes twice as long as that for two. See tests/bench.py generate.
     """
     rows, (out, width) = x.numel() // x.shape[-1], weight.shape
-    if (rows > FEW_ROWS or weight.numel() < 2**18 or out % BLOCKS or x.dtype != torch.float32 or x.device.type != "cpu"
-            or torch.is_grad_enabled()):
+    if (torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or weight.numel() < 2**18
+            or out % BLOCKS or rows > FEW_ROWS):  # asked last: a compiled block would be bound to the answer
         return F.linear(x, weight, bias)
     y = torch.bmm(weight.view(BLOCKS, -1, width), x.reshape(rows, width).T.expand(BLOCKS, -1, -1))  # (8, out/8, rows)
     y = y.view(out, rows).T.reshape(*x.shape[:-1], out)
@@ -358,6 +358,8 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, gate, use_reentrant=False)
+            elif cache is None:  # without the layer's number, which a compiled block would be compiled anew for
+                x = block(x, rope, gate)
             else:
                 x = block(x, rope, gate, cache, i)
         return self.model.norm(x)

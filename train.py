@@ -20,6 +20,8 @@ What is notable:
 Shapes: B rows, T tokens, N supervised tokens, D width, V vocabulary, E experts.
 """
 import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -31,11 +33,13 @@ import time
 import typing
 from collections import Counter
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import tokenizers
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -131,6 +135,9 @@ class Args:
     """Gate of the joint stage; uniform trains the fair control, in which routing plays no part."""
     recompute: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+    compile: bool = False
+    """Let torch.compile fuse each layer's operations: a minute or so at the start, then faster steps. Needs Triton on a
+    GPU and a C++ compiler on a CPU."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
@@ -163,22 +170,86 @@ def messages_of(record):
     return [*(record.get("history") or []), {"role": "user", "content": record["query"]}]
 
 
-def examples(records, chat=None, tokenizer=None, limit=None):
+class Ahead:
+    """Stands in for a tokenizer while many texts are encoded: it notes what it is asked and answers with nothing, and
+    once `encode_all` has encoded all of that in one call, on all cores, it answers with the ids."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.token_to_id, self.known = tokenizer, tokenizer.token_to_id, {}
+
+    def encode(self, text, add_special_tokens=False):
+        return self.known.setdefault(text, SimpleNamespace(ids=[]))
+
+    def encode_all(self):
+        found = self.tokenizer.encode_batch_fast(list(self.known), add_special_tokens=False)
+        self.known = dict(zip(self.known, found))
+
+
+def tokenised(records, tokenise, tokenizer, facts=(), file=None, some=4096):
+    """[(ids, how many of them are the prompt)] of all records, in their order, as tokenise(tokenizer, record) has them.
+
+    With a file, they are kept there, for the stages to come and for a resumed run. What is kept holds for these texts,
+    this tokenizer, `facts` (what else the format hangs on), the library's version and this code, of which its key is a
+    hash, and for the ids that it was written with. Anything else that stands there, half a file too, is made anew.
+    """
+    key = hashlib.sha256()
+    if file is not None:
+        code = [inspect.getsource(part) for part in (Chat, encode, query_ids, messages_of, Ahead, tokenised, examples)]
+        key.update(json.dumps([*code, *facts, tokenizers.__version__, tokenizer.to_str()]).encode())
+        for record in records:
+            key.update(json.dumps([messages_of(record), record.get("response")]).encode())
+        try:
+            with open_safetensors(file) as kept:
+                tokens = kept.get_tensor("tokens").numpy()
+                whole = kept.metadata() == {"key": key.hexdigest(), "tokens": hashlib.sha256(tokens).hexdigest()}
+        except UserError:
+            whole = False
+        if whole:
+            lengths, prompts, ids = np.split(tokens, [len(records), 2 * len(records)])
+            return list(zip(np.split(ids, lengths.cumsum()[:-1]), prompts.tolist()))
+    found = []
+    for at in range(0, len(records), some):
+        ahead = Ahead(tokenizer)
+        for record in records[at:at + some]:
+            tokenise(ahead, record)
+        ahead.encode_all()
+        found += [tokenise(ahead, record) for record in records[at:at + some]]
+    found = [(np.array(ids, dtype=np.int32), prompt) for ids, prompt in found]
+    if file is not None and place()[0] == 0:
+        tokens = np.concatenate([np.array([[len(ids), prompt] for ids, prompt in found], dtype=np.int32).T.flatten(),
+                                 *(ids for ids, _ in found)])  # all lengths, then all prompts', then all ids
+        with atomic(file) as part:
+            save_file({"tokens": torch.from_numpy(tokens)}, part,
+                      metadata={"key": key.hexdigest(), "tokens": hashlib.sha256(tokens).hexdigest()})
+    return found
+
+
+def examples(records, chat=None, tokenizer=None, limit=None, folder=None):
     """Records -> Examples; with `chat` for the base, with `tokenizer` for the encoder. Both tokenizers are asked here
-    and nowhere else in training. Returns also how many were left out because they are longer than `limit` tokens."""
-    rows, long = [], 0
-    for record in records:
-        row = Example(str(record["id"]), active_experts(record["traits"]))
-        if chat is not None:
-            ids, supervised = chat.example(messages_of(record), record["response"])
-            row.ids, row.prompt = np.array(ids, dtype=np.int32), supervised.index(True)
-        if tokenizer is not None:
-            row.query = np.array(query_ids(tokenizer, record["query"], record.get("history") or ()), dtype=np.int32)
-        if limit and row.ids is not None and len(row.ids) > limit:
-            long += 1
-        else:
-            rows.append(row)
-    return rows, long
+    and nowhere else in training, and only once where there is a folder to keep the tokens in. Returns also how many
+    were left out because they are longer than `limit` tokens."""
+    base, encoder = (folder and folder / f"{role}.safetensors" for role in ("base", "encoder"))
+
+    def for_base(tokenizer, record):
+        own = copy(chat)
+        own.tokenizer = tokenizer
+        ids, supervised = own.example(messages_of(record), record["response"])
+        return ids, supervised.index(True)
+
+    def for_encoder(tokenizer, record):
+        return query_ids(tokenizer, record["query"], record.get("history") or ()), 0
+
+    rows = [Example(str(record["id"]), active_experts(record["traits"])) for record in records]
+    if tokenizer is not None:
+        for row, (ids, _) in zip(rows, tokenised(records, for_encoder, tokenizer, (), encoder)):
+            row.query = ids
+    if chat is None:
+        return rows, 0
+    facts = chat.bos, chat.end, chat.dates, chat.default_system
+    for row, (ids, prompt) in zip(rows, tokenised(records, for_base, chat.tokenizer, facts, base)):
+        row.ids, row.prompt = ids, prompt
+    short = [row for row in rows if not limit or len(row.ids) <= limit]
+    return short, len(rows) - len(short)
 
 
 def per_pole(rows):
@@ -238,16 +309,16 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
-        losses, grad = [], torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for at in range(0, len(targets), chunk):
-            h, t = hidden[at:at + chunk], targets[at:at + chunk, None]
+        losses, grads = [], []
+        count = max(1, round(len(targets) / chunk))  # of equal size: a small last one would read the whole head for little
+        for h, t in zip(hidden.tensor_split(count), targets[:, None].tensor_split(count)):
             logits = F.linear(h, weight)  # (n, V), then in fp32 at least
             p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             losses.append(-p.gather(1, t)[:, 0])
-            if grad is not None:  # d loss / d logits is softmax minus one-hot
+            if ctx.needs_input_grad[0]:  # d loss / d logits is softmax minus one-hot
                 p = p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=p.dtype))
-                grad[at:at + chunk] = p.to(h.dtype) @ weight
-        ctx.save_for_backward(grad)
+                grads.append(p.to(h.dtype) @ weight)
+        ctx.save_for_backward(torch.cat(grads) if grads else None)
         return torch.cat(losses)
 
     @staticmethod
@@ -259,7 +330,7 @@ class FrozenHeadLoss(torch.autograd.Function):
 def token_losses(model, hidden, targets, chunk=None):
     """Cross-entropy of every supervised position: hidden (N, D), targets (N,) -> (N,), fp32 (or wider).
 
-    In chunks of `chunk` positions: 4,096 rows of fp32 logits over Llama's 128,256 words would be 2.1 GB. As a rule as
+    In chunks of about `chunk` positions: 4,096 rows of fp32 logits over Llama's 128,256 words would be 2.1 GB. As a rule as
     many as make 32 MiB of logits on a CPU (more is slower: memory of that size is asked of the system each time), and
     512 MiB on a GPU.
     """
@@ -767,7 +838,7 @@ def stage_settings(args, stage):
     s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"]}
     s |= {k: v for k in ("steps", "batch", "lr", "router_lr", "tokens")
           if (v := getattr(args, k)) is not None and k in s}
-    for key in ("seed", "clip", "lr_warmup", "save_every", "keep", "log_every", "recompute"):
+    for key in ("seed", "clip", "lr_warmup", "save_every", "keep", "log_every", "recompute", "compile"):
         s[key] = getattr(args, key)
     if stage in ("router", "joint"):
         s["contrastive_tau"] = args.contrastive_tau
@@ -787,7 +858,7 @@ def check(args):
         raise UserError("--joint-gate is for --stage joint")
 
 
-HARMLESS = ("save_every", "keep", "log_every", "recompute")  # may change from one part of a run to the next
+HARMLESS = ("save_every", "keep", "log_every", "recompute", "compile")  # may change from one part of a run to the next
 
 
 def differences(was, now):
@@ -888,7 +959,7 @@ def open_run(setup, settings, args):
                                 f"changed (its fingerprint was {short(was[key])}, now {found['content'][key]!r}). "
                                 "Put back what was there, or give another --run")
         if args.overwrite:
-            clear(run, remove if found["stages"] else (*remove, "pretrain", "models", "data"))
+            clear(run, remove if found["stages"] else (*remove, "pretrain", "models", "data", "tokens"))
         found["setup"] = own if not found["stages"] and args.overwrite else found["setup"] | {
             k: v for k, v in own.items() if v is not None}
     begun = [stage for stage in settings if stage in found["stages"]]
@@ -915,7 +986,7 @@ def unbegin(run, stages, config):
     if config is not None:
         with atomic(run / "config.json") as part:
             part.write_bytes(config)
-    elif not logged and {path.name for path in run.iterdir()} <= {"config.json", "log.jsonl", "state"}:
+    elif not logged and {path.name for path in run.iterdir()} <= {"config.json", "log.jsonl", "state", "tokens"}:
         remove(run)
 
 
@@ -967,6 +1038,19 @@ def prepare(setup, settings, stop):
             make_tiny(role, folder, records, setup.seed, fit_base)
 
 
+def compile_layers(model):
+    """Let torch.compile have every layer of a model, for sizes of all kinds at once: one graph each way, without breaks,
+    that all layers share, and a second one for batches of a single row, for which PyTorch always makes its own."""
+    cuda = model.device.type == "cuda"
+    if cuda and not importlib.util.find_spec("triton"):
+        raise UserError("--compile needs Triton on a GPU: pip install triton, or leave --compile out")
+    if not cuda and not any(map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"])):
+        raise UserError("--compile needs a C++ compiler on a CPU, and there is neither g++ nor clang++: install one, "
+                        "or leave --compile out")
+    for block in model.model.layers:
+        block.compile(dynamic=True, fullgraph=True)
+
+
 def train_stage(stage, setup, s, stop):
     """Load what one stage needs, train it, write its result."""
     records = setup.load_data(need_response=stage != "router")["train"]
@@ -977,8 +1061,11 @@ def train_stage(stage, setup, s, stop):
     if stage != "warmup":
         router = setup.load_router(setup.run / "router" / "router" if stage == "joint" else None)
         router.encoder.recompute, tokenizer = s.recompute, load_tokenizer(setup.encoder)
+    for decoder in ([model] if model else []) + ([router.encoder] if router else []):
+        if s.compile:
+            compile_layers(decoder)
     limit = min(s.tokens, model.context or s.tokens) if model else s.tokens
-    rows, long = examples(records, chat, tokenizer, limit)
+    rows, long = examples(records, chat, tokenizer, limit, setup.run / "tokens")
     if long:
         why = "--tokens" if limit == s.tokens else "the base's context"
         print(f"{stage}: left out {long} of {len(records)} records, longer than {limit} tokens ({why})")

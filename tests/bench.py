@@ -1,208 +1,513 @@
 """Speed and memory, beside what a user would otherwise take: `transformers` and `peft`, with the same weights.
 
-Every table comes from interleaved runs (A B A B …) in one process: absolute times are noise, ratios of neighbours are
-not. Shown are each one's median, the ratio to the first of its table (median over the rounds, and the middle half of
-them in brackets), and what this machine can do at most: matrix products and memory bandwidth, measured on the spot.
+Every table comes from interleaved runs (A B A B …): absolute times are noise, ratios of neighbours are not. Shown are
+medians, the ratio to the table's first row (median over the rounds, and the middle half of them in brackets), and what
+share of the machine's ceiling a row reaches: matrix products or bytes from memory, both measured on the spot.
 
-    python tests/bench.py step                       # random weights of SmolLM2-135M's shape
-    python tests/bench.py generate --weights weights/SmolLM2-135M-Instruct
-    python tests/bench.py gpu                        # what wants a GPU, at the 8B's shape
+    python tests/bench.py step                       # a training step beside peft, one adapter and ten
+    python tests/bench.py generate                   # decoding beside transformers, and what experts cost in it
+    python tests/bench.py teacher --weights weights/SmolLM2-135M-Instruct [--natural]
+    python tests/bench.py router                     # the router stage beside a plain loop over padded batches
+    python tests/bench.py memory                     # what experts save for backward; the largest tensors of a step
+    python tests/bench.py memory --shape Llama-3.1-8B --layers 2 --length 32     # 8 GB
+    python tests/bench.py load --weights weights/SmolLM2-135M-Instruct weights/Qwen2.5-0.5B
+    python tests/bench.py data --weights weights/SmolLM2-135M-Instruct weights/Qwen2.5-0.5B
+    python tests/bench.py growth --layers 8 --out growth.png
+    python tests/bench.py gpu                        # what wants a GPU, at the 8B's true shape
 
-pytest does not collect this file.
+Without --weights, weights are random and of the shape --shape. pytest does not collect this file.
 """
 import argparse
-import gc
 import os
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.update(HF_HUB_OFFLINE="1", KINETO_LOG_LEVEL="99")
 warnings.filterwarnings("ignore")
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora import EXPERTS, TARGETS, add_experts, expert_layers, merged
-from model import CONFIGS, Config, Transformer, generate
-from train import Example, row_losses
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The harness
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def interleaved(runs, rounds, device=torch.device("cpu")):
-    """{name: function} -> {name: seconds of each round}; one round to warm up, then all in turn, `rounds` times."""
-    times = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            gc.collect()
-            wait(device)
-            began = time.perf_counter()
-            run()
-            wait(device)
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    return times
-
-
-def table(title, times, extra=None):
-    """Print medians, and ratios of neighbours to the first name."""
-    first = next(iter(times.values()))
-    print(f"\n{title}\n\n  {'':<44}{'median':>10}   ratio to the first [middle half]")
-    for name, found in times.items():
-        ratios = sorted(t / f for t, f in zip(found, first))
-        q = len(ratios) // 4
-        print(f"  {name:<44}{statistics.median(found) * 1e3:>7.0f} ms   {statistics.median(ratios):.2f} "
-              f"[{ratios[q]:.2f}, {ratios[-1 - q]:.2f}]" + (f"   {extra[name]}" if extra and name in extra else ""))
-    sys.stdout.flush()
-
-
-def ceiling(device, dtype):
-    """This machine's rate of matrix products (FLOP/s) and its memory bandwidth (B/s), the best of ten."""
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    big = torch.ones((1 << 28) // 4 if device.type == "cpu" else 1 << 30, device=device)
-    products = interleaved({"mm": lambda: a @ b, "sum": lambda: big.sum()}, 10, device)
-    return 2 * n ** 3 / min(products["mm"]), big.nbytes / min(products["sum"])
+from harness import alone, ceiling, fresh, gates, interleaved, linears, our_step, pair, peak, reference, rows_of, shape
+from harness import show, stage, step_flops, table, token_bytes, with_experts
+from command import Parser, pick_device, pick_dtype, run_command
+from lora import EXPERTS, TARGETS, merged
+from model import CONFIGS, Chat, Transformer, UserError, generate, load_tokenizer, pad, weight_files
+from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
+from synth import read_queries, read_records, template_records, write_records
+from teachers import Query
+from train import PRESETS, Example, Setup, batches, compile_layers, cost, examples, micro_batches, per_pole, row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The same weights, ours and theirs
-
-def reference(config):
-    """A `transformers` model of this shape."""
-    import transformers
-    shape = dict(vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
-                 num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-                 num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-                 rope_theta=config.rope_theta, tie_word_embeddings=config.tied, max_position_embeddings=8192)
-    kind = "Qwen2" if config.qkv_bias else "Llama"
-    settings = getattr(transformers, kind + "Config")(**shape)
-    return getattr(transformers, kind + "ForCausalLM")(settings)
-
-
-def pair(args):
-    """(our model, theirs) with the same weights, random of the shape --shape, or those in --weights."""
-    config = Config.from_dir(args.weights) if args.weights else CONFIGS[args.shape]
-    if args.layers:
-        config = replace(config, n_layers=args.layers)
-    torch.manual_seed(0)
-    ours = Transformer.from_pretrained(args.weights, args.dtype, args.device) if args.weights else \
-        Transformer(config).to(args.device, args.dtype)
-    theirs = reference(replace(config, rope_scaling=None)).to(args.device, args.dtype)
-    theirs.load_state_dict(ours.state_dict(), strict=False)
-    theirs.tie_weights()
-    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
-    return ours, theirs
-
-
-def with_experts(model, n_experts=10, rank=8):
-    """Experts beside every layer, with B as if it had been trained -> the trainable parameters."""
-    parameters = add_experts(model, n_experts, rank, 2 * rank)
-    for layer in expert_layers(model).values():
-        torch.nn.init.normal_(layer.B, std=0.01)
-    return parameters
-
-
-def gates(n, device, n_experts=10):
-    return torch.randn(n, n_experts, device=device).softmax(-1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# step
+# step, generate, teacher
 
 def step(args):
     """A training step: forward, loss, backward, optimiser."""
     import peft
     ours, theirs = pair(args)
-    rows, length = 4, 129  # 4 × 128 = 512 supervised tokens
-    ids = torch.randint(ours.config.vocab_size, (rows, length), device=args.device)
+    rows, length = args.batch or 4, args.length or 128  # 4 × 128 = 512 supervised tokens
     optimizer = torch.optim.AdamW(with_experts(ours), fused=True)
     gate = gates(rows, args.device).requires_grad_()
     settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS))
     theirs = peft.get_peft_model(theirs, settings, EXPERTS[0])
-    for prompt, share in ((1, "all"), (43 * 2, "a third")):
-        batch = [Example(str(i), None, row.numpy(), prompt) for i, row in enumerate(ids.cpu())]
+
+    def their_step(batch, names):
+        theirs.base_model.set_adapter(names)
+        adam = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], fused=True)
+        ids = torch.tensor(np.stack([row.ids for row in batch]), device=args.device)
         labels = ids.clone()
-        labels[:, :prompt] = -100
+        labels[:, :batch[0].prompt] = -100
 
-        def step_ours():
-            loss = row_losses(ours, batch, gate).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        def run():
+            theirs(input_ids=ids, labels=labels).loss.backward()
+            adam.step()
+            adam.zero_grad()
+        return run
 
-        def step_theirs(names):
-            trained = [p for p in theirs.parameters() if p.requires_grad]
-            adam = torch.optim.AdamW(trained, fused=True)
-
-            def run():
-                theirs.base_model.set_adapter(names)
-                loss = theirs(input_ids=ids, labels=labels).loss
-                loss.backward()
-                adam.step()
-                adam.zero_grad()
-            return run
-
-        runs = {"peft, one adapter": step_theirs(EXPERTS[0]), "PersonaFuse, ten experts": step_ours}
-        table(f"Training step, {rows} x {length} tokens, {share} of them supervised", interleaved(runs, args.rounds))
+    for prompt, share in ((1, "all"), (length * 2 // 3 + 1, "a third")):
+        batch = rows_of(ours.config, rows, length, prompt)
+        runs = {"peft, one adapter": their_step(batch, EXPERTS[0]),
+                "PersonaFuse, ten experts": our_step(ours, batch, optimizer, gate)}
+        work = {"PersonaFuse, ten experts": step_flops(ours.config, [length] * rows, rows * (length + 1 - prompt))}
+        table(f"Training step, {rows} x {length} tokens, {share} of them supervised",
+              interleaved(runs, args.rounds, args.device), work=work, rate=args.flops)
     for name in EXPERTS[1:]:
         theirs.add_adapter(name, settings)
-    theirs.base_model.set_adapter(list(EXPERTS))
-    runs = {"peft, ten adapters": step_theirs(list(EXPERTS)), "PersonaFuse, ten experts": step_ours}
-    table("The same, beside ten adapters", interleaved(runs, max(3, args.rounds // 2)))
+    batch = rows_of(ours.config, rows, length)
+    runs = {"PersonaFuse, ten experts": our_step(ours, batch, optimizer, gate),
+            "peft, ten adapters": their_step(batch, list(EXPERTS))}
+    table("The same, all supervised, beside ten adapters", interleaved(runs, max(1, args.rounds // 2), args.device))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# generate
 
 def decode(args):
     """Greedy generation, and what experts cost in it."""
     ours, theirs = pair(args)
-    base = Transformer(ours.config).to(args.device, args.dtype)
-    base.load_state_dict(ours.state_dict())
+    with torch.device("meta"):
+        dense = Transformer(ours.config)
     with_experts(ours)
-    new = 64
-    for rows in (1, 16):
-        ids = torch.randint(3, ours.config.vocab_size, (rows, 64), device=args.device)
+    new, length = args.steps or 64, args.length or 64
+    for rows in (1, args.batch or 16):
+        ids = torch.randint(3, ours.config.vocab_size, (rows, length), device=args.device)
         prompts, gate = ids.tolist(), gates(rows, args.device)
         mask = torch.ones_like(ids)
+        mixture = f"PersonaFuse, {rows} gate{'s' * (rows > 1)}"
         runs = {"PersonaFuse, no experts": lambda: generate(ours, prompts, None, new),
                 "transformers.generate": lambda: theirs.generate(
                     ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False),
-                f"PersonaFuse, {rows} gate(s)": lambda: generate(ours, prompts, gate, new)}
+                mixture: lambda: generate(ours, prompts, gate, new)}
         if rows == 1:
-            base.load_state_dict(merged(ours, gate[0]))
-            runs["PersonaFuse, merged for one gate"] = lambda: generate(base, prompts, None, new)
-        table(f"Generation, {rows} x 64 tokens of prompt, {new} new ones", interleaved(runs, args.rounds))
+            dense.load_state_dict(merged(ours, gate[0]), assign=True)
+            runs["merged for one gate"] = lambda: generate(dense, prompts, None, new)
+        work = {name: new * token_bytes(ours, name == mixture) for name in runs}
+        table(f"Generation, {rows} x {length} tokens of prompt, {new} new ones",
+              interleaved(runs, args.rounds, args.device), rows * new, work=work, rate=args.bandwidth)
 
 
-COMMANDS = {"step": step, "generate": decode}
+def teacher(args):
+    """The local teacher's replies, in batches, from the prompts that synth.py asks it with (--steps joint there)."""
+    from transformers import AutoModelForCausalLM
+    folder, device = folders(args, 1)[0], args.device
+    ours, chat = Transformer.from_pretrained(folder, args.dtype, device), Chat.from_dir(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype).to(device).eval()
+    rows, new, stops = args.batch or 16, args.steps or 64, sorted(chat.stops)
+    prompts = [chat.prompt(Query(item, "joint", 0, "bench").ask[0]) for item in queries(args, rows)]
+    width, replies = max(map(len, prompts)), {}
+    ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+    def run_ours():
+        replies["ours"] = generate(ours, prompts, None, new, stops=chat.stops if args.natural else ())
+
+    def run_theirs():
+        out = theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False,
+                              min_new_tokens=None if args.natural else new, eos_token_id=stops, pad_token_id=stops[0])
+        found = out[:, width:].tolist()
+        ends = [next((i + 1 for i, t in enumerate(r) if args.natural and t in chat.stops), len(r)) for r in found]
+        replies["theirs"] = [r[:end] for r, end in zip(found, ends)]
+
+    times = interleaved({"transformers.generate": run_theirs, "PersonaFuse": run_ours}, args.rounds, device)
+    lengths, same = [len(r) for r in replies["ours"]], sum(a == b for a, b in zip(*replies.values()))
+    table(f"{rows} prompts of {min(map(len, prompts))} to {width} tokens, replies of {min(lengths)} to {max(lengths)}; "
+          f"{same} of {rows} equal", times, sum(lengths),
+          {"PersonaFuse": max(lengths) * token_bytes(ours)}, args.bandwidth)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*COMMANDS])
-    parser.add_argument("--weights", help="a model folder; else random weights")
-    parser.add_argument("--shape", default="SmolLM2-135M", choices=CONFIGS)
+# ----------------------------------------------------------------------------------------------------------------------
+# router
+
+def folders(args, n):
+    """The first n of --weights. UserError if there are fewer."""
+    if len(args.weights or ()) < n:
+        raise UserError(f"{args.what} needs --weights with {n} model folder{'s: base, encoder' if n > 1 else ''}")
+    return args.weights[:n]
+
+
+def queries(args, n):
+    """n queries as items: those of --queries, over again where they don't suffice, else the template teacher's."""
+    items = read_queries(args.queries)[0] if args.queries else template_records("train", n)
+    return [items[i % len(items)] for i in range(n)]
+
+
+def query_rows(config, args, n):
+    """n Examples with queries: random ids of real queries' lengths (--queries, with the tokenizer of --weights) or of
+    lengths drawn log-normally, median 60 tokens, sigma 0.7."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(60), 0.7, n), 4, MAX_QUERY_TOKENS).astype(int)
+    if args.queries:
+        tokenizer = load_tokenizer(folders(args, 1)[0])
+        every = [len(query_ids(tokenizer, item["query"])) for item in read_queries(args.queries)[0]]
+        lengths = rng.choice(every, n, replace=n > len(every))
+    return [Example(str(i), torch.eye(len(EXPERTS))[rng.integers(len(EXPERTS))],
+                    query=rng.integers(config.vocab_size, size=length)) for i, length in enumerate(lengths)]
+
+
+def router(args):
+    """The router stage over the same queries in batches of --batch: train.py's, of similar length and cut into
+    micro-batches, and random ones padded to their longest row. Parameters and optimiser are shared by both."""
+    config = shape(args, "Qwen2.5-0.5B", whole_head=True)
+    rows, batch = query_rows(config, args, (args.steps or 4) * (args.batch or 16)), args.batch or 16
+    task, _ = stage("router", config, args)
+    ours, theirs = task.router, reference(config, args).model
+    for name, parameter in ours.encoder.named_parameters():
+        owner, _, leaf = name.removeprefix("model.").rpartition(".")
+        setattr(theirs.get_submodule(owner), leaf, parameter)
+    order, rng = batches([cost(row) for row in rows], batch, 0), np.random.default_rng(0)
+
+    def run_ours():
+        for _ in range(len(rows) // batch):
+            task.step([rows[i] for i in next(order)])
+
+    def run_theirs():
+        for part in rng.permutation(len(rows)).reshape(-1, batch):
+            ids, lengths = pad([rows[i].query for i in part], args.device)
+            mask = torch.arange(ids.shape[1], device=args.device) < lengths[:, None]
+            with task.autocast:
+                hidden = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+                similarity = ours.similarity(hidden[torch.arange(len(part), device=args.device), lengths - 1])
+                loss = contrastive_loss(similarity, torch.stack([rows[i].active for i in part]), task.s.contrastive_tau)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(task.parameters(), task.s.clip)
+            task.optimizer.step()
+            task.optimizer.zero_grad()
+
+    lengths = [cost(row) for row in rows]
+    runs = {"transformers, padded batches": run_theirs, "PersonaFuse": run_ours}
+    table(f"Router stage, {len(rows)} queries of {min(lengths)} to {max(lengths)} tokens, {batch} a step",
+          interleaved(runs, args.rounds, args.device), sum(lengths),
+          dict.fromkeys(runs, step_flops(config, lengths, 0, 0, frozen=False)), args.flops)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory
+
+def saved_bytes(model, run):
+    """Bytes that autograd keeps for the backward pass of run(), parameters not counted; each storage once."""
+    own, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()  # alive until all is counted, so that no address is used twice
+    del loss
+    return sum(kept.values())
+
+
+class Sizes(TorchDispatchMode):
+    """Collects the shape, bytes and origin of every tensor that an operation newly allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []  # (bytes, shape, operation)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.found.append((t.numel() * t.element_size(), tuple(t.shape), func.__name__))
+        return out
+
+
+def memory(args):
+    """What ten experts add to what is saved for backward, and the largest tensors of a step."""
+    config = shape(args, whole_head=True)
+    model, rows, length = fresh(config, args).requires_grad_(False), args.batch or 4, args.length or 128
+    batch, state = rows_of(config, rows, length), model.state_dict()
+    saved = {}
+    for n_experts in (0, 1, 10):  # 0: gradients through the frozen model, to the embeddings
+        with torch.device("meta"):
+            model = Transformer(config)
+        model.load_state_dict(state, assign=True)
+        model.requires_grad_(False)
+        parameters = with_experts(model, n_experts) if n_experts else []
+        gate = gates(rows, args.device, n_experts).requires_grad_() if n_experts else None
+        hook = model.model.embed_tokens.register_forward_hook(lambda module, given, out: out.requires_grad_())
+        saved[n_experts] = saved_bytes(model, lambda: row_losses(model, batch, gate))
+        hook.remove()
+    run = our_step(model, batch, torch.optim.AdamW(parameters, fused=True), gate)
+    run()
+    most, largest = peak(run, args.device)
+    with Sizes() as sizes:
+        run()
+    held = sum(t.nbytes for t in state.values()) + 3 * sum(p.nbytes for p in parameters)  # and two moments
+    show(f"Saved for backward, {rows} x {length} tokens",
+         ["", "MB", "of the peak", "with weights"],
+         [[name, f"{size / 1e6:,.1f}", f"{size / most:.1%}", f"{size / (most + held):.1%}"] for name, size in (
+             ("by the frozen model", saved[0]), ("one expert adds", saved[1] - saved[0]),
+             ("nine more experts add", saved[10] - saved[1]), ("ten experts add", saved[10] - saved[0]),
+             ("peak of a step, above weights and moments", most))])
+    # what a naive formulation would allocate: logits of all positions, each expert's own output
+    widths, tokens = {width for pair in linears(config) for width in pair}, (rows * length, rows * (length + 1))
+    forbidden = {"tokens x vocabulary": {n * config.vocab_size for n in tokens},
+                 "tokens x experts x width": {n * 10 * width for n in tokens for width in widths}}
+    unlike = sorted({(size, f"{list(dims)}", op) for size, dims, op in sizes.found}, reverse=True)[:6]
+    note = "" if largest is None else f" (the profiler's largest allocation: {largest / 1e6:,.1f} MB)"
+    show(f"The largest tensors of a step{note}", ["tensor", "MB", "made by"],
+         [[dims, f"{size / 1e6:,.1f}", op] for size, dims, op in unlike])
+    for what, numbers in forbidden.items():
+        found = [dims for _, dims, _ in sizes.found if np.prod(dims, dtype=int) in numbers]
+        print(f"  of size {what}: {len(found)} of {len(sizes.found):,} tensors", *found[:1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# load, data: in processes of their own, so that peak memory is true
+
+def read_once(folders, dtype):
+    return sum(len(file.read_bytes()) for folder in folders for file in weight_files(folder))
+
+
+def load_ours(folders, dtype):
+    """As train.py --preset small --stage joint does it -> bytes of the parameters."""
+    setup = Setup(Path(), "small", *folders, None, torch.device("cpu"), dtype, 0, 1.0, 8, 16.0, 2048, 100)
+    return sum(p.nbytes for model in (setup.load_base(), setup.load_router()) for p in model.parameters())
+
+
+def load_theirs(folders, dtype):
+    from transformers import AutoModelForCausalLM
+    loaded = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for folder in folders]
+    return sum(p.nbytes for model in loaded for p in model.parameters())
+
+
+def ready():
+    """Imports that are not to be counted as loading."""
+    import transformers
+    transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.Qwen2ForCausalLM
+
+
+def load(args):
+    """Start-up of --preset small: both models in memory, beside reading their files once (from the page cache)."""
+    given = folders(args, 2), args.dtype
+    runs = {"reading the files once": read_once, "PersonaFuse": load_ours, "transformers": load_theirs}
+    found = {name: [] for name in runs}
+    for _ in range(args.rounds + 1):
+        for name, run in runs.items():
+            found[name].append(alone(run, *given, ready=ready))
+    found = {name: all[1:] for name, all in found.items()}
+    table("Loading both models of --preset small", {n: [seconds for _, seconds, _ in all] for n, all in found.items()})
+    show("Memory of it, in GB", ["", "result", "peak above the start", "ratio"],
+         [[name, f"{all[0][0] / 1e9:.2f}", f"{(most := max(peak for _, _, peak in all)) / 1e9:.2f}",
+           f"{most / all[0][0]:.2f}"] for name, all in found.items()])
+
+
+def data_path(file, folders, cache):
+    """Records to the padded micro-batches of one epoch, as warm-up and router see them -> seconds of each part."""
+    marks = [time.perf_counter()]
+    records = read_records(file)
+    marks.append(time.perf_counter())
+    rows, _ = examples(records, Chat.from_dir(folders[0]), load_tokenizer(folders[1]), 2048, cache)
+    marks.append(time.perf_counter())
+    rows = per_pole(rows)
+    order = batches([cost(row) for row in rows], 64, 0)
+    for _ in range(len(rows) // 64):
+        for group in micro_batches([rows[i] for i in next(order)], 2048):
+            pad([row.ids for row in group]), pad([row.query for row in group])
+    return [*np.diff([*marks, time.perf_counter()]), time.perf_counter() - marks[0]]
+
+
+def data(args):
+    """The data path of --count records: reading, tokenising for both models, an epoch of batches."""
+    given, rows = folders(args, 2), []
+    with tempfile.TemporaryDirectory() as folder:
+        file, cache = Path(folder) / "records.jsonl", Path(folder) / "tokens"
+        write_records(file, template_records("train", args.count))
+        for name in ("the first time", "again"):
+            seconds, _, peak = alone(data_path, file, given, cache)
+            rows.append([f"{args.count:,} records, {name}", *(f"{s:.1f} s" for s in seconds), f"{peak / 1e9:.2f} GB"])
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+    show("The data path, one process", ["", "reading", "tokenising", "batching", "together", "peak"], rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# growth
+
+GROWTH = {"experts": (1, 2, 5, 10, 20, 40), "rank": (1, 4, 8, 16, 32, 64), "tokens a row": (32, 64, 128, 256, 512),
+          "rows": (1, 2, 4, 8, 16)}
+
+
+def growth(args):
+    """Step time and memory against one size at a time; the others are 10 experts, rank 8, 128 tokens, 4 rows."""
+    config = shape(args)
+    state = fresh(config, args).state_dict()
+    runs, most = {}, {}
+    for what, values in GROWTH.items():
+        for value in values:
+            sizes = {"experts": 10, "rank": 8, "tokens a row": 128, "rows": 4} | {what: value}
+            with torch.device("meta"):
+                model = Transformer(config)
+            model.load_state_dict(state, assign=True)
+            optimizer = torch.optim.AdamW(with_experts(model, sizes["experts"], sizes["rank"]), fused=True)
+            runs[what, value] = our_step(model, rows_of(config, sizes["rows"], sizes["tokens a row"]), optimizer,
+                                         gates(sizes["rows"], args.device, sizes["experts"]))
+            runs[what, value]()
+            most[what, value] = peak(runs[what, value], args.device)[0]
+    times = interleaved(runs, args.rounds, args.device)
+    rows = []
+    for (what, value), found in times.items():
+        low, middle, high = (f"{f(found) * 1e3:,.0f}" for f in (min, statistics.median, max))
+        rows.append([what, str(value), f"{middle} ms", f"{low} to {high}", f"{most[what, value] / 1e6:,.0f} MB"])
+    show(f"A step's time, and memory above weights and moments, {config.n_layers} layers",
+         ["", "", "median", "lowest to highest", "peak"], rows)
+    if args.out:
+        plot(times, most, args.out)
+
+
+def plot(times, most, file):
+    """Time above, memory below, a column for each size, all axes logarithmic: what is proportional is a straight line
+    of slope 1. Colours that the colour-blind can tell apart, and two markers."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(12, 6), sharex="col", sharey="row", layout="constrained")
+    for (top, bottom), (what, values) in zip(axes.T, GROWTH.items()):
+        low, middle, high = (np.array([f(times[what, v]) * 1e3 for v in values]) for f in (min, statistics.median, max))
+        top.errorbar(values, middle, [middle - low, high - middle], color="#0072B2", marker="o", capsize=3)
+        bottom.plot(values, [most[what, v] / 1e6 for v in values], color="#D55E00", marker="s", linestyle="--")
+        bottom.set_xlabel(what)
+        for axis in (top, bottom):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            axis.set_xticks(values, [str(v) for v in values])
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("step, ms (lowest, median, highest)")
+    axes[1, 0].set_ylabel("peak above weights, MB")
+    figure.savefig(file, dpi=120)
+    print(f"\n{file}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gpu
+
+def gpu(args):
+    """The 8B's true shape with random weights: the three stages with and without recomputation and compilation, and
+    decoding against the bandwidth."""
+    config, encoder = shape(args, "Llama-3.1-8B"), CONFIGS["Qwen2.5-0.5B"]
+    encoder = replace(encoder, n_layers=min(args.layers or encoder.n_layers, encoder.n_layers))
+    lengths, on_off, rows = [args.length] if args.length else [2048, 512], (False, True), []
+    for name in ("warmup", "router", "joint"):
+        task, models = stage(name, encoder if name == "router" else config, args, encoder, args.tokens)
+        for length, compiled, recompute in product(lengths, on_off, on_off):
+            batch = whole_rows(name, config, encoder, 4 * args.tokens // length, length)
+            tokens = sum(length * (name != "router") + length // 4 * (name != "warmup") for _ in batch)
+            for model in models:
+                model.recompute = recompute
+                compile_blocks(model, compiled)
+            run = partial(task.step, batch)
+            cells = [name, f"{length}", ("no", "yes")[recompute], ("no", "yes")[compiled]]
+            try:
+                run()  # makes moments and kernels
+                most = ""
+                if args.device.type == "cuda":
+                    held = torch.cuda.memory_allocated(args.device)
+                    most = f"{(held + peak(run, args.device)[0]) / 1e9:.1f}"
+                times = interleaved({"": run}, args.rounds, args.device)[""]
+                cells += [f"{tokens / statistics.median(times):,.0f}", f"{min(times):.2f} to {max(times):.2f}", most]
+            except torch.OutOfMemoryError:
+                cells += ["out of memory", "", ""]
+                for p in (*task.parameters(), *(p for model in models for p in model.parameters())):
+                    p.grad = None
+                torch.cuda.empty_cache()
+            print(*cells, sep="  ", file=sys.stderr, flush=True)
+            rows.append(cells)
+        del run, task, models, model  # the next stage needs the memory
+    show(f"Training, 4 micro-batches of {args.tokens:,} tokens a step; peak in GB",
+         ["stage", "tokens a row", "recompute", "compile", "tokens/s", "s a step", "peak"], rows)
+    model, new = fresh(config, args), args.steps or 128
+    with_experts(model)
+    for compiled, n in product(on_off, (1, args.batch or 16)):
+        compile_blocks(model, compiled)
+        prompts, gate = torch.randint(3, config.vocab_size, (n, 64)).tolist(), gates(n, args.device)
+        runs = {"no experts": lambda: generate(model, prompts, None, new),
+                f"{n} gate(s)": lambda: generate(model, prompts, gate, new)}
+        table(f"Decoding, {n} x {new} tokens, {'compiled' if compiled else 'as written'}",
+              interleaved(runs, args.rounds, args.device), n * new,
+              {name: new * token_bytes(model, "gate" in name) for name in runs}, args.bandwidth)
+
+
+def whole_rows(name, config, encoder, rows, length):
+    """Rows of `length` tokens, a third of them prompt, with queries of a quarter of that."""
+    batch = rows_of(config, rows, length - 1, length // 3)
+    for i, row in enumerate(batch):
+        row.active = torch.eye(len(EXPERTS))[i % len(EXPERTS)]
+        row.query = np.random.default_rng(i).integers(encoder.vocab_size, size=length // 4)
+        row.expert = i % len(EXPERTS) if name == "warmup" else None
+        row.ids = None if name == "router" else row.ids
+    return batch
+
+
+def compile_blocks(model, compiled):
+    for block in model.model.layers:
+        block._compiled_call_impl = None
+    if compiled:
+        compile_layers(model)
+
+
+COMMANDS = {"step": step, "generate": decode, "teacher": teacher, "router": router, "memory": memory, "load": load,
+            "data": data, "growth": growth, "gpu": gpu}
+NO_CEILING = ("load", "data", "memory", "growth")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="model folders; else random weights")
+    parser.add_argument("--shape", choices=CONFIGS, help="SmolLM2-135M; router: Qwen2.5-0.5B; gpu: Llama-3.1-8B")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--rounds", type=int, default=10)
-    args = parser.parse_args()
-    args.device, args.dtype = torch.device("cpu"), torch.float32
-    rate, bandwidth = ceiling(args.device, args.dtype)
-    print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}: at most {rate / 1e9:.0f} GFLOP/s in matrix "
-          f"products, {bandwidth / 1e9:.1f} GB/s from memory")
+    parser.add_argument("--batch", type=int, help="rows; generate: in its second table")
+    parser.add_argument("--length", type=int, help="tokens a row")
+    parser.add_argument("--steps", type=int, help="new tokens of generate, teacher and gpu; steps a round of router")
+    parser.add_argument("--tokens", type=int, default=PRESETS["paper"]["tokens"], help="gpu: tokens a micro-batch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--natural", action="store_true", help="teacher: replies end where they end")
+    parser.add_argument("--queries", help="router, teacher: a file of real queries, .txt, .jsonl or .csv")
+    parser.add_argument("--count", type=int, default=100_000, help="data: records")
+    parser.add_argument("--out", help="growth: a PNG file for the plot")
+    parser.add_argument("--device", help="cpu (the default; gpu: cuda), cuda or cuda:N")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
+    args = parser.parse_args(argv)
+    if args.what == "gpu" and not args.device and not torch.cuda.is_available():
+        raise UserError("gpu needs a CUDA GPU, and there is none here; --device cpu --shape SmolLM2-135M --layers 1 "
+                        "--tokens 512 --length 128 only tries the code")
+    args.device = pick_device(args.device or ("cuda" if args.what == "gpu" else "cpu"))
+    args.dtype = pick_dtype(args.dtype, args.device)
+    args.flops, args.bandwidth = (0, 0) if args.what in NO_CEILING else ceiling(args.device, args.dtype)
+    print(f"{torch.cuda.get_device_name(args.device) if args.device.type == 'cuda' else 'CPU'}, "
+          f"{torch.get_num_threads()} threads, {str(args.dtype).removeprefix('torch.')}"
+          + (f"; at most {args.flops / 1e9:,.0f} GFLOP/s, {args.bandwidth / 1e9:,.1f} GB/s" if args.flops else ""),
+          flush=True)
     COMMANDS[args.what](args)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -144,6 +144,7 @@ def test_a_run_folder_is_laid_out_as_promised(run_folder):
     for stage in ("warmup", "joint"):
         expected |= {f"{stage}/experts/{expert}/{name}" for expert in EXPERTS
                      for name in ("adapter_config.json", "adapter_model.safetensors")}
+    expected |= {f"tokens/{role}.safetensors" for role in ("base", "encoder")}
     for stage in ("router", "joint"):
         expected |= {f"{stage}/router/config.json", f"{stage}/router/model.safetensors"}
     found = {str(file.relative_to(run_folder)) for file in run_folder.rglob("*") if file.is_file()}

@@ -1,17 +1,20 @@
 """Laws of the training: what a step computes, what it moves, and that stopping and going on change nothing."""
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch.nn import functional as F
 
 import train
 from lora import EXPERTS, add_experts, expert_layers
-from model import Config, Transformer, UserError
-from router import Router, contrastive_loss
+from model import Chat, Config, Transformer, UserError
+from router import Router, contrastive_loss, query_ids
+from test_chat import TEMPLATES, make_folder
 from train import Example, Task, batches, cost, fit, heldout, micro_batches, row_losses, schedule, token_losses
 
 CONFIG = Config(97, 32, 2, 4, 2, 8, 48, 1e-5, 1e4, tied=True)
@@ -55,6 +58,106 @@ def state(task):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Tokens, and the file that they are kept in
+
+RECORDS = [{"id": "a", "query": "  I am sad. \n", "response": " Why? ", "traits": {"openness": 1}},
+           {"id": "b", "query": "Hello", "response": "I don't know.", "traits": {"neuroticism": -1},
+            "history": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\n Hello there"}]},
+           {"id": "c", "query": "<|im_end|>", "response": "Hello", "traits": {"extraversion": 1}},
+           {"id": "d", "query": "Hello", "response": "Be kind.", "traits": {"extraversion": 1}}]
+
+
+def contents(rows):
+    return [(row.id, row.active.tolist(), row.ids is not None and (row.ids.dtype, row.ids.tolist()), row.prompt,
+             row.query is not None and (row.query.dtype, row.query.tolist())) for row in rows]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The batches of texts that a tokenizer was asked for."""
+    found, plain = [], train.Ahead.encode_all
+    monkeypatch.setattr(train.Ahead, "encode_all", lambda self: (found.append(list(self.known)), plain(self))[1])
+    return found
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("some", [1, 3, 4096])
+def test_records_are_encoded_as_one_by_one(kind, some, tmp_path, monkeypatch):
+    chat = Chat.from_dir(make_folder(tmp_path, kind))
+    monkeypatch.setattr(train.tokenised, "__defaults__", (*train.tokenised.__defaults__[:-1], some))
+    rows, long = train.examples(RECORDS, chat, chat.tokenizer)
+    assert long == 0
+    for record, row in zip(RECORDS, rows, strict=True):
+        ids, supervised = chat.example(train.messages_of(record), record["response"])
+        assert row.ids.tolist() == ids and row.ids.dtype == np.int32
+        assert supervised == [False] * row.prompt + [True] * (len(ids) - row.prompt)
+        assert row.query.tolist() == query_ids(chat.tokenizer, record["query"], record.get("history"))
+
+
+def test_tokens_are_made_once_and_kept_make_no_difference(tmp_path, asked):
+    chat = Chat.from_dir(make_folder(tmp_path / "model", "llama"))
+    plain = contents(train.examples(RECORDS, chat, chat.tokenizer)[0])
+    assert len(asked) == 2 and not (tmp_path / "tokens").exists()  # without a folder nothing is written
+    assert contents(train.examples(RECORDS, chat, chat.tokenizer, None, tmp_path / "tokens")[0]) == plain
+    assert len(asked) == 4
+    kept = train.examples(RECORDS, chat, chat.tokenizer, None, tmp_path / "tokens")[0]
+    assert contents(kept) == plain and len(asked) == 4
+    # a limit is no part of what is kept; nor is what one stage needs of what another needs
+    lengths = [len(row.ids) for row in kept]
+    for limit in (max(lengths), max(lengths) - 1):
+        rows, long = train.examples(RECORDS, chat, None, limit, tmp_path / "tokens")
+        assert [len(row.ids) for row in rows] == [n for n in lengths if n <= limit] and long == 4 - len(rows)
+    assert [row[4] for row in contents(train.examples(RECORDS, None, chat.tokenizer, None, tmp_path / "tokens")[0])] \
+        == [row[4] for row in plain] and len(asked) == 4
+
+
+@pytest.mark.parametrize("what", ["a query", "a reply", "a history", "order", "fewer", "tokenizer", "dates", "system",
+                                  "library", "code"])
+def test_other_texts_tokenizers_or_formats_are_tokenised_anew(what, tmp_path, asked, monkeypatch):
+    kind, records = "chatml", [dict(record) for record in RECORDS]
+    train.examples(records, Chat.from_dir(make_folder(tmp_path / "was", kind)), None, None, tmp_path / "tokens")
+    chat = Chat.from_dir(make_folder(tmp_path / "now", {"system": "chatml with a default"}.get(what, kind)))
+    if what == "a query":
+        records[2]["query"] += "!"
+    elif what == "a reply":
+        records[0]["response"] = "Because."
+    elif what == "a history":
+        records[1]["history"] = RECORDS[1]["history"][:1]
+    elif what == "order":
+        records.reverse()
+    elif what == "fewer":
+        records.pop()
+    elif what == "tokenizer":
+        chat.tokenizer.add_tokens(["sad"])
+    elif what == "dates":
+        chat.dates = True
+    elif what == "library":
+        monkeypatch.setattr(train.tokenizers, "__version__", "0.0")
+    elif what == "code":
+        monkeypatch.setattr(train, "encode", lambda tokenizer, text: tokenizer.encode(text).ids)
+    new = contents(train.examples(records, chat, None, None, tmp_path / "tokens")[0])
+    assert len(asked) == 2 and new == contents(train.examples(records, chat)[0])
+    train.examples(records, chat, None, None, tmp_path / "tokens")
+    assert len(asked) == 3  # the new ones are kept
+
+
+@pytest.mark.parametrize("torn", ["cut", "empty", "another byte", "no tokens", "a folder"])
+def test_a_torn_file_of_tokens_is_made_anew_in_silence(torn, tmp_path, asked, capsys):
+    chat, file = Chat.from_dir(make_folder(tmp_path / "model", "llama")), tmp_path / "tokens" / "base.safetensors"
+    plain = contents(train.examples(RECORDS, chat, None, None, file.parent)[0])
+    whole = file.read_bytes()
+    if torn == "a folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes({"cut": whole[:-1], "empty": b"", "another byte": whole[:-1] + bytes([whole[-1] ^ 1]),
+                          "no tokens": save({"x": torch.ones(1)})}[torn])
+    assert contents(train.examples(RECORDS, chat, None, None, file.parent)[0]) == plain
+    assert contents(train.examples(RECORDS, chat, None, None, file.parent)[0]) == plain
+    assert len(asked) == 2 and capsys.readouterr() == ("", "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Losses
 
 @pytest.mark.parametrize("chunk", [1, 3, None])
@@ -65,7 +168,7 @@ def test_token_losses_and_their_gradient_are_those_of_the_plain_cross_entropy(ch
     weight = torch.rand(10, dtype=torch.float64)  # every position counts for itself
     ours = token_losses(model, h, t, chunk)
     plain = F.cross_entropy(model.head(h), t, reduction="none")
-    assert torch.allclose(ours, plain, atol=1e-12)
+    assert torch.allclose(ours, plain, atol=1e-12) and ours.shape == (10,)
     wanted = [h, model.head_weight] if trains else [h]
     ours, plain = (torch.autograd.grad((loss * weight).sum(), wanted, retain_graph=True) for loss in (ours, plain))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, plain))
@@ -173,6 +276,37 @@ def test_warm_up_of_ten_together_equals_each_apart():
     for a, b in zip(together, start):
         assert torch.equal(a[1], b[1])  # an expert without any row has not moved
         assert not torch.equal(a[3], b[3])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_train_alike_and_are_not_compiled_again_for_other_lengths(recompute):
+    """A step or two compile; then any number of rows, of any length, finds what it needs. The whole optimiser step is
+    compared, in fp64, so that only the order of sums can differ."""
+    torch.compiler.reset()
+    tasks = [Task("joint", base(random_B=True).double(), router().double(), settings(tokens=10_000)) for _ in range(2)]
+    for part in (tasks[1].model, tasks[1].router.encoder):
+        part.recompute = recompute
+        train.compile_layers(part)
+    try:
+        for seed, n in enumerate((6, 3, 2, 9, 5, 12)):
+            rows = some_rows(n, seed)
+            for row in rows:
+                row.expert = None
+            plain, compiled = (task.step(rows) for task in tasks)
+            torch.compiler.set_stance("fail_on_recompile")
+            assert compiled["loss"].item() == pytest.approx(plain["loss"].item(), rel=1e-6), n
+        apart = max((a - b).abs().max() for a, b in zip(*map(state, tasks)))
+        assert apart < 1e-6, apart  # the router's cosines are fp32
+    finally:
+        torch.compiler.set_stance("default")
+
+
+def test_compile_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="C\\+\\+ compiler"):
+        train.compile_layers(base())
 
 
 def test_an_expert_absent_from_a_step_does_not_move():

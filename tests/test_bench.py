@@ -1,0 +1,139 @@
+"""Every command of bench.py runs, on models of almost no size, and what its tables are made with keeps its laws."""
+import io
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+
+import bench
+from bench import main, saved_bytes
+from harness import interleaved, linears, our_step, peak, rows_of, step_flops, table, token_bytes, with_experts
+from lora import ExpertLinear
+from model import CONFIGS, Config, Transformer, UserError
+from synth import make_tiny, template_records
+
+pytest.importorskip("transformers", reason="transformers is in requirements-dev.txt")
+pytest.importorskip("peft", reason="peft is in requirements-dev.txt")
+LLAMA = Config(1024, 64, 2, 4, 2, 16, 160, 1e-5, 1e4)
+SHAPES = {"Llama-3.1-8B": LLAMA, "SmolLM2-135M": Config(1024, 64, 2, 4, 2, 16, 160, 1e-5, 1e4, tied=True),
+          "Qwen2.5-0.5B": Config(1024, 64, 2, 4, 2, 16, 160, 1e-6, 1e4, qkv_bias=True, tied=True)}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for name, config in SHAPES.items():
+        monkeypatch.setitem(CONFIGS, name, config)
+    monkeypatch.setattr(bench, "ceiling", lambda device, dtype: (1e11, 1e10))
+    monkeypatch.setattr(bench, "GROWTH", {"experts": (1, 3), "tokens a row": (8, 32)})
+
+
+def shown(command):
+    out = io.StringIO()
+    with redirect_stdout(out):
+        main(command.split())
+    assert all(len(line) <= 80 for line in out.getvalue().splitlines()), out.getvalue()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("command, words", [
+    ("step --rounds 1 --layers 1 --length 12", "peft, ten adapters"),
+    ("generate --rounds 1 --steps 3 --batch 3", "merged for one gate"),
+    ("router --rounds 1 --batch 3 --steps 2", "padded batches")])
+def test_runs_on_random_weights(command, words):
+    assert words in shown(command)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base and an encoder with tokenizers, untrained."""
+    folder, records = tmp_path_factory.mktemp("models"), template_records("train", 100)
+    for kind in ("base", "encoder"):
+        make_tiny(kind, folder / kind, records, 0, lambda model, chat: None)
+    return f"{folder / 'base'} {folder / 'encoder'}"
+
+
+def test_runs_on_model_folders(folders, tmp_path):
+    queries = tmp_path / "queries.txt"
+    queries.write_text("How are you?\nWhat should I do on Sunday, when nobody is at home?\n")
+    assert "2 of 2 equal" in shown(f"teacher --weights {folders} --steps 4 --batch 2 --rounds 1 --queries {queries}")
+    assert "8 queries" in shown(f"router --weights {folders.split()[1]} --queries {queries} --rounds 1 --batch 2")
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own(folders):
+    assert "reading the files once" in shown(f"load --weights {folders} --rounds 1")
+    assert "300 records, again" in shown(f"data --weights {folders} --count 300")
+
+
+@pytest.mark.parametrize("compiler", ["none", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_gpu_runs_on_a_cpu(compiler, monkeypatch):
+    if compiler == "none":
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
+    out = shown("gpu --device cpu --tokens 48 --rounds 1 --steps 2 --batch 2 --length 24")
+    rows = [line.split()[:4] for line in out.splitlines() if line.split()[1:2] == ["24"]]
+    assert rows == [[stage, "24", recompute, compiled] for stage in ("warmup", "router", "joint")
+                    for compiled in ("no", "yes") for recompute in ("no", "yes")]
+    assert "Decoding, 2 x 2 tokens, compiled" in out and "out of memory" not in out
+
+
+def test_growth_is_a_table_and_a_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is in requirements-dev.txt")
+    table = shown(f"growth --rounds 1 --out {tmp_path / 'growth.png'}")
+    assert "tokens a row" in table and (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_says_in_one_line_what_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command, words in (("gpu", "needs a CUDA GPU"), ("load", "--weights with 2"), ("teacher", "--weights with 1")):
+        with pytest.raises(UserError, match=words):
+            main([command])
+
+
+def test_runs_take_turns_and_ratios_are_those_of_neighbours(capsys):
+    order = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert "".join(order) == "ababab" and all(len(found) == 2 for found in times.values())  # the first was to warm up
+    table("title", {"a": [1.0, 2.0, 4.0, 1.0], "b": [3.0, 4.0, 4.0, 2.0]}, 7, {"b": 70.0}, 100.0)
+    _, a, b = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert a[1:] == ["1,500", "ms", "1.00", "[1.00,", "1.00]", "4.7"]
+    assert b[1:] == ["3,500", "ms", "2.00", "[2.00,", "2.00]", "2.0", "20%"]
+
+
+def test_a_peak_counts_what_is_there_at_once():
+    def run():
+        for _ in range(3):
+            both = torch.empty(1000), torch.empty(5000)  # 24 kB, three times, but never beside each other
+            del both
+    assert peak(run, torch.device("cpu")) == (24_000, 20_000)
+
+
+def test_what_is_saved_for_backward_is_counted_once_and_without_parameters():
+    layer, x = torch.nn.Linear(8, 8), torch.ones(4, 8, requires_grad=True)
+    assert saved_bytes(layer, lambda: (layer(x) + layer(x)).sum()) == x.nbytes  # x twice, the weight not at all
+
+
+def test_operations_that_a_step_needs():
+    """As PyTorch counts them, but for what it leaves out: attention on a CPU, and what the experts add in place."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = Transformer(SHAPES["Llama-3.1-8B"])
+    parameters, c = with_experts(model), model.config
+    model.model.embed_tokens.register_forward_hook(lambda module, given, out: out.requires_grad_())
+    gate, batch = torch.full((3, 10), 0.1), rows_of(c, 3, 16, 9)
+    with FlopCounterMode(display=False) as counter:
+        our_step(model, batch, torch.optim.AdamW(parameters), gate)()
+    in_place = c.n_layers * 2 * 80 * sum(out for _, out in linears(c)) * 3 * 17
+    attention = c.n_layers * 7 * c.n_heads * c.head_dim * 3 * 17**2  # 2 products forward and 5 backward, half of each
+    assert counter.get_total_flops() + in_place + attention == step_flops(c, [17] * 3, 3 * 8)
+    assert token_bytes(model) - token_bytes(model, experts=False) == sum(p.nbytes for p in parameters)
+
+
+def test_what_must_not_exist_is_seen(monkeypatch):
+    """Each expert's own output, then their sum: tokens x experts x width, which `memory` has to count."""
+    assert "experts x width: 0 of" in shown("memory --length 16")
+
+    def one_by_one(self, x, gate=None):
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        each = torch.einsum("bter,ero->bteo", torch.einsum("btd,erd->bter", x, self.A), self.B)  # (B, T, E, out)
+        return y if gate is None else y + self.scale * (gate[:, None, :, None] * each).sum(2)
+    monkeypatch.setattr(ExpertLinear, "forward", one_by_one)
+    assert "experts x width: 0 of" not in shown("memory --length 16")
