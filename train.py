@@ -986,7 +986,7 @@ def unbegin(run, stages, config):
     if config is not None:
         with atomic(run / "config.json") as part:
             part.write_bytes(config)
-    elif not logged and {path.name for path in run.iterdir()} <= {"config.json", "log.jsonl", "state"}:
+    elif not logged and {path.name for path in run.iterdir()} <= {"config.json", "log.jsonl", "state", "tokens"}:
         remove(run)
 
 
