@@ -136,8 +136,8 @@ class Args:
     recompute: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     compile: bool = False
-    """Let torch.compile fuse each layer's operations: a minute or so at the start, then faster steps. Needs Triton on a
-    GPU and a C++ compiler on a CPU."""
+    """Let torch.compile fuse each layer's operations; compiling takes a minute or so at the start. Needs Triton on a GPU
+    and a C++ compiler on a CPU."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
