@@ -600,13 +600,20 @@ def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, 
         assert len(shared) == prefixes
 
 
-def test_a_prefix_computed_once_changes_nothing():
+@pytest.fixture
+def begun():
+    """A small model with experts, and what three prompts begin with and how each goes on."""
     torch.manual_seed(0)
     model = Transformer(Config(97, 64, 3, 4, 2, 32, 96, 1e-5, 1e4))
     add_experts(model)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     begin, rest = torch.randint(97, (40,)).tolist(), [torch.randint(97, (n,)).tolist() for n in (7, 1, 30)]
+    return model, begin, rest
+
+
+def test_a_prefix_computed_once_changes_nothing(begun):
+    model, begin, rest = begun
     for gate in (None, torch.softmax(torch.randn(1, 10), -1)):
         prefix = Prefix(model, begin, gate)
         for some in (rest, rest[1:2], rest[::-1]):  # one prefix serves many batches, of one token too
@@ -621,14 +628,9 @@ def test_a_prefix_computed_once_changes_nothing():
     assert shared_prefix([[1, 2], [2, 1]]) == 0
 
 
-def test_generation_computes_a_long_beginning_once(monkeypatch):
+def test_generation_computes_a_long_beginning_once(begun, monkeypatch):
     """Logits of every step as for each prompt alone, to 1e-4; gates of their own share nothing; nor do few tokens."""
-    torch.manual_seed(0)
-    model = Transformer(Config(97, 64, 3, 4, 2, 32, 96, 1e-5, 1e4))
-    add_experts(model)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    begin, rest = torch.randint(97, (40,)).tolist(), [torch.randint(97, (n,)).tolist() for n in (7, 1, 30)]
+    model, begin, rest = begun
     gates, widths, hidden = torch.softmax(torch.randn(3, 10), -1), [], model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, *more: widths.append(tuple(ids.shape)) or hidden(ids, *more))
     for some, gate, first in ((rest, None, [(1, 40), (3, 30)]), (rest, gates[:1], [(1, 40), (3, 30)]),
