@@ -136,8 +136,8 @@ class Args:
     recompute: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     compile: bool = False
-    """Let torch.compile fuse each layer's operations: a minute or so at the start, then faster steps. Needs Triton on a
-    GPU and a C++ compiler on a CPU."""
+    """Let torch.compile fuse each layer's operations; compiling takes a minute or so at the start. Needs Triton on a GPU
+    and a C++ compiler on a CPU."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
@@ -1039,8 +1039,8 @@ def prepare(setup, settings, stop):
 
 
 def compile_layers(model):
-    """Let torch.compile have every layer of a model, for sizes of all kinds at once: one graph each way, without breaks,
-    that all layers share, and a second one for batches of a single row, for which PyTorch always makes its own."""
+    """Let torch.compile have every layer of a model, without graph breaks and for sizes of all kinds at once. The first
+    step compiles, and the first batch of a single row, for which PyTorch always makes a graph of its own."""
     cuda = model.device.type == "cuda"
     if cuda and not importlib.util.find_spec("triton"):
         raise UserError("--compile needs Triton on a GPU: pip install triton, or leave --compile out")

@@ -253,7 +253,9 @@ def test_a_mixture_or_merged_weights_are_what_the_references_compute(strong, ids
     gate = torch.tensor([[*asked["gate"].values()]])
     wanted, base = ours(strong, ids, gate.expand(2, -1))
     found = logits_of(base, ids, "out") if kind == "mixture" else logits_of("out", ids)
-    assert (found - wanted).abs().max() <= 1e-4 and (wanted - ours(strong, ids, None)[0]).abs().max() > 0.1
+    # sums in another order, in fp32, through layers whose experts are strong: up to 1.2e-5 of the largest logit was seen
+    assert (found - wanted).abs().max() <= 3e-5 * wanted.abs().max()
+    assert (wanted - ours(strong, ids, None)[0]).abs().max() > 0.1
     assert use.bars(gate[0]) in out
     if kind == "mixture":
         assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 80
