@@ -26,14 +26,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from batches import examples, micro_batches
 from benchmarks import BENCHMARKS, PROMPTS, grouped
 from command import Parser, add_fields, check_numbers, pick_device, pick_dtype, run_command
 from lora import EXPERTS, SHORT, adapter_shape
 from model import (Chat, Prefix, Transformer, UserError, atomic, encode, generate, load_tokenizer, pad, read_json,
                    shared_prefix)
 from router import RULES, gate_report, gates_under, persona_gate, raw_gate
+from runs import Setup, differences, fingerprint, read_run
 from synth import signatures
-from train import Setup, answer, differences, examples, fingerprint, heldout, micro_batches, read_run, similarities
+from train import answer, heldout, similarities
 
 
 # ----------------------------------------------------------------------------------------------------------------------

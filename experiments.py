@@ -25,12 +25,14 @@ import numpy as np
 import torch
 
 import train
+from batches import Example, cost, examples, micro_batches
 from eval import Common, Measured, bootstrap, one_hot, pole_losses, subsets
 from lora import EXPERTS, SHORT, TRAITS, expert_layers, save_experts
 from model import UserError, atomic, encode, load_tokenizer, pad, read_json
 from router import gate_report, gates_under, persona_gate, query_ids, save_router
+from runs import STAGES, Setup
 from synth import load_data, write_records
-from train import STAGES, Setup, cost, examples, heldout, micro_batches, similarities
+from train import heldout, similarities
 
 # ----------------------------------------------------------------------------------------------------------------------
 # experiment: train a variant, measure it under a gate rule, compare
@@ -483,7 +485,7 @@ class Health(Common):
 def plain_rows(run, texts):
     """Texts as rows in which all but the first token counts: nobody asks, nobody is in a manner."""
     tokenizer, bos = load_tokenizer(run.setup.encoder), [] if run.chat.bos is None else [run.chat.bos]
-    return [train.Example(str(i), torch.zeros(len(EXPERTS)), np.array([*bos, *encode(
+    return [Example(str(i), torch.zeros(len(EXPERTS)), np.array([*bos, *encode(
         run.chat.tokenizer, text), run.chat.end][:run.args.tokens], dtype=np.int32), 1,
         np.array(query_ids(tokenizer, text), dtype=np.int32)) for i, text in enumerate(texts)]
 
@@ -707,7 +709,7 @@ def ratings(run, texts, gate):
         prompts = [run.chat.prompt([{"role": "user", "content": (
             f"How accurately does this statement describe you? \"You {text[0].lower()}{text[1:].rstrip('. ')}.\"\n"
             f"{listed}\nAnswer with one letter.")}]) for text in texts]
-        rows = [train.Example(i, None, np.array(ids), 0) for i, ids in enumerate(prompts)]
+        rows = [Example(i, None, np.array(ids), 0) for i, ids in enumerate(prompts)]
         for group in micro_batches(rows, run.args.tokens):
             ids, lengths = pad([row.ids for row in group], run.model.device)
             h = run.model.hidden(ids, None if gate is None else gate.expand(len(group), -1).to(ids.device))

@@ -19,10 +19,7 @@ What is notable:
 
 Shapes: B rows, T tokens, N supervised tokens, D width, V vocabulary, E experts.
 """
-import hashlib
 import importlib.util
-import inspect
-import json
 import math
 import os
 import shutil
@@ -33,55 +30,23 @@ import time
 import typing
 from collections import Counter
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import tokenizers
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from command import MOST, parse, pick_device, pick_dtype, run_command
-from lora import EXPERTS, add_experts, expert_layers, load_experts, save_experts
-from model import Chat, Transformer, UserError, atomic, encode, finite, generate, load_tokenizer, open_safetensors
-from model import pad, read_json, remove, send, short, weight_files
-from router import RULES, Router, active_experts, bars, contrastive_loss, gate_report, gates_under, load_router
-from router import query_ids, save_router
-from synth import SPLITS, load_data, make_tiny, read_bytes, template_records, write_records
-
-VERSION = 1  # of the run folder's format
-STAGES = ("warmup", "router", "joint")
-
-# What each preset is made of, and each stage's sizes: optimiser steps, rows a step, learning rates (all ours). "tokens"
-# is the most that a micro-batch holds, padding included.
-PRESETS = {
-    "paper": dict(
-        base=("weights/Llama-3.1-8B-Instruct",), encoder=("weights/Qwen2.5-0.5B",), data="data/personafuse.jsonl",
-        tokens=8192, eval_records=500,
-        warmup=dict(steps=3000, batch=64, lr=2e-4), router=dict(steps=2300, batch=128, router_lr=2e-5),
-        joint=dict(steps=1500, batch=64, lr=1e-4, router_lr=1e-5)),
-    "small": dict(
-        base=("weights/SmolLM2-135M-Instruct",),
-        encoder=("weights/Qwen2.5-0.5B", "weights/Qwen2.5-Coder-0.5B-Instruct"), data=None, records=(8000, 400, 400),
-        tokens=2048, eval_records=100,
-        warmup=dict(steps=100, batch=20, lr=1e-3), router=dict(steps=60, batch=16, router_lr=5e-5),
-        joint=dict(steps=40, batch=16, lr=5e-4, router_lr=2e-5)),
-    "tiny": dict(
-        base=(), encoder=(), data=None, records=(8000, 400, 600), tokens=4096, eval_records=200,
-        pretrain=dict(steps=200, batch=20, lr=4e-3),
-        warmup=dict(steps=100, batch=16, lr=1e-2), router=dict(steps=100, batch=40, router_lr=2e-3),
-        joint=dict(steps=60, batch=16, lr=5e-3, router_lr=5e-4)),
-}
-DOWNLOADS = {
-    "Llama-3.1-8B-Instruct": "hf auth login && hf download meta-llama/Llama-3.1-8B-Instruct --exclude \"original/*\"",
-    "Qwen2.5-0.5B": "hf download Qwen/Qwen2.5-0.5B",
-    "SmolLM2-135M-Instruct": "hf download HuggingFaceTB/SmolLM2-135M-Instruct",
-}
+from batches import base_rows, batches, cost, examples, messages_of, micro_batches, per_pole, place
+from command import parse, run_command
+from lora import EXPERTS, expert_layers, save_experts
+from model import Chat, Transformer, UserError, atomic, generate, load_tokenizer, pad, read_json, send
+from router import RULES, bars, contrastive_loss, gate_report, gates_under, save_router
+from runs import STAGES, append, check_room, open_run, remaining, resolve, restore, rewind_log, save_state, size
+from runs import stage_settings, states, unbegin
+from synth import make_tiny, template_records
 
 
 @dataclass
@@ -136,8 +101,8 @@ class Args:
     recompute: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     compile: bool = False
-    """Let torch.compile fuse each layer's operations; compiling takes a minute or so at the start. Needs Triton on a GPU
-    and a C++ compiler on a CPU."""
+    """Let torch.compile fuse each layer's operations; compiling takes a minute or so at the start. Needs Triton on a
+    GPU and a C++ compiler on a CPU."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
@@ -153,155 +118,7 @@ class Args:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From records to batches
-
-@dataclass
-class Example:
-    """One row of a batch. `ids` is prompt and reply for the base, `query` what the router reads."""
-    id: str
-    active: torch.Tensor            # (E,) of 0/1
-    ids: np.ndarray | None = None
-    prompt: int = 0                 # how many of ids are not supervised
-    query: np.ndarray | None = None
-    expert: int | None = None       # warm-up: the one expert that this row trains
-
-
-def messages_of(record):
-    return [*(record.get("history") or []), {"role": "user", "content": record["query"]}]
-
-
-class Ahead:
-    """Stands in for a tokenizer while many texts are encoded: it notes what it is asked and answers with nothing, and
-    once `encode_all` has encoded all of that in one call, on all cores, it answers with the ids."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.token_to_id, self.known = tokenizer, tokenizer.token_to_id, {}
-
-    def encode(self, text, add_special_tokens=False):
-        return self.known.setdefault(text, SimpleNamespace(ids=[]))
-
-    def encode_all(self):
-        found = self.tokenizer.encode_batch_fast(list(self.known), add_special_tokens=False)
-        self.known = dict(zip(self.known, found))
-
-
-def tokenised(records, tokenise, tokenizer, facts=(), file=None, some=4096):
-    """[(ids, how many of them are the prompt)] of all records, in their order, as tokenise(tokenizer, record) has them.
-
-    With a file, they are kept there, for the stages to come and for a resumed run. What is kept holds for these texts,
-    this tokenizer, `facts` (what else the format hangs on), the library's version and this code, of which its key is a
-    hash, and for the ids that it was written with. Anything else that stands there, half a file too, is made anew.
-    """
-    key = hashlib.sha256()
-    if file is not None:
-        code = [inspect.getsource(part) for part in (Chat, encode, query_ids, messages_of, Ahead, tokenised, examples)]
-        key.update(json.dumps([*code, *facts, tokenizers.__version__, tokenizer.to_str()]).encode())
-        for record in records:
-            key.update(json.dumps([messages_of(record), record.get("response")]).encode())
-        try:
-            with open_safetensors(file) as kept:
-                tokens = kept.get_tensor("tokens").numpy()
-                whole = kept.metadata() == {"key": key.hexdigest(), "tokens": hashlib.sha256(tokens).hexdigest()}
-        except UserError:
-            whole = False
-        if whole:
-            lengths, prompts, ids = np.split(tokens, [len(records), 2 * len(records)])
-            return list(zip(np.split(ids, lengths.cumsum()[:-1]), prompts.tolist()))
-    found = []
-    for at in range(0, len(records), some):
-        ahead = Ahead(tokenizer)
-        for record in records[at:at + some]:
-            tokenise(ahead, record)
-        ahead.encode_all()
-        found += [tokenise(ahead, record) for record in records[at:at + some]]
-    found = [(np.array(ids, dtype=np.int32), prompt) for ids, prompt in found]
-    if file is not None and place()[0] == 0:
-        tokens = np.concatenate([np.array([[len(ids), prompt] for ids, prompt in found], dtype=np.int32).T.flatten(),
-                                 *(ids for ids, _ in found)])  # all lengths, then all prompts', then all ids
-        with atomic(file) as part:
-            save_file({"tokens": torch.from_numpy(tokens)}, part,
-                      metadata={"key": key.hexdigest(), "tokens": hashlib.sha256(tokens).hexdigest()})
-    return found
-
-
-def examples(records, chat=None, tokenizer=None, limit=None, folder=None):
-    """Records -> Examples; with `chat` for the base, with `tokenizer` for the encoder. Both tokenizers are asked here
-    and nowhere else in training, and only once where there is a folder to keep the tokens in. Returns also how many
-    were left out because they are longer than `limit` tokens."""
-    base, encoder = (folder and folder / f"{role}.safetensors" for role in ("base", "encoder"))
-
-    def for_base(tokenizer, record):
-        own = copy(chat)
-        own.tokenizer = tokenizer
-        ids, supervised = own.example(messages_of(record), record["response"])
-        return ids, supervised.index(True)
-
-    def for_encoder(tokenizer, record):
-        return query_ids(tokenizer, record["query"], record.get("history") or ()), 0
-
-    rows = [Example(str(record["id"]), active_experts(record["traits"])) for record in records]
-    if tokenizer is not None:
-        for row, (ids, _) in zip(rows, tokenised(records, for_encoder, tokenizer, (), encoder)):
-            row.query = ids
-    if chat is None:
-        return rows, 0
-    facts = chat.bos, chat.end, chat.dates, chat.default_system
-    for row, (ids, prompt) in zip(rows, tokenised(records, for_base, chat.tokenizer, facts, base)):
-        row.ids, row.prompt = ids, prompt
-    short = [row for row in rows if not limit or len(row.ids) <= limit]
-    return short, len(rows) - len(short)
-
-
-def per_pole(rows):
-    """Warm-up's rows: one for every record and active pole."""
-    return [Example(row.id, row.active, row.ids, row.prompt, row.query, expert)
-            for row in rows for expert in row.active.nonzero()[:, 0].tolist()]
-
-
-def base_rows(records, chat):
-    """What tiny's base learns from: queries with neutral replies, and the sentences of all manners as plain text, so
-    that it knows their words but not when to use them. All of a row is supervised: it has a language to learn."""
-    rows, _ = examples([{**r, "response": r["neutral"]} for r in records], chat)
-    sentences = sorted({text for record in records for text in record["manner"].values()})
-    plain = [Example(f"plain-{i}", torch.zeros(len(EXPERTS)),
-                     np.array([chat.bos, *encode(chat.tokenizer, text), chat.end], dtype=np.int32), 1)
-             for i, text in enumerate(sentences)]
-    for row in rows:
-        row.prompt = 1
-    return rows + plain[:len(rows) // 3]
-
-
-def cost(row):
-    """Tokens that a row costs: those of the base's text where there is one."""
-    return len(row.query if row.ids is None else row.ids)
-
-
-def batches(lengths, batch, seed, pool=50):
-    """Endless batches of row numbers. Rows of similar length go together: pools of up to `pool` batches are drawn at
-    random, sorted by length, cut into batches, and the batches shuffled. A pool is never larger than an epoch."""
-    rng, stream = np.random.default_rng(seed), []
-    size = min(pool * batch, max(len(lengths) // batch, 1) * batch)
-    while True:
-        while len(stream) < size:
-            stream += rng.permutation(len(lengths)).tolist()
-        drawn, stream = sorted(stream[:size], key=lengths.__getitem__), stream[size:]
-        cut = [drawn[i:i + batch] for i in range(0, size, batch)]
-        for i in rng.permutation(len(cut)):
-            yield cut[i]
-
-
-def micro_batches(rows, tokens, length=cost):
-    """Cut a step's rows, by length, into groups whose padded size stays within `tokens`. A group that already fills an
-    eighth of that ends where one more row would make more than 5 % of it padding."""
-    group, real = [], 0
-    for row in sorted(rows, key=length):
-        real, padded = real + length(row), length(row) * (len(group) + 1)
-        if group and (padded > tokens or padded > tokens / 8 and real < 0.95 * padded):
-            yield group
-            group, real = [], length(row)
-        group.append(row)
-    yield group
-
+# The loss of a row
 
 class FrozenHeadLoss(torch.autograd.Function):
     """Cross-entropy through a head that does not train. Its gradient is worked out on the way forward, a chunk of
@@ -310,7 +127,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
         losses, grads = [], []
-        count = max(1, round(len(targets) / chunk))  # of equal size: a small last one would read the whole head for little
+        count = max(1, round(len(targets) / chunk))  # of equal size: a small one would read the head for little
         for h, t in zip(hidden.tensor_split(count), targets[:, None].tensor_split(count)):
             logits = F.linear(h, weight)  # (n, V), then in fp32 at least
             p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -330,8 +147,8 @@ class FrozenHeadLoss(torch.autograd.Function):
 def token_losses(model, hidden, targets, chunk=None):
     """Cross-entropy of every supervised position: hidden (N, D), targets (N,) -> (N,), fp32 (or wider).
 
-    In chunks of about `chunk` positions: 4,096 rows of fp32 logits over Llama's 128,256 words would be 2.1 GB. As a rule as
-    many as make 32 MiB of logits on a CPU (more is slower: memory of that size is asked of the system each time), and
+    In chunks of about `chunk` positions: 4,096 rows of fp32 logits over Llama's 128,256 words would be 2.1 GB. As a rule
+    as many as make 32 MiB of logits on a CPU (more is slower: memory of that size is asked of the system each time), and
     512 MiB on a GPU.
     """
     weight = model.head_weight
@@ -490,11 +307,6 @@ class Stopped(Exception):
     """Ctrl-C or SIGTERM came; the step was finished and saved."""
 
 
-def place():
-    """(number of this process, how many there are) of those that torchrun started; (0, 1) alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def add_up(tensors):
     """Sum each tensor over all processes, in place."""
     for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
@@ -626,226 +438,14 @@ def activations(model, tokens, recompute):
     return tokens * width * (2 * c.dim + (c.n_layers * c.dim + layer if recompute else c.n_layers * layer))
 
 
-def size(n):
-    """Bytes in words."""
-    return f"{n / 2**30:.1f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"
-
-
-def append(log, entry):
-    """One more line of log.jsonl, in one write: a kill comes before it or after it."""
-    line = json.dumps(entry).encode() + b"\n"
-    try:
-        if log.write(line) < len(line):  # the disk took a part of it
-            raise OSError("no space left on the disk")
-    except OSError as error:
-        raise UserError(f"{log.name}: cannot be written ({error.strerror or error}); the last checkpoint is kept. Free "
-                        "some space, then --resume goes on") from None
-
-
 def log_line(report, steps):
     line = (f"{report['stage']} {report['step']:>{len(str(steps))}}/{steps} loss {report['loss']:.4f} "
             f"norm {report['grad_norm']:.2f} lr {report['lr']:.1e} {report['tokens_per_s']:,.0f} tok/s")  # 80 columns
     return line + (f" H {report['entropy']:.2f} top1 {report['top1']:.2f}" if "entropy" in report else "")
 
 
-def rewind_log(run, stage, done):
-    """log.jsonl, open for appending, without this stage's lines after step `done` (or a torn last one)."""
-    file, lines = run / "log.jsonl", []
-    for line in file.read_bytes().splitlines() if file.exists() else []:
-        try:
-            entry = json.loads(line)
-            keep = entry["stage"] != stage or entry["step"] <= done
-        except (ValueError, LookupError, TypeError, RecursionError):
-            continue
-        lines += [line + b"\n"] if keep else []
-    with atomic(file) as part:
-        part.write_bytes(b"".join(lines))
-    return open(file, "ab", buffering=0)
-
-
-def states(run, stage):
-    """This stage's checkpoints, oldest first."""
-    return sorted((run / "state").glob(f"{stage}-*.safetensors"))
-
-
-def save_state(task, step, s, run):
-    """Everything that resuming needs in one file: parameters, moments, step counts. The last s.keep of them stay."""
-    tensors = {}
-    for i, p in enumerate(task.parameters()):
-        if not finite(p):
-            raise UserError(f"{task.stage}, step {step}: a parameter is NaN or infinite, so nothing is saved over the "
-                            "last good checkpoint. Try a lower --lr or --router-lr with --overwrite")
-        tensors[f"{i}.value"] = p.detach().contiguous()
-        for name, value in task.optimizer.state.get(p, {}).items():  # empty for an expert that has not trained yet
-            tensors[f"{i}.{name}"] = value
-    with atomic(run / "state" / f"{task.stage}-{step:07d}.safetensors") as part:
-        save_file(tensors, part, metadata={"step": str(step)})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-    for old in states(run, task.stage)[:-s.keep]:
-        old.unlink()
-
-
-@torch.no_grad()
-def restore(task, run):
-    """Fill parameters and optimiser from the last checkpoint -> the step it was made after; 0 without one."""
-    files = states(run, task.stage)
-    if task.rank == 0:
-        remove(*(run / "state").glob(f"{task.stage}-*.part"))  # what a kill has left of one
-    if not files:
-        return 0
-    try:
-        return restore_from(files[-1], task)
-    except UserError as error:
-        before = f"remove it, and --resume goes on from {files[-2].name}" if len(files) > 1 else \
-            "remove it, and --resume begins this stage anew"
-        raise UserError(f"{error}; {before}") from None
-
-
-def restore_from(file, task):
-    """Fill parameters and optimiser from one checkpoint -> its step. All is checked before anything is changed."""
-    with open_safetensors(file) as tensors:
-        found, step = set(tensors.keys()), (tensors.metadata() or {}).get("step", "")
-        if not step.isascii() or not step.isdigit() or file.stem != f"{task.stage}-{int(step):07d}":
-            raise UserError(f"{file}: step is {short(step)}, expected the one in the file's name")
-        values, moments = [], []
-        for i, p in enumerate(task.parameters()):
-            names = [f"{i}.value", *([f"{i}.exp_avg", f"{i}.exp_avg_sq"] if f"{i}.step" in found else [])]
-            if any(name not in found or tensors.get_slice(name).get_shape() != list(p.shape) for name in names):
-                raise UserError(f"{file}: does not fit this run's models; use --overwrite to train anew")
-            value, *rest = (tensors.get_tensor(name) for name in names)
-            count = [tensors.get_tensor(f"{i}.step")] if rest else []
-            if not all(t.is_floating_point() and finite(t) for t in (value, *rest, *count)) or count and count[0].dim():
-                raise UserError(f"{file}: parameter {i} of it is not all finite floats")
-            values.append(value)
-            kinds = zip(("step", "exp_avg", "exp_avg_sq"), (*count, *rest))
-            moments.append({name: t.to(p.device) for name, t in kinds})
-    for p, value, state in zip(task.parameters(), values, moments):
-        p.copy_(value)
-        if state:
-            task.optimizer.state[p] = state
-    return int(step)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# A run: its folder, models and data
-
-@dataclass
-class Setup:
-    """Where a run's models, data and results are, and how to load them. eval.py makes it from the run's config.json."""
-    run: Path
-    preset: str
-    base: str | None
-    encoder: str | None
-    data: str | None
-    device: torch.device
-    dtype: torch.dtype
-    seed: int
-    tau: float
-    rank: int
-    alpha: float
-    tokens: int
-    eval_records: int
-
-    RUN = "{run}/"  # how config.json writes paths inside the run folder, so that a run can be moved
-    AGREE = ("preset", "base", "encoder", "data", "seed", "rank", "alpha")  # must be the same for all stages of a run
-
-    @staticmethod
-    def inside(path, run):
-        """A path as config.json has it -> as it is now that the run folder is `run`."""
-        return path and path.replace(Setup.RUN, f"{run}/")
-
-    def load_base(self, experts=None):
-        """The frozen base with ten experts, fresh ones from the seed or those saved in the folder `experts`."""
-        model = Transformer.from_pretrained(self.base, self.dtype, self.device)
-        if self.rank > model.config.dim:
-            raise UserError(f"--rank is {self.rank}, expected at most the base's width, {model.config.dim}")
-        torch.manual_seed(self.seed)
-        add_experts(model, rank=self.rank, alpha=self.alpha)
-        if experts is not None:
-            load_experts(model, experts)
-        return model
-
-    def load_router(self, folder=None):
-        """The router, fp32, from the public encoder or as saved in `folder`."""
-        encoder = Transformer.from_pretrained(self.encoder, torch.float32, self.device)
-        torch.manual_seed(self.seed)
-        router = Router(encoder, self.tau)
-        if folder is not None:
-            load_router(router, folder)
-        return router
-
-    def load_data(self, need_response=True):
-        """{split: records}. The template teacher's are made where they are missing or torn: same seed, same text."""
-        if Path(self.data) == self.run / "data":
-            counts = PRESETS[self.preset]["records"]
-            try:
-                torn = [len(records) for records in load_data(self.data)[0].values()] != list(counts)
-            except UserError:
-                torn = True
-            if torn:
-                for name, count in zip(SPLITS, counts):
-                    write_records(self.run / "data" / f"{name}.jsonl", template_records(name, count, self.seed))
-        splits, zero = load_data(self.data, self.seed, need_response)
-        if zero:
-            print(f"{self.data}: left out {zero} records whose traits are all zero")
-        return splits
-
-    def stage_folder(self, part):
-        """Where the latest experts ("experts") or router ("router") of this run are, or None."""
-        first = "warmup" if part == "experts" else "router"
-        return next((self.run / s / part for s in ("joint", first) if (self.run / s / part).is_dir()), None)
-
-
-def resolve(args, stages):
-    """The Setup that the arguments ask for. One UserError names everything that is missing, and how to get it."""
-    preset, problems = PRESETS[args.preset], []
-    run = Path(args.run or f"runs/{args.preset}")
-
-    def model_folder(given, choices, role):
-        if args.preset == "tiny" and given is None:
-            return str(run / "models" / role)
-        folder = next((f for f in ((given,) if given else choices) if Path(f).is_dir()), given or choices[0])
-        name = Path(folder).name
-        if not Path(folder).is_dir():
-            how = f": {DOWNLOADS[name]} --local-dir {folder}" if name in DOWNLOADS else ""
-            problems.append(f"{folder}, the {role}'s model folder{how}")
-        elif not given and folder != choices[0]:
-            print(f"{choices[0]} is not here; the encoder is {folder}, of the same shape")
-        return folder
-
-    base = model_folder(args.base, preset["base"], "base") if set(stages) & {"warmup", "joint"} else None
-    encoder = model_folder(args.encoder, preset["encoder"], "encoder") if set(stages) & {"router", "joint"} else None
-    data = args.data or preset["data"] or str(run / "data")
-    if not Path(data).exists() and data != str(run / "data"):
-        problems.append(f"{data}, the training records: python synth.py --teacher template --out {data} --count 20000")
-    device = dtype = None
-    try:
-        device = pick_device(args.device or {"paper": "cuda", "tiny": "cpu"}.get(args.preset))
-        dtype = pick_dtype(args.dtype, device)
-    except UserError as error:
-        problems.append(str(error))
-    if problems:
-        what = args.stage if args.stage != "all" else "stages"
-        raise UserError(f"preset {args.preset}, {what}: missing\n" + "".join(f"  - {p}\n" for p in problems)
-                        + "python train.py --preset tiny --stage all runs without any of it")
-    return Setup(run, args.preset, base, encoder, data, device, dtype, args.seed, args.tau, args.rank,
-                 args.alpha, args.tokens or preset["tokens"], args.eval_records or preset["eval_records"])
-
-
-def stage_settings(args, stage):
-    """What a stage trains with: the command line's values, else the preset's."""
-    s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"]}
-    s |= {k: v for k in ("steps", "batch", "lr", "router_lr", "tokens")
-          if (v := getattr(args, k)) is not None and k in s}
-    for key in ("seed", "clip", "lr_warmup", "save_every", "keep", "log_every", "recompute", "compile"):
-        s[key] = getattr(args, key)
-    if stage in ("router", "joint"):
-        s["contrastive_tau"] = args.contrastive_tau
-    if stage == "joint":
-        s |= {"lam": args.lam, "tau": args.tau, "joint_gate": args.joint_gate}
-    return s
-
+# Stages, one after the other
 
 def check(args):
     """UserError for arguments that contradict each other."""
@@ -856,145 +456,6 @@ def check(args):
             raise UserError(f"--{key.replace('_', '-')} has no meaning for --stage {args.stage}")
     if args.joint_gate != "learned" and args.stage not in ("joint", "all"):
         raise UserError("--joint-gate is for --stage joint")
-
-
-HARMLESS = ("save_every", "keep", "log_every", "recompute", "compile")  # may change from one part of a run to the next
-
-
-def differences(was, now):
-    """What differs between two dicts of settings, in words; None is "not given", and agrees with anything."""
-    return "; ".join(f"{k} was {was.get(k)!r} and is now {v!r}" for k, v in now.items()
-                     if k not in HARMLESS and None not in (was.get(k), v) and was.get(k) != v)
-
-
-def is_path(value):
-    return isinstance(value, str) and value != "" and "\0" not in value
-
-
-KINDS = {  # what the setup in a run's config.json holds
-    "preset": lambda v: isinstance(v, str) and v in PRESETS, "data": is_path,
-    "base": lambda v: v is None or is_path(v), "encoder": lambda v: v is None or is_path(v),
-    "seed": lambda v: type(v) is int and 0 <= v < 2**31, "rank": lambda v: type(v) is int and 1 <= v <= MOST["rank"],
-    "alpha": lambda v: type(v) in (int, float) and 0 < v < 2**31}
-
-
-def read_run(run):
-    """A run folder's config.json -> dict. UserError for what another version, or a hand, has made of it."""
-    file = Path(run) / "config.json"
-    found = read_json(file)
-    if found.get("version") != VERSION or not all(isinstance(found.get(k), dict) for k in ("setup", "stages")):
-        raise UserError(f"{file}: format {short(found.get('version'))}, expected {VERSION}: made by another version")
-    setup, stages = found["setup"], found["stages"]
-    for key in sorted(setup.keys() | KINDS):
-        if key not in KINDS or not KINDS[key](setup.get(key)):
-            raise UserError(f"{file}: {key} of setup is {short(setup.get(key))}, which no run has. Was it edited?")
-    for stage, settings in stages.items():
-        tau = settings.get("tau", 1.0) if isinstance(settings, dict) else None
-        if stage not in STAGES or type(tau) not in (int, float) or not 1e-9 <= tau < 2**31:
-            raise UserError(f"{file}: stage {short(stage)} is {short(settings)}, which no run has. Was it edited?")
-    if not isinstance(found.get("content", {}), dict):
-        raise UserError(f"{file}: content is {short(found['content'])}, expected an object")
-    return found
-
-
-def fingerprint(path):
-    """What a model folder or data hold, as a short text: a hash of config.json, the tokenizer and a sample of every
-    tensor (the same for one file and for shards); or of the records."""
-    path, digest = Path(path), hashlib.sha256()
-    if not (path / "config.json").exists():
-        for file in [path / f"{split}.jsonl" for split in SPLITS] if path.is_dir() else [path]:
-            digest.update(hashlib.sha256(read_bytes(file)).digest())
-        return digest.hexdigest()[:16]
-    digest.update(json.dumps(read_json(path / "config.json"), sort_keys=True).encode())
-    if (path / "tokenizer.json").exists():
-        digest.update(read_bytes(path / "tokenizer.json"))
-    samples = {}
-    for file, names in weight_files(path).items():
-        with open_safetensors(file) as tensors:
-            for name in set(tensors.keys()) & set(tensors.keys() if names is None else names):
-                part = tensors.get_slice(name)
-                shape = part.get_shape()
-                values = part[shape[0] // 2:shape[0] // 2 + 1] if shape else torch.zeros(0)  # the row in the middle
-                samples[name] = f"{name}{shape}".encode() + values.contiguous().view(torch.uint8).numpy().tobytes()
-    for name in sorted(samples):
-        digest.update(samples[name])
-    return digest.hexdigest()[:16]
-
-
-def content(setup):
-    """Fingerprints of what the run takes from outside its folder; what is inside was made from the seed."""
-    paths = {key: getattr(setup, key) for key in ("base", "encoder", "data")}
-    return {key: fingerprint(path) for key, path in paths.items() if path and not path.startswith(f"{setup.run}/")}
-
-
-def open_run(setup, settings, args):
-    """Begin, continue or refuse a run folder; write its config.json -> the stages that are still to be trained."""
-    run, file = setup.run, setup.run / "config.json"
-    own = {k: getattr(setup, k) for k in Setup.AGREE}
-    own |= {k: own[k].replace(f"{run}/", Setup.RUN) for k in ("base", "encoder", "data") if own[k]}
-    if "joint" in settings and (args.overwrite or not (run / "joint").is_dir()):
-        for stage in ("warmup", "router"):
-            if stage not in settings and not (run / stage).is_dir():
-                raise UserError(f"{run}: the joint stage starts from warmup and router, and {stage} is not done here: "
-                                f"python train.py --preset {setup.preset} --stage {stage} --run {run} first")
-    if not file.exists():
-        if args.resume:
-            raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is begun here")
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(f"{run} is there already and holds no run: choose another --run, or remove it")
-        found = {"version": VERSION, "setup": own, "stages": {}, "content": content(setup)}
-    else:
-        found = read_run(run)
-        # later stages were built on the first one that is trained anew
-        remove = STAGES[STAGES.index(next(iter(settings))):] if args.overwrite else ()
-        found["stages"] = {stage: was for stage, was in found["stages"].items() if stage not in remove}
-        differ = differences(found["setup"], own) if found["stages"] or not args.overwrite else ""
-        if differ:
-            raise UserError(f"{run} was begun with other arguments: {differ}. Give the same or another --run")
-        was = found.get("content", {}) if found["stages"] or not args.overwrite else {}
-        found["content"] = was | content(setup)
-        for key in was:
-            if found["content"][key] != was[key]:
-                raise UserError(f"{getattr(setup, key)}: not the {key} that {run} was begun with: what is in it has "
-                                f"changed (its fingerprint was {short(was[key])}, now {found['content'][key]!r}). "
-                                "Put back what was there, or give another --run")
-        if args.overwrite:
-            clear(run, remove if found["stages"] else (*remove, "pretrain", "models", "data", "tokens"))
-        found["setup"] = own if not found["stages"] and args.overwrite else found["setup"] | {
-            k: v for k, v in own.items() if v is not None}
-    begun = [stage for stage in settings if stage in found["stages"]]
-    for stage in begun:
-        differ = differences(found["stages"][stage], settings[stage])
-        if differ:
-            raise UserError(f"{run}: {stage} was begun with other settings: {differ}. Give the same to go on with "
-                            "--resume, or --overwrite to train anew")
-    to_do = [stage for stage in settings if not (run / stage).is_dir()]
-    if begun and to_do and not args.resume:
-        raise UserError(f"{run} holds a run (begun: {', '.join(begun)}; not done: {', '.join(to_do)}): --resume goes "
-                        "on with it, --overwrite trains anew")
-    found["stages"] |= settings
-    with atomic(file) as part:
-        part.write_text(json.dumps(found, indent=2) + "\n")
-    return remaining(setup, settings)
-
-
-def unbegin(run, stages, config):
-    """Leave a run as it was, if an error came before anything of it was trained: config is what config.json held."""
-    logged = (run / "log.jsonl").is_file() and (run / "log.jsonl").stat().st_size
-    if any(states(run, stage) or (run / stage).exists() for stage in stages):
-        return
-    if config is not None:
-        with atomic(run / "config.json") as part:
-            part.write_bytes(config)
-    elif not logged and {path.name for path in run.iterdir()} <= {"config.json", "log.jsonl", "state", "tokens"}:
-        remove(run)
-
-
-def remaining(setup, settings):
-    """Take what the run folder's config.json says of models -> the stages that are still to be trained."""
-    found = read_run(setup.run)["setup"]  # the closing may need what another stage was given
-    setup.base, setup.encoder = (Setup.inside(found[k], setup.run) for k in ("base", "encoder"))
-    return [stage for stage in settings if not (setup.run / stage).is_dir()]
 
 
 def join(setup, settings):
@@ -1010,16 +471,6 @@ def join(setup, settings):
         torch.cuda.set_device(setup.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if setup.device.type == "cuda" else "gloo")
     return place()[0]
-
-
-def clear(run, names):
-    """Remove stages' (or other) folders and checkpoints, and their lines of the log."""
-    for name in names:
-        shutil.rmtree(run / name, ignore_errors=True)
-        for file in states(run, name):
-            file.unlink()
-        if (run / "log.jsonl").exists():
-            rewind_log(run, name, 0).close()
 
 
 def prepare(setup, settings, stop):
@@ -1088,18 +539,6 @@ def train_stage(stage, setup, s, stop):
         dist.barrier()  # the next stage begins with what this one wrote
 
 
-def check_room(task, s, run):
-    """UserError, before training, where the disk has no room for this stage's checkpoints and its result."""
-    trained = 4 * sum(p.numel() for p in task.parameters())
-    have, there = shutil.disk_usage(run).free, len(states(run, task.stage))
-    checkpoints = max(1, min(s.keep, -(-s.steps // s.save_every)) + 1 - there)  # the oldest goes last
-    need = 3 * trained * checkpoints + trained
-    if need > have:
-        raise UserError(f"{run}: its disk has {size(have)} free, and {task.stage} needs {size(need)} more: "
-                        f"{checkpoints} checkpoint(s) of {size(3 * trained)} and its result. Free some, lower --keep, "
-                        "or give a --run on another disk")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Held-out loss under a gate rule, and what a run ends with
 
@@ -1149,8 +588,8 @@ def closing(setup):
     if router:
         report = gate_report(gates["learned"])
         chance, hit = active.mean().item(), (active * F.one_hot(similarity.argmax(-1), len(EXPERTS))).sum(-1).mean()
-        print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: its first choice is called for in {hit:.0%}\n"
-              f"(by chance {chance:.0%}), gate entropy {report['entropy']:.3f} (uniform {math.log(len(EXPERTS)):.3f}), "
+        print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: its first choice is called for in "
+              f"{hit:.0%}\n(by chance {chance:.0%}), gate entropy {report['entropy']:.3f} (uniform {math.log(len(EXPERTS)):.3f}), "
               f"top-1 mass {report['top1']:.3f}")
     if not need:
         return

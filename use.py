@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from batches import messages_of
 from eval import ByHand, Measured, by_hand
 from lora import EXPERTS, SHORT, export_mixture, merged_tensors, save_experts
 from model import UserError, atomic, generate, open_safetensors, read_json, weight_files
 from router import bars, gates_under, persona_gate
 from synth import read_queries, write_records
-from train import answer, messages_of, similarities
+from train import answer, similarities
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -36,15 +36,17 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batches import Example, batches, cost, examples, micro_batches, per_pole
 from harness import alone, ceiling, fresh, gates, interleaved, linears, our_step, pair, peak, reference, rows_of, shape
 from harness import show, stage, step_flops, table, token_bytes, with_experts
 from command import Parser, pick_device, pick_dtype, run_command
 from lora import EXPERTS, TARGETS, merged
 from model import CONFIGS, Chat, Transformer, UserError, generate, load_tokenizer, pad, weight_files
 from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
+from runs import PRESETS, Setup
 from synth import read_queries, read_records, template_records, write_records
 from teachers import Query
-from train import PRESETS, Example, Setup, batches, compile_layers, cost, examples, micro_batches, per_pole, row_losses
+from train import compile_layers, row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import command
+import runs
 import synth
 import train
 from lora import EXPERTS
@@ -125,7 +126,7 @@ def serve():
             try:
                 train.closing = lambda setup: None
                 if job.get("slow"):
-                    train.save_file = slowly(job.get("half"))
+                    runs.save_file = slowly(job.get("half"))
                 count = dies_at(job["event"], job.get("number", signal.SIGKILL)) if "event" in job else [0]
                 status, _, said = run_quietly(train, *job["argv"])
                 sys.setprofile(None)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import command
 import eval as evaluation
+import runs
 import synth
 import train
 from lora import EXPERTS
@@ -30,7 +31,7 @@ from synth import SPLITS, load_data, read_records, template_records, write_recor
 ROOT = Path(train.__file__).resolve().parent
 RUN = Path("runs/tiny")  # where the command puts it when nobody says otherwise
 STEPS = {"pretrain": 4, "warmup": 5, "router": 8, "joint": 3}
-REDUCED = train.PRESETS["tiny"] | dict(
+REDUCED = runs.PRESETS["tiny"] | dict(
     records=(300, 40, 60), eval_records=8, pretrain=dict(steps=4, batch=6, lr=4e-3),
     warmup=dict(steps=5, batch=4, lr=1e-2), router=dict(steps=8, batch=8, router_lr=2e-3),
     joint=dict(steps=3, batch=4, lr=5e-3, router_lr=5e-4))
@@ -40,7 +41,7 @@ made = {}  # the run and what was printed; test_eval.py imports the fixture belo
 @pytest.fixture(autouse=True)
 def reduced(monkeypatch):
     """The tiny preset at a fortieth of its size, its models made from 300 records too."""
-    monkeypatch.setitem(train.PRESETS, "tiny", REDUCED)
+    monkeypatch.setitem(runs.PRESETS, "tiny", REDUCED)
     monkeypatch.setattr(train, "template_records", lambda split, n, seed: template_records(split, min(n, 300), seed))
 
 
@@ -90,7 +91,7 @@ def undone(run_folder, here, *stages):
         config["setup"][role] = None if {stage, "joint"} <= set(stages) else config["setup"][role]
     (run / "config.json").write_text(json.dumps(config))
     for stage in stages:
-        train.rewind_log(run, stage, 0).close()
+        runs.rewind_log(run, stage, 0).close()
     return run
 
 
@@ -199,7 +200,7 @@ def test_the_closing_table_is_the_held_out_loss(run_folder, monkeypatch):
     """Of the latest experts, per token of the reply, on test records that training never saw."""
     monkeypatch.chdir(run_folder.parent.parent)
     args = command.parse(train.Args, ["--preset", "tiny"])
-    setup = train.resolve(args, train.STAGES)
+    setup = runs.resolve(args, runs.STAGES)
     model, chat = setup.load_base(RUN / "joint" / "experts"), train.Chat.from_dir(setup.base)
     rows, _ = train.examples(setup.load_data()["test"][:8], chat)
     for rule, gate in (("base", None), ("uniform", torch.full((1, 10), 0.1))):
@@ -540,7 +541,7 @@ def test_what_is_there_is_not_called_missing(here, capsys):
     if not torch.cuda.is_available():
         assert message_of("--stage", "router", "--data", "mine.jsonl").count("\n  - ") == 1  # the GPU
     args = command.parse(train.Args, "--stage router --data mine.jsonl --device cpu".split())
-    setup = train.resolve(args, ("router",))
+    setup = runs.resolve(args, ("router",))
     assert (setup.base, setup.encoder, setup.data) == (None, "weights/Qwen2.5-0.5B", "mine.jsonl")
     assert capsys.readouterr().out == ""
 
@@ -548,7 +549,7 @@ def test_what_is_there_is_not_called_missing(here, capsys):
 def test_small_takes_the_coder_encoder_where_only_that_is_and_says_so(here, capsys):
     (here / "weights" / "Qwen2.5-Coder-0.5B-Instruct").mkdir(parents=True)
     args = command.parse(train.Args, "--preset small --stage router --device cpu".split())
-    assert train.resolve(args, ("router",)).encoder == "weights/Qwen2.5-Coder-0.5B-Instruct"
+    assert runs.resolve(args, ("router",)).encoder == "weights/Qwen2.5-Coder-0.5B-Instruct"
     assert "the encoder is weights/Qwen2.5-Coder-0.5B-Instruct" in capsys.readouterr().out
 
 

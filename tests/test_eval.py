@@ -13,10 +13,11 @@ import torch
 import eval as evaluation
 import train
 import use
+from batches import examples
 from eval import average_precision, bootstrap, heat_map, recall_at_k, subsets
 from lora import EXPERTS, SHORT
-from model import UserError, generate
-from router import RULES, gates_under, oracle_gate, persona_gate, raw_gate
+from model import UserError, generate, load_tokenizer, pad
+from router import RULES, active_experts, bars, gates_under, oracle_gate, persona_gate, query_ids, raw_gate
 from synth import SPLITS, lab, read_records, signatures, template_records, write_records
 from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
@@ -264,10 +265,10 @@ def test_routing_reports_every_expert_on_three_subsets(run, capsys):
 def test_routings_figures_are_those_of_the_saved_router(run, capsys):
     """Of the stage that was asked for, on the test records, at the temperature that was asked for."""
     records = read_records(run / "data" / "test.jsonl")
-    active = torch.stack([train.active_experts(r["traits"]) for r in records])
+    active = torch.stack([active_experts(r["traits"]) for r in records])
     for stage, tau in (("warmup", 1.0), ("joint", 0.2)):
         m = opened(run, stage)
-        similarity = torch.cat([m.router.similarity(m.router.embed(*train.pad([row.query]))).detach()
+        similarity = torch.cat([m.router.similarity(m.router.embed(*pad([row.query]))).detach()
                                 for row in m.rows(records)])
         out = shown(capsys, f"routing --run {run} --stage {stage} --tau {tau}")
         assert f"router after {'router' if stage == 'warmup' else 'joint'}, tau {tau:g}" in out
@@ -336,7 +337,7 @@ def test_ablates_losses_are_those_of_the_gates(run, capsys, ablated):
     out = ablation(ablated, run, capsys)
     m = opened(run)
     records = read_records(run / "data" / "test.jsonl")[:20]
-    rows, _ = train.examples(records, m.chat)
+    rows, _ = examples(records, m.chat)
     active = torch.stack([row.active for row in rows])
     similarity = train.similarities(m.router, m.rows(records))
     for rule in ("base", "shuffled", "oracle"):
@@ -351,13 +352,13 @@ def test_ablate_ends_with_the_table_of_warm_up_experts_and_poles(run, capsys, ab
     """Expert e alone, as warm-up left it, on records that call for pole p and for no other."""
     out = ablation(ablated, run, capsys)
     records = [r for r in read_records(run / "data" / "test.jsonl")[:20] if len(r["traits"]) == 1]
-    poles = np.array([int(train.active_experts(r["traits"]).argmax()) for r in records])
+    poles = np.array([int(active_experts(r["traits"]).argmax()) for r in records])
     table = out.split(f"alone on the {len(records)} records that call for one pole")[1].split("\nShare of")[0]
     values = np.array([[float(cell.strip("*")) for cell in re.search(rf"^  {e} (.*)$", table, re.M)[1].split()]
                        for e in EXPERTS])
     assert values.shape == (10, 10) and re.search(r"^ +" + " +".join(map(re.escape, SHORT)) + "$", table, re.M)
     m = opened(run, "warmup")
-    rows, _ = train.examples(records, m.chat)
+    rows, _ = examples(records, m.chat)
     for e in (0, 7):
         nats = [train.row_losses(m.model, [row], torch.eye(10)[e:e + 1]).item() for row in rows]
         for p in range(10):
@@ -408,7 +409,7 @@ def replies(out):
 def test_ask_answers_as_the_base_and_as_the_mixture(run, capsys):
     """The reply is what generate gives with that gate, of the learned rule as of a persona."""
     m, queries = opened(run), ["My boss is furious.", "I miss my sister — what now?"]
-    gates = {"learned": torch.cat([m.router(*train.pad([train.query_ids(train.load_tokenizer(m.setup.encoder), q)]))
+    gates = {"learned": torch.cat([m.router(*pad([query_ids(load_tokenizer(m.setup.encoder), q)]))
                                    for q in queries]).detach(),
              "persona": persona_gate("O+,E-:0.5", 1.0).expand(2, -1)}
     for kind, argv in (("learned", []), ("persona", ["--persona", "O+,E-:0.5"])):
@@ -418,7 +419,7 @@ def test_ask_answers_as_the_base_and_as_the_mixture(run, capsys):
             prompt = m.chat.prompt([{"role": "user", "content": query}])
             wanted.append(tuple(m.chat.text(generate(m.model, [prompt], gate, 6, stops=m.chat.stops)[0])
                                 for gate in (None, gates[kind][i:i + 1])))
-            assert query in out and train.bars(gates[kind][i]) in out
+            assert query in out and bars(gates[kind][i]) in out
         assert replies(out) == wanted
 
 
@@ -437,7 +438,7 @@ def test_one_joint_expert_alone_is_commented_on(run, capsys, argv, note):
     out, err = capsys.readouterr()
     assert ("note: joint training" in err) == note and ("--stage warmup" in err) == note
     if argv[0] == "--gate":
-        assert train.bars(raw_gate(argv[1])[0]) in out
+        assert bars(raw_gate(argv[1])[0]) in out
 
 
 @pytest.mark.parametrize("argv, why", [

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 import eval as evaluation
 import experiments
+import runs
 import train
+from batches import Example
 from eval import Measured, bootstrap, one_hot
 from experiments import cases, compared, losses, ratings, read_items, reply_states, show, steered, update_gram, variant
 from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
@@ -38,7 +40,7 @@ made = {}
 @pytest.fixture
 def healthy(reduced, monkeypatch, tmp_path_factory):  # noqa: F811
     """A run at tau 0.3 in which everything works. Not to be written to."""
-    monkeypatch.setitem(train.PRESETS, "tiny", HEALTHY)
+    monkeypatch.setitem(runs.PRESETS, "tiny", HEALTHY)
     monkeypatch.setattr(train, "template_records", lambda split, n, seed: template_records(split, min(n, 400), seed))
     if not made:
         folder = tmp_path_factory.mktemp("healthy")
@@ -89,7 +91,7 @@ def test_experts_under_a_uniform_gate_are_one_lora_of_all_their_ranks_in_trainin
     many, one = small_model(3, 2, alpha=3 * 4), small_model(1, 6, alpha=12)
     for ours, theirs in zip(expert_layers(many).values(), expert_layers(one).values()):
         theirs.A.data, theirs.B.data = (x.data.flatten(0, 1)[None].clone() for x in (ours.A, ours.B))
-    rows = [train.Example(str(i), None, np.arange(3 + i, 12 + 2 * i), 2) for i in range(4)]
+    rows = [Example(str(i), None, np.arange(3 + i, 12 + 2 * i), 2) for i in range(4)]
     found = []
     for model, gate in ((many, torch.full((4, 3), 1 / 3, dtype=torch.double)), (one, torch.ones(4, 1))):
         tensors = [x for layer in expert_layers(model).values() for x in (layer.A, layer.B)]
@@ -126,7 +128,7 @@ def test_tables_are_laid_out_within_80_columns(capsys):
 
 def test_reply_states_are_means_over_the_reply_alone():
     model = small_model().float()
-    rows = [train.Example(str(i), None, np.arange(i + 1, i + 8 + 3 * i), 3 + i) for i in range(3)]
+    rows = [Example(str(i), None, np.arange(i + 1, i + 8 + 3 * i), 3 + i) for i in range(3)]
     states = reply_states(model, rows, tokens=400)
     assert states.shape == (3, 2, 16)
     for row, state in zip(rows, states):  # through the final norm, the last block's states are the model's own
@@ -500,7 +502,7 @@ def test_ratings_are_expected_values_of_the_five_letters_in_both_orders(run_fold
         for i, said in enumerate(("You like long walks.", "You keep quiet.")):
             query = (f'How accurately does this statement describe you? "{said}"\n'
                      + "".join(f"{'ABCDE'[k]}. {answer}\n" for k, answer in enumerate(listed)) + "Answer with one letter.")
-            nats = np.array([train.row_losses(run.model, [train.Example("", None, np.array(ids[:-1]), s.index(True))],
+            nats = np.array([train.row_losses(run.model, [Example("", None, np.array(ids[:-1]), s.index(True))],
                                               one_hot(3)).item() for ids, s in (
                 run.chat.example([{"role": "user", "content": query}], letter) for letter in "ABCDE")])
             p = np.exp(-nats) / np.exp(-nats).sum()

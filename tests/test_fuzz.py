@@ -23,7 +23,9 @@ from hypothesis import strategies as st  # noqa: E402
 import eval as evaluation  # noqa: E402
 import small  # noqa: E402
 import synth  # noqa: E402
+import runs  # noqa: E402
 import train  # noqa: E402
+from batches import examples  # noqa: E402
 from lora import adapter_shape, add_experts, load_experts, save_experts  # noqa: E402
 from model import Chat, Transformer, UserError, generate, load_tokenizer  # noqa: E402
 from router import Router, load_router, query_ids, save_router  # noqa: E402
@@ -36,7 +38,7 @@ def use_model(folder):
     model, chat = Transformer.from_pretrained(folder, torch.float32), Chat.from_dir(folder)
     prompt = chat.prompt([{"role": "user", "content": "Hi <|eot_id|>"}])
     chat.text(generate(model, [prompt], max_new_tokens=2, stops=chat.stops)[0])
-    train.fingerprint(folder)
+    runs.fingerprint(folder)
 
 
 def use_encoder(folder):
@@ -62,15 +64,15 @@ def some_router(folder):
 def use_checkpoint(run):
     """The state folder of a run: what --resume does."""
     task = train.Task("router", None, some_router(str(run.parent / "w" / "encoder")), settings())
-    train.restore(task, run)
-    train.rewind_log(run, "router", 1).close()
+    runs.restore(task, run)
+    runs.rewind_log(run, "router", 1).close()
 
 
 def use_run(run):
     setup = evaluation.Measured(SimpleNamespace(
         run=str(run), base=None, encoder=None, data=None, device="cpu", dtype=None, tokens=64, tau=None, stage=None,
         experts=None, router=None)).setup
-    train.differences(train.read_run(run)["setup"], {"seed": 0})
+    runs.differences(runs.read_run(run)["setup"], {"seed": 0})
     assert setup.rank >= 1 and setup.tau > 0
 
 
@@ -98,7 +100,7 @@ def targets(tmp_path_factory):
     for file in ("config.json", "model.safetensors"):
         found.append((at / "router" / file, lambda path: load_router(router, path), at / "router"))
     s = settings(steps=2, batch=2, tokens=64)
-    rows, _ = train.examples(small.records(6), tokenizer=load_tokenizer(world / "encoder"))
+    rows, _ = examples(small.records(6), tokenizer=load_tokenizer(world / "encoder"))
     train.fit(train.Task("router", None, Router(router.encoder), s), rows, s, at / "run")
     config = {"version": 1, "stages": {"router": {"steps": 2}, "joint": {"tau": 1.0}}, "content": {}, "setup": {
         "preset": "tiny", "base": "{run}/base", "encoder": "{run}/encoder", "data": "{run}/data", "seed": 0,

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import runs
 import small
 import train
 
@@ -87,7 +88,7 @@ def assert_same_run(run, other):
         elif name != "log.jsonl":
             assert a[name] == b[name], name
     assert log(run) == log(other)
-    assert [(e["stage"], e["step"]) for e in log(run)] == [(s, i) for s in train.STAGES for i in range(1, 5)]
+    assert [(e["stage"], e["step"]) for e in log(run)] == [(s, i) for s in runs.STAGES for i in range(1, 5)]
 
 
 @linux
@@ -141,7 +142,7 @@ def test_a_signal_ends_the_step_saves_it_and_says_how_to_go_on(server, whole, tm
     assert server(here, *small.TRAIN, "--resume")["status"] == 0
     done = small.contents(here / "run")
     for name, raw in small.contents(whole[0] / "run").items():
-        if not name.startswith(("state/", "log", "tokens")):
+        if not name.startswith(("state/", "log")):
             assert done[name] == raw, name
     assert log(here / "run") == log(whole[0] / "run")
 
@@ -195,7 +196,7 @@ def test_a_full_disk_is_one_message_and_the_last_checkpoint_stays(here, size, na
 
 @linux
 def test_a_disk_that_fills_up_between_two_checkpoints_costs_neither_the_first_nor_the_run(here, whole, monkeypatch):
-    whole_save, saved = train.save_file, []
+    whole_save, saved = runs.save_file, []
 
     def save(tensors, file, metadata=None):
         saved.append(file)
@@ -204,7 +205,7 @@ def test_a_disk_that_fills_up_between_two_checkpoints_costs_neither_the_first_no
                 return whole_save(tensors, file, metadata)
         return whole_save(tensors, file, metadata)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_file", save)
+        patch.setattr(runs, "save_file", save)
         status, _, said = small.run_quietly(train, *small.TRAIN)
     assert status == 2 and "run/state/warmup-0000004.safetensors: cannot be written" in said, said
     assert [p.name for p in (here / "run/state").iterdir()] == ["warmup-0000002.safetensors"]
@@ -213,7 +214,7 @@ def test_a_disk_that_fills_up_between_two_checkpoints_costs_neither_the_first_no
 
 
 def test_a_disk_without_room_for_checkpoints_is_told_before_training(here, monkeypatch):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("", (), {"free": 10_000}))
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: type("", (), {"free": 10_000}))
     monkeypatch.setattr(train.Task, "step", lambda *_: pytest.fail("a step was taken"))
     status, _, said = small.run_quietly(train, *small.TRAIN)
     assert status == 2 and "run: its disk has 0.0 MiB free, and warmup needs" in said and "lower --keep" in said, said
@@ -222,9 +223,9 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_training(here, monke
 
 def test_the_room_asked_for_is_the_room_that_is_taken(here, monkeypatch):
     needs = []
-    whole = train.size
-    monkeypatch.setattr(train, "size", lambda n: needs.append(n) or whole(n))
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("", (), {"free": 0}))
+    whole = runs.size
+    monkeypatch.setattr(runs, "size", lambda n: needs.append(n) or whole(n))
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: type("", (), {"free": 0}))
     status, _, said = small.run_quietly(train, *small.TRAIN, "--stage", "warmup")
     monkeypatch.undo()
     os.chdir(here)

@@ -21,9 +21,11 @@ import torch
 import small
 import synth
 import train
-from lora import EXPERTS, expert_layers
+from batches import batches, cost
+from lora import EXPERTS, add_experts, expert_layers
 from model import Chat, Config, Transformer, UserError, encode, generate
 from router import Router, contrastive_loss, query_ids
+from runs import save_state, size
 from test_teachers import asked, good, http_command, ids, serving  # noqa: F401 (asked is a fixture)
 from test_train import base, router, settings, some_rows
 from train import Task, activations, fit, heldout, row_losses
@@ -43,7 +45,7 @@ def test_a_figure_that_is_no_number_ends_training_and_keeps_the_last_good_checkp
     with pytest.raises(UserError,
                        match=f"joint, step 5: the {what} is {value}.*joint-0000004.safetensors is kept.*--lr") as e:
         fit(Task("joint", base(), router(), s), rows, s, tmp_path)
-    order = train.batches([train.cost(row) for row in rows], 3, [0, *b"joint"])
+    order = batches([cost(row) for row in rows], 3, [0, *b"joint"])
     fifth = [next(order) for _ in range(5)][4]
     assert str(e.value).endswith("look at this step's records: " + ", ".join(rows[i].id for i in fifth))
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["joint-0000004.safetensors"]
@@ -58,7 +60,7 @@ def test_parameters_that_are_no_numbers_are_not_saved_over_good_ones(tmp_path):
     with torch.no_grad():
         next(task.router.parameters())[0, 0] = torch.inf
     with pytest.raises(UserError, match="router, step 4: a parameter is NaN or infinite"):
-        train.save_state(task, 4, s, tmp_path)
+        save_state(task, 4, s, tmp_path)
     assert small.contents(tmp_path / "state") == before
 
 
@@ -81,7 +83,7 @@ def test_memory_that_is_full_says_what_reduces_it_and_by_how_much(tmp_path, monk
     assert "--tokens 250 " in said and "--recompute" in said and "\n" not in said
     assert ("--rank 2" in said) == (stage != "router")
     trained = 16 * sum(p.numel() for p in task.parameters())
-    assert f"what trains {train.size(trained)} " in said
+    assert f"what trains {size(trained)} " in said
     assert [p.stem for p in (tmp_path / "state").iterdir()] == [f"{stage}-0000002"]
 
 
@@ -94,7 +96,7 @@ def test_the_memory_that_the_advice_speaks_of_is_what_the_forward_pass_keeps(sha
     recomputation it holds the layers' inputs; the estimate adds one layer, which the backward pass makes again.)"""
     model = Transformer(shape)
     if experts:
-        train.add_experts(model, rank=4, alpha=8)
+        add_experts(model, rank=4, alpha=8)
     model.recompute, held = recompute, {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -126,7 +128,7 @@ def test_a_batch_without_supervised_tokens_is_skipped_and_counted(tmp_path, caps
     s, rows = settings(steps=6, batch=2, save_every=3), some_rows(24)
     for i, row in enumerate(rows):
         row.prompt = len(row.ids) if i % 4 else row.prompt
-    order = train.batches([train.cost(row) for row in rows], 2, [0, *b"warmup"])
+    order = batches([cost(row) for row in rows], 2, [0, *b"warmup"])
     want, skipped = [], 0
     while len(want) < 6:
         some = [rows[i].id for i in next(order) if not i % 4]
@@ -205,7 +207,7 @@ def folder(tmp_path_factory):
 def loaded(folder):
     torch.manual_seed(0)
     model = Transformer.from_pretrained(folder, torch.float32)
-    train.add_experts(model, rank=2, alpha=4)
+    add_experts(model, rank=2, alpha=4)
     for layer in expert_layers(model).values():
         torch.nn.init.normal_(layer.B, std=0.3)
     return model, Chat.from_dir(folder)

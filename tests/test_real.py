@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import train
+from batches import examples
 from lora import EXPERTS
 from model import Chat, load_tokenizer
 from router import contrastive_loss, gates_under
 from synth import template_records
-from train import examples, heldout, similarities
+from train import heldout, similarities
 
 pytestmark = pytest.mark.slow
 

@@ -224,7 +224,8 @@ def separate(*replies, retries=0, **item):
     query, asked = Query({"id": 1, "query": "What now?"} | item, "separate", retries, "test"), []
     for reply in replies:
         asked.append(query.ask[0])
-        query.tell(reply if isinstance(reply, teachers.Fault) else Reply(*([reply] if isinstance(reply, str) else reply)))
+        query.tell(reply if isinstance(reply, teachers.Fault) else
+                   Reply(*([reply] if isinstance(reply, str) else reply)))
     return query, asked
 
 
@@ -275,7 +276,8 @@ def test_json_that_is_whole_may_be_followed_by_a_cut_off_text_and_is_else_asked_
 
 def test_a_retry_has_the_complaint_and_the_reply_and_each_reply_has_its_own_budget():
     wrong = json.dumps({"openness": "medium"})
-    query, asked = separate("They wait.", wrong, teachers.Fault("server: 500"), json.dumps(POLED), "", "Wait.", retries=2)
+    fault = teachers.Fault("server: 500")
+    query, asked = separate("They wait.", wrong, fault, json.dumps(POLED), "", "Wait.", retries=2)
     assert query.outcome["response"] == "Wait." and query.outcome["teacher"]["calls"] == 6
     assert [m["role"] for m in asked[2]] == ["system", "user", "assistant", "user"]
     assert asked[2][:2] == asked[1] and asked[2][2]["content"] == wrong

@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import save
 from torch.nn import functional as F
 
+import batches as batching
 import train
+from batches import Example, batches, cost, examples, messages_of, micro_batches
 from lora import EXPERTS, add_experts, expert_layers
-from model import Chat, Config, Transformer, UserError
+from model import Chat, Config, Transformer, UserError, pad
 from router import Router, contrastive_loss, query_ids
+from runs import rewind_log, states
 from test_chat import TEMPLATES, make_folder
-from train import Example, Task, batches, cost, fit, heldout, micro_batches, row_losses, schedule, token_losses
+from train import Task, fit, heldout, row_losses, schedule, token_losses
 
 CONFIG = Config(97, 32, 2, 4, 2, 8, 48, 1e-5, 1e4, tied=True)
 
@@ -75,8 +78,8 @@ def contents(rows):
 @pytest.fixture
 def asked(monkeypatch):
     """The batches of texts that a tokenizer was asked for."""
-    found, plain = [], train.Ahead.encode_all
-    monkeypatch.setattr(train.Ahead, "encode_all", lambda self: (found.append(list(self.known)), plain(self))[1])
+    found, plain = [], batching.Ahead.encode_all
+    monkeypatch.setattr(batching.Ahead, "encode_all", lambda self: (found.append(list(self.known)), plain(self))[1])
     return found
 
 
@@ -84,11 +87,11 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("some", [1, 3, 4096])
 def test_records_are_encoded_as_one_by_one(kind, some, tmp_path, monkeypatch):
     chat = Chat.from_dir(make_folder(tmp_path, kind))
-    monkeypatch.setattr(train.tokenised, "__defaults__", (*train.tokenised.__defaults__[:-1], some))
-    rows, long = train.examples(RECORDS, chat, chat.tokenizer)
+    monkeypatch.setattr(batching.tokenised, "__defaults__", (*batching.tokenised.__defaults__[:-1], some))
+    rows, long = examples(RECORDS, chat, chat.tokenizer)
     assert long == 0
     for record, row in zip(RECORDS, rows, strict=True):
-        ids, supervised = chat.example(train.messages_of(record), record["response"])
+        ids, supervised = chat.example(messages_of(record), record["response"])
         assert row.ids.tolist() == ids and row.ids.dtype == np.int32
         assert supervised == [False] * row.prompt + [True] * (len(ids) - row.prompt)
         assert row.query.tolist() == query_ids(chat.tokenizer, record["query"], record.get("history"))
@@ -96,18 +99,18 @@ def test_records_are_encoded_as_one_by_one(kind, some, tmp_path, monkeypatch):
 
 def test_tokens_are_made_once_and_kept_make_no_difference(tmp_path, asked):
     chat = Chat.from_dir(make_folder(tmp_path / "model", "llama"))
-    plain = contents(train.examples(RECORDS, chat, chat.tokenizer)[0])
+    plain = contents(examples(RECORDS, chat, chat.tokenizer)[0])
     assert len(asked) == 2 and not (tmp_path / "tokens").exists()  # without a folder nothing is written
-    assert contents(train.examples(RECORDS, chat, chat.tokenizer, None, tmp_path / "tokens")[0]) == plain
+    assert contents(examples(RECORDS, chat, chat.tokenizer, None, tmp_path / "tokens")[0]) == plain
     assert len(asked) == 4
-    kept = train.examples(RECORDS, chat, chat.tokenizer, None, tmp_path / "tokens")[0]
+    kept = examples(RECORDS, chat, chat.tokenizer, None, tmp_path / "tokens")[0]
     assert contents(kept) == plain and len(asked) == 4
     # a limit is no part of what is kept; nor is what one stage needs of what another needs
     lengths = [len(row.ids) for row in kept]
     for limit in (max(lengths), max(lengths) - 1):
-        rows, long = train.examples(RECORDS, chat, None, limit, tmp_path / "tokens")
+        rows, long = examples(RECORDS, chat, None, limit, tmp_path / "tokens")
         assert [len(row.ids) for row in rows] == [n for n in lengths if n <= limit] and long == 4 - len(rows)
-    assert [row[4] for row in contents(train.examples(RECORDS, None, chat.tokenizer, None, tmp_path / "tokens")[0])] \
+    assert [row[4] for row in contents(examples(RECORDS, None, chat.tokenizer, None, tmp_path / "tokens")[0])] \
         == [row[4] for row in plain] and len(asked) == 4
 
 
@@ -115,7 +118,7 @@ def test_tokens_are_made_once_and_kept_make_no_difference(tmp_path, asked):
                                   "library", "code"])
 def test_other_texts_tokenizers_or_formats_are_tokenised_anew(what, tmp_path, asked, monkeypatch):
     kind, records = "chatml", [dict(record) for record in RECORDS]
-    train.examples(records, Chat.from_dir(make_folder(tmp_path / "was", kind)), None, None, tmp_path / "tokens")
+    examples(records, Chat.from_dir(make_folder(tmp_path / "was", kind)), None, None, tmp_path / "tokens")
     chat = Chat.from_dir(make_folder(tmp_path / "now", {"system": "chatml with a default"}.get(what, kind)))
     if what == "a query":
         records[2]["query"] += "!"
@@ -132,19 +135,19 @@ def test_other_texts_tokenizers_or_formats_are_tokenised_anew(what, tmp_path, as
     elif what == "dates":
         chat.dates = True
     elif what == "library":
-        monkeypatch.setattr(train.tokenizers, "__version__", "0.0")
+        monkeypatch.setattr(batching.tokenizers, "__version__", "0.0")
     elif what == "code":
-        monkeypatch.setattr(train, "encode", lambda tokenizer, text: tokenizer.encode(text).ids)
-    new = contents(train.examples(records, chat, None, None, tmp_path / "tokens")[0])
-    assert len(asked) == 2 and new == contents(train.examples(records, chat)[0])
-    train.examples(records, chat, None, None, tmp_path / "tokens")
+        monkeypatch.setattr(batching, "encode", lambda tokenizer, text: tokenizer.encode(text).ids)
+    new = contents(examples(records, chat, None, None, tmp_path / "tokens")[0])
+    assert len(asked) == 2 and new == contents(examples(records, chat)[0])
+    examples(records, chat, None, None, tmp_path / "tokens")
     assert len(asked) == 3  # the new ones are kept
 
 
 @pytest.mark.parametrize("torn", ["cut", "empty", "another byte", "no tokens", "a folder"])
 def test_a_torn_file_of_tokens_is_made_anew_in_silence(torn, tmp_path, asked, capsys):
     chat, file = Chat.from_dir(make_folder(tmp_path / "model", "llama")), tmp_path / "tokens" / "base.safetensors"
-    plain = contents(train.examples(RECORDS, chat, None, None, file.parent)[0])
+    plain = contents(examples(RECORDS, chat, None, None, file.parent)[0])
     whole = file.read_bytes()
     if torn == "a folder":
         file.unlink()
@@ -152,8 +155,8 @@ def test_a_torn_file_of_tokens_is_made_anew_in_silence(torn, tmp_path, asked, ca
     else:
         file.write_bytes({"cut": whole[:-1], "empty": b"", "another byte": whole[:-1] + bytes([whole[-1] ^ 1]),
                           "no tokens": save({"x": torch.ones(1)})}[torn])
-    assert contents(train.examples(RECORDS, chat, None, None, file.parent)[0]) == plain
-    assert contents(train.examples(RECORDS, chat, None, None, file.parent)[0]) == plain
+    assert contents(examples(RECORDS, chat, None, None, file.parent)[0]) == plain
+    assert contents(examples(RECORDS, chat, None, None, file.parent)[0]) == plain
     assert len(asked) == 2 and capsys.readouterr() == ("", "")
 
 
@@ -226,7 +229,7 @@ def test_joint_loss_is_language_plus_lambda_times_contrastive():
     n = sum(cost(row) - row.prompt for row in rows)
     language, contrast, gate = task.losses(rows, {None: n})
     plain = row_losses(task.model, rows, gate).sum() / n
-    ids, lengths = train.pad([row.query for row in rows])
+    ids, lengths = pad([row.query for row in rows])
     s = task.router.similarity(task.router.embed(ids, lengths))
     wanted = plain + 0.7 * contrastive_loss(s, torch.stack([row.active for row in rows]))
     assert torch.allclose(language + 0.7 * contrast / 6, wanted, atol=1e-5)
@@ -462,14 +465,14 @@ def test_how_often_is_saved_or_logged_changes_nothing(changes, tmp_path):
         fit(task, some_rows(20), s, tmp_path / name)
         results.append(state(task))
     assert all(torch.equal(a, b) for a, b in zip(*results))
-    assert len(train.states(tmp_path / "b", "joint")) <= settings(**changes).keep
+    assert len(states(tmp_path / "b", "joint")) <= settings(**changes).keep
 
 
 def test_the_log_is_rewound_to_the_checkpoint(tmp_path):
     """Steps that were logged but not saved are done again and stand in the log once; a torn last line goes."""
     (tmp_path / "log.jsonl").write_text(
         '{"stage": "warmup", "step": 1}\n{"stage": "router", "step": 7}\n{"stage": "warmup", "step": 2}\n{"stage": "war')
-    train.rewind_log(tmp_path, "warmup", 1).close()
+    rewind_log(tmp_path, "warmup", 1).close()
     assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")] == [1, 7]
 
 

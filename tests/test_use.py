@@ -20,7 +20,7 @@ import use
 from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
 from model import Chat, Transformer, UserError, generate
 from router import persona_gate
-from synth import read_queries, template_records, write_records
+from synth import read_queries, template_records
 from test_commands import RUN, copy, here, reduced, run_folder  # noqa: F401 (fixtures)
 
 ROOT = Path(use.__file__).resolve().parent
@@ -41,7 +41,7 @@ def strong(run_folder, here):  # noqa: F811
     save_file({name: t if t.dim() < 2 else 0.2 * torch.randn_like(t) for name, t in load_file(file).items()}, file,
               metadata={"format": "pt"})
     for file in sorted((folder / "joint" / "experts").glob("*/adapter_model.safetensors")):
-        state = {name: t if "lora_A" in name else 0.5 * torch.randn_like(t) for name, t in load_file(file).items()}
+        state = {name: t if "lora_A" in name else 0.1 * torch.randn_like(t) for name, t in load_file(file).items()}
         save_file(state, file, metadata={"format": "pt"})
     return folder
 
@@ -246,16 +246,14 @@ def test_exported_experts_are_what_peft_computes(strong, ids, here, capsys):  # 
 @pytest.mark.parametrize("how", [["--persona", "O+,E-:0.5"], ["--gate", "high_openness:0.7,low_neuroticism:0.3"],
                                  ["--query", "My boss is furious."]])
 @pytest.mark.parametrize("kind", ["mixture", "merged"])
-def test_a_mixture_or_merged_weights_are_what_the_references_compute(strong, ids, here, capsys, kind, how):  # noqa: F811
+def test_a_mixture_or_merged_weights_are_what_others_compute(strong, ids, here, capsys, kind, how):  # noqa: F811
     out = says(capsys, "export", "--run", strong, "--as", kind, *how, "--out", "out", "--shard-gb", 0.001)
     asked = json.loads(says(capsys, "ask", "--run", strong, "--max-new-tokens", 1, "--json", *(
         how[1:] if how[0] == "--query" else [*how, "Hello"])))
     gate = torch.tensor([[*asked["gate"].values()]])
     wanted, base = ours(strong, ids, gate.expand(2, -1))
     found = logits_of(base, ids, "out") if kind == "mixture" else logits_of("out", ids)
-    # sums in another order, in fp32, through layers whose experts are strong: up to 1.2e-5 of the largest logit was seen
-    assert (found - wanted).abs().max() <= 3e-5 * wanted.abs().max()
-    assert (wanted - ours(strong, ids, None)[0]).abs().max() > 0.1
+    assert (found - wanted).abs().max() <= 1e-4 and (wanted - ours(strong, ids, None)[0]).abs().max() > 0.1
     assert use.bars(gate[0]) in out
     if kind == "mixture":
         assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 80
@@ -373,7 +371,7 @@ def test_a_merged_bf16_export_keeps_the_greedy_reply(tmp_path, weights):
     torch.manual_seed(0)
     for layer in expert_layers(model).values():
         torch.nn.init.normal_(layer.B, std=0.005)
-    exact, rounded = Transformer.from_pretrained(folder, torch.float32), Transformer.from_pretrained(folder, torch.float32)
+    exact, rounded = (Transformer.from_pretrained(folder, torch.float32) for _ in range(2))
     rounded.load_state_dict({n: t.float() for n, t in merged(model, gate).items()})
     exact.load_state_dict(merged(model.float(), gate))
     prompts = [chat.prompt([{"role": "user", "content": r["query"]}]) for r in template_records("test", 8)]
