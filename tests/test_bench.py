@@ -65,7 +65,8 @@ def test_runs_in_processes_of_their_own(folders):
     assert "300 records, again" in shown(f"data --weights {folders} --count 300")
 
 
-@pytest.mark.parametrize("compiler", ["none", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["none", "inductor"])
 def test_gpu_runs_on_a_cpu(compiler, monkeypatch):
     if compiler == "none":
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
@@ -76,9 +77,10 @@ def test_gpu_runs_on_a_cpu(compiler, monkeypatch):
     assert "Decoding, 2 x 2 tokens, compiled" in out and "out of memory" not in out
 
 
-def test_growth_is_a_table_and_a_picture(tmp_path):
+def test_growth_is_a_table_and_a_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is in requirements-dev.txt")
-    table = shown(f"growth --rounds 1 --out {tmp_path / 'growth.png'}")
+    monkeypatch.chdir(tmp_path)
+    table = shown("growth --rounds 1 --out growth.png")
     assert "tokens a row" in table and (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
