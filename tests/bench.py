@@ -36,9 +36,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batches import Example, batches, cost, examples, micro_batches, per_pole
 from harness import alone, ceiling, fresh, gates, interleaved, linears, our_step, pair, peak, reference, rows_of, shape
 from harness import show, stage, step_flops, table, token_bytes, with_experts
+from batches import Example, batches, cost, examples, micro_batches, per_pole
 from command import Parser, pick_device, pick_dtype, run_command
 from lora import EXPERTS, TARGETS, merged
 from model import CONFIGS, Chat, Transformer, UserError, generate, load_tokenizer, pad, weight_files

@@ -1,5 +1,7 @@
 """Every command of bench.py runs, on models of almost no size, and what its tables are made with keeps its laws."""
 import io
+import subprocess
+import sys
 from contextlib import redirect_stdout
 
 import pytest
@@ -82,6 +84,11 @@ def test_growth_is_a_table_and_a_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table = shown("growth --rounds 1 --out growth.png")
     assert "tokens a row" in table and (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_is_a_program():
+    said = subprocess.run([sys.executable, bench.__file__, "--help"], capture_output=True, text=True)
+    assert said.returncode == 0 and "python tests/bench.py step" in said.stdout, said.stderr
 
 
 def test_says_in_one_line_what_is_missing(monkeypatch):
