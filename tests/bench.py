@@ -413,7 +413,7 @@ def plot(times, most, file):
 
 def gpu(args):
     """The 8B's true shape with random weights: the three stages with and without recomputation and compilation, and
-    decoding against the bandwidth."""
+    decoding, which is not compiled, against the bandwidth."""
     config, encoder = shape(args, "Llama-3.1-8B"), CONFIGS["Qwen2.5-0.5B"]
     encoder = replace(encoder, n_layers=min(args.layers or encoder.n_layers, encoder.n_layers))
     lengths, on_off, rows = [args.length] if args.length else [2048, 512], (False, True), []
@@ -447,12 +447,11 @@ def gpu(args):
          ["stage", "tokens a row", "recompute", "compile", "tokens/s", "s a step", "peak"], rows)
     model, new = fresh(config, args), args.steps or 128
     with_experts(model)
-    for compiled, n in product(on_off, (1, args.batch or 16)):
-        compile_blocks(model, compiled)
+    for n in (1, args.batch or 16):  # as written: a compiled block would be compiled anew for every layer of the cache
         prompts, gate = torch.randint(3, config.vocab_size, (n, 64)).tolist(), gates(n, args.device)
         runs = {"no experts": lambda: generate(model, prompts, None, new),
                 f"{n} gate(s)": lambda: generate(model, prompts, gate, new)}
-        table(f"Decoding, {n} x {new} tokens, {'compiled' if compiled else 'as written'}",
+        table(f"Decoding, {n} x {new} tokens",
               interleaved(runs, args.rounds, args.device), n * new,
               {name: new * token_bytes(model, "gate" in name) for name in runs}, args.bandwidth)
 
