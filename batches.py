@@ -3,8 +3,8 @@
 What is notable:
 - rows of similar length go together, and batches come in random order, so that little is padding and lengths do not grow
 - a batch is cut into micro-batches of at most so many tokens, padding included
-- all texts are tokenised in one call of the library, on all cores, and kept in the run folder under a hash of what they
-  hang on
+- thousands of texts are tokenised in one call of the library, on all cores, and kept in the run folder under a hash of
+  what they hang on
 """
 import hashlib
 import inspect

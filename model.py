@@ -597,16 +597,16 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
     """
     if not prompts or not all(prompts):
         raise ValueError(f"generate needs prompts of at least one token; lengths are {[len(p) for p in prompts]}")
-    gate, shared, prefix = None if gate is None else gate.to(model.device), 0, None
-    if len(prompts) > 1 and (gate is None or len(gate) == 1) and shared_prefix(prompts) >= LONG_PREFIX:
-        shared = shared_prefix(prompts)
-        prefix = Prefix(model, prompts[0][:shared], gate)
-    gate = None if gate is None else gate.expand(len(prompts), -1)
     sizes, context = [len(prompt) for prompt in prompts], model.context or math.inf
     if max(sizes) >= context:
         raise UserError(f"a prompt has {max(sizes):,} tokens, and the model can read and write {context:,} in all: "
                         "shorten it")
     max_new_tokens = min(max_new_tokens, context - min(sizes))
+    gate = None if gate is None else gate.to(model.device)
+    shared = shared_prefix(prompts) if len(prompts) > 1 and (gate is None or len(gate) == 1) else 0
+    shared = shared if shared >= LONG_PREFIX else 0
+    prefix = Prefix(model, prompts[0][:shared], gate) if shared else None
+    gate = None if gate is None else gate.expand(len(prompts), -1)
     cache = Cache(model.config, sizes, max(sizes) + max_new_tokens, model.dtype, model.device, prefix)
     ids, lengths = pad([prompt[shared:] for prompt in prompts], model.device)
     replies, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows[i]: whose reply row i of the batch is

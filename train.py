@@ -512,9 +512,6 @@ def train_stage(stage, setup, s, stop):
     if stage != "warmup":
         router = setup.load_router(setup.run / "router" / "router" if stage == "joint" else None)
         router.encoder.recompute, tokenizer = s.recompute, load_tokenizer(setup.encoder)
-    for decoder in ([model] if model else []) + ([router.encoder] if router else []):
-        if s.compile:
-            compile_layers(decoder)
     limit = min(s.tokens, model.context or s.tokens) if model else s.tokens
     rows, long = examples(records, chat, tokenizer, limit, setup.run / "tokens")
     if long:
@@ -528,6 +525,8 @@ def train_stage(stage, setup, s, stop):
         if idle:
             print(f"warmup: no record calls for {', '.join(idle)}; these experts stay as they are, without effect")
     task = Task(stage, model, router, s)
+    for decoder in decoders(task) if s.compile else ():
+        compile_layers(decoder)
     if task.rank == 0:
         check_room(task, s, setup.run)
     fit(task, rows, s, setup.run, stop)

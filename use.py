@@ -152,7 +152,7 @@ class Conversation:
         if name == "/persona" and rest.strip():
             self.hand = persona_gate(rest.strip(), self.run.setup.tau)[None]
         elif name == "/router":
-            self.hand, self.router = None, self.run.router
+            self.router, self.hand = self.run.router, None  # in this order: without a router the gate stays
         elif name == "/base":
             if not self.turns:
                 raise UserError("/base answers the last message again, and there is none yet")
