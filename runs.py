@@ -422,7 +422,7 @@ def check_room(task, s, run):
     """UserError, before training, where the disk has no room for this stage's checkpoints and its result."""
     trained = 4 * sum(p.numel() for p in task.parameters())
     have, there = shutil.disk_usage(run).free, len(states(run, task.stage))
-    checkpoints = max(1, min(s.keep, -(-s.steps // s.save_every)) + 1 - there)  # the oldest goes last
+    checkpoints = max(1, min(s.keep + 1, -(-s.steps // s.save_every)) - there)  # the oldest goes once a new one is there
     need = 3 * trained * checkpoints + trained
     if need > have:
         raise UserError(f"{run}: its disk has {size(have)} free, and {task.stage} needs {size(need)} more: "
