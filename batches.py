@@ -54,7 +54,10 @@ class Ahead:
         self.known = dict(zip(self.known, found))
 
 
-def tokenised(records, tokenise, tokenizer, facts=(), file=None, some=4096):
+SOME = 4096  # records whose texts are encoded at once
+
+
+def tokenised(records, tokenise, tokenizer, facts=(), file=None):
     """[(ids, how many of them are the prompt)] of all records, in their order, as tokenise(tokenizer, record) has them.
 
     With a file, they are kept there, for the stages to come and for a resumed run. What is kept holds for these texts,
@@ -77,12 +80,12 @@ def tokenised(records, tokenise, tokenizer, facts=(), file=None, some=4096):
             lengths, prompts, ids = np.split(tokens, [len(records), 2 * len(records)])
             return list(zip(np.split(ids, lengths.cumsum()[:-1]), prompts.tolist()))
     found = []
-    for at in range(0, len(records), some):
+    for at in range(0, len(records), SOME):
         ahead = Ahead(tokenizer)
-        for record in records[at:at + some]:
+        for record in records[at:at + SOME]:
             tokenise(ahead, record)
         ahead.encode_all()
-        found += [tokenise(ahead, record) for record in records[at:at + some]]
+        found += [tokenise(ahead, record) for record in records[at:at + SOME]]
     found = [(np.array(ids, dtype=np.int32), prompt) for ids, prompt in found]
     if file is not None and place()[0] == 0:
         tokens = np.concatenate([np.array([[len(ids), prompt] for ids, prompt in found], dtype=np.int32).T.flatten(),
@@ -145,11 +148,14 @@ def cost(row):
     return len(row.query if row.ids is None else row.ids)
 
 
-def batches(lengths, batch, seed, pool=50):
-    """Endless batches of row numbers. Rows of similar length go together: pools of up to `pool` batches are drawn at
+POOL = 50
+
+
+def batches(lengths, batch, seed):
+    """Endless batches of row numbers. Rows of similar length go together: pools of up to POOL batches are drawn at
     random, sorted by length, cut into batches, and the batches shuffled. A pool is never larger than an epoch."""
     rng, stream = np.random.default_rng(seed), []
-    size = min(pool * batch, max(len(lengths) // batch, 1) * batch)
+    size = min(POOL * batch, max(len(lengths) // batch, 1) * batch)
     while True:
         while len(stream) < size:
             stream += rng.permutation(len(lengths)).tolist()

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model import UserError, read_json
+from synth import read_lines
 
 LETTERS = "ABCDEFG"
 
@@ -155,19 +156,8 @@ def listed(options, mark="{}. {}"):
 
 def json_lines(path, columns, count):
     """Objects of a .jsonl file as published. UserError names what is not as it should be."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable ({getattr(error, 'strerror', None) or error}); expected the "
-                        "benchmark's folder as published") from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() and number == len(lines):
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); a torn line? take the file anew") from None
+    for number, row in read_lines(path):
         check_columns(row, columns, f"{path}, line {number}")
         rows.append(row)
     if len(rows) != count:
@@ -287,8 +277,12 @@ class EQBench(Benchmark):
             full = question["reference_answer_fullscale"]
             check_columns(full, [f"emotion{i}{end}" for i in range(1, 5) for end in ("", "_score")],
                           f"{file}, question {id}")
-            rows.append({"id": id, "group": "all", "part": "EQ-Bench", "prompt": question["prompt"],
-                         "reference": {full[f"emotion{i}"]: float(full[f"emotion{i}_score"]) for i in range(1, 5)}})
+            rows.append({"id": id, "group": "all", "part": "EQ-Bench", "prompt": question["prompt"]})
+            try:
+                rows[-1]["reference"] = {full[f"emotion{i}"]: float(full[f"emotion{i}_score"]) for i in range(1, 5)}
+                self.prompt(rows[-1])
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"{file}, question {id}: not as it was published ({error})") from None
         return rows
 
     def prompt(self, row):
@@ -505,7 +499,8 @@ class SafetyBench(Benchmark):
         for line in questions:
             check_columns(line, ("id", "category", "question", "options"), f"{file}, question {len(rows)}")
             answer = answers.get(str(line["id"]))
-            if answer is None or line["category"] not in self.CATEGORIES or answer["category"] != line["category"]:
+            if not isinstance(answer, dict) or line["category"] not in self.CATEGORIES \
+                    or answer.get("category") != line["category"]:
                 raise UserError(f"{file}, id {line['id']}: no answer under this id and category in "
                                 f"test_answers_{name}.json; do the two files belong together?")
             rows.append({"id": str(line["id"]), "group": name, "part": line["category"], "options": [line["options"]],
@@ -516,6 +511,7 @@ class SafetyBench(Benchmark):
             dev = next((read_json(p / f"dev_{lang}.json") for p in places if (p / f"dev_{lang}.json").exists()), None)
             if dev is None:
                 raise UserError(f"{folder}: no dev_{lang}.json for --shots {self.shots}")
+            check_columns(dev, self.CATEGORIES, f"{folder}: dev_{lang}.json")
             for row in rows:
                 row["shots"] = [(example["question"], example["options"], example["answer"])
                                 for example in dev[row["part"]][:self.shots]]

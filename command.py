@@ -36,11 +36,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
+def for_users(doc):
+    """A program's docstring as --help shows it: without what is for readers of its code, in lines of a terminal."""
+    parts = [part.strip("\n") for part in doc.split("\n\n") if not part.startswith(("What is notable", "Shapes:"))]
+    return "\n\n".join("\n".join(textwrap.fill(line, 79, subsequent_indent=" " * 8) for line in part.split("\n"))
+                       if part.startswith(" ") else textwrap.fill(part, 79) for part in parts)
+
+
 def parse(cls, argv=None, description=None, prog=None):
     """Fill the dataclass `cls` from the command line: --name VALUE for each field, a switch for each bool, several
     values for a list; a field without a default is a list of plain words, perhaps empty if it has a default_factory."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    prog=prog)
+    parser = Parser(description=for_users(description or ""), allow_abbrev=False, prog=prog,
+                    formatter_class=argparse.HelpFormatter if prog else argparse.RawDescriptionHelpFormatter)
     add_fields(parser, cls)
     return check_numbers(cls(**vars(parser.parse_args(argv))))
 
@@ -71,7 +78,7 @@ def add_fields(parser, cls):
         if type(None) in typing.get_args(kind):  # "int | None": None stands for the preset's value
             kind = typing.get_args(kind)[0]
         option = {"default": one.default, "help": sentence.replace("%", "%%")}
-        if one.default not in (None, False, ()):
+        if one.default is not False and one.default not in (None, ()):  # 0 is shown, though it equals False
             option["help"] += f" (default: {one.default})"
         if kind is bool:
             option["action"] = "store_true"
@@ -117,7 +124,7 @@ def pick_device(name=None):
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name!r}: expected cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("a CUDA GPU, and a PyTorch built for it: --device cpu does without, slowly")
+        raise UserError("--device cuda needs a CUDA GPU and a PyTorch built for it; --device cpu does without, slowly")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
     return device
@@ -126,5 +133,5 @@ def pick_device(name=None):
 def pick_dtype(name, device):
     """The base's dtype: as named, else bfloat16 on a GPU and float32 on a CPU."""
     if device.type == "cuda" and name != "float32" and not torch.cuda.is_bf16_supported():
-        raise UserError(f"bfloat16, which {torch.cuda.get_device_name(device)} cannot do: use --dtype float32")
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float32")
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))

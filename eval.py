@@ -28,13 +28,13 @@ from tqdm import tqdm
 
 from batches import examples, micro_batches
 from benchmarks import BENCHMARKS, PROMPTS, grouped
-from command import Parser, add_fields, check_numbers, pick_device, pick_dtype, run_command
+from command import Parser, add_fields, check_numbers, for_users, pick_device, pick_dtype, run_command
 from lora import EXPERTS, SHORT, adapter_shape
 from model import (Chat, Prefix, Transformer, UserError, atomic, encode, generate, load_tokenizer, pad, read_json,
                    shared_prefix)
-from router import RULES, gate_report, gates_under, persona_gate, raw_gate
+from router import RULES, gate_report, gates_under, persona_gate, raw_gate, softmax_gate
 from runs import Setup, differences, fingerprint, read_run
-from synth import signatures
+from synth import read_lines, signatures
 from train import answer, heldout, similarities
 
 
@@ -47,8 +47,6 @@ class Common:
     """Run folder that train.py made."""
     stage: typing.Literal["warmup", "joint"] | None = None
     """Which experts: warmup (with the router stage's router) or joint (with its own); the latest if not given."""
-    data: str | None = None
-    """Other records than the run's: a .jsonl file or a folder, as for train.py."""
     base: str | None = None
     """The base's model folder, if it has moved."""
     encoder: str | None = None
@@ -67,6 +65,12 @@ class Common:
     """τ of the gate; that of the joint stage, else 1.0, if not given."""
     tokens: int = 4096
     """Most tokens in a batch, padding included."""
+
+
+@dataclass(kw_only=True)
+class OnRecords(Common):
+    data: str | None = None
+    """Other records than the run's: a .jsonl file or a folder, as for train.py."""
 
 
 @dataclass(kw_only=True)
@@ -90,7 +94,7 @@ class Measured:
             raise UserError(f"{run}: no config.json, so there is no run here; python train.py --preset tiny makes one")
         found, self.args = read_run(run), args
         self.content = found.get("content", {})
-        own = found["setup"] | {k: getattr(args, k) or Setup.inside(found["setup"][k], run)
+        own = found["setup"] | {k: getattr(args, k, None) or Setup.inside(found["setup"][k], run)
                                 for k in ("base", "encoder", "data")}
         device = pick_device(args.device)
         self.setup = Setup(
@@ -140,10 +144,15 @@ class Measured:
         self.folder("router")
         return examples(records, tokenizer=load_tokenizer(self.setup.encoder))[0]
 
-    def test_records(self, need_response=True, limit=None):
-        """-> test records, and a mask (N,): True where training has never seen the record's domain."""
+    def gates(self, records):
+        """The router's gates for records, whose traits may be unknown: (N, E)."""
+        rows = self.rows([record | {"traits": {}} for record in records])
+        return softmax_gate(similarities(self.router, rows, self.args.tokens), self.setup.tau)
+
+    def records(self, split="test", need_response=True, limit=None):
+        """-> records of a split, and a mask (N,): True where training has never seen the record's domain."""
         splits = self.setup.load_data(need_response)
-        records, known = splits["test"][:limit], {record.get("domain") for record in splits["train"]}
+        records, known = splits[split][:limit], {record.get("domain") for record in splits["train"]}
         return records, np.array([record.get("domain") not in known for record in records])
 
 
@@ -179,7 +188,7 @@ def by_hand(run, args):
 # routing
 
 @dataclass(kw_only=True)
-class Routing(Common):
+class Routing(OnRecords):
     show: int = 12
     """Queries in the heat map."""
 
@@ -213,7 +222,7 @@ def heat_map(gates, active, queries, width=40):
 def routing(args):
     """Per-expert average precision, recall at |P|, entropy and top-1 mass, and a heat map queries × experts."""
     run = Measured(args)
-    records, new_domain = run.test_records(need_response=False)
+    records, new_domain = run.records(need_response=False)
     rows = run.rows(records)
     active = torch.stack([row.active for row in rows])
     similarity = similarities(run.router, rows, args.tokens)
@@ -239,7 +248,7 @@ def routing(args):
 # ablate
 
 @dataclass(kw_only=True)
-class Ablate(Common):
+class Ablate(OnRecords):
     records: int | None = None
     """How many test records; all if not given."""
     control: str | None = None
@@ -252,7 +261,7 @@ def ablate(args):
     """Held-out loss under each gate rule, with intervals against the learned gate; and what each expert alone is
     worth on records of each pole."""
     run = Measured(args)
-    records, new_domain = run.test_records(limit=args.records)
+    records, new_domain = run.records(limit=args.records)
     rows, _ = examples(records, run.chat)
     active = torch.stack([row.active for row in rows])
     similarity = similarities(run.router, run.rows(records), args.tokens)
@@ -304,7 +313,7 @@ def expert_table(run, args):
 def pole_losses(run, args):
     """-> test records with one active pole, which one that is (N,), and nats/token of expert e alone on those of pole p
     as (E, E), NaN where there are none."""
-    records, _ = run.test_records(limit=args.records)
+    records, _ = run.records(limit=args.records)
     records = [record for record in records if sum(map(abs, record["traits"].values())) == 1]
     rows, _ = examples(records, run.chat)
     poles, table = np.array([int(row.active.argmax()) for row in rows]), np.full((len(EXPERTS),) * 2, math.nan)
@@ -418,9 +427,7 @@ class Subjects:
         """The router's gates, each query read once: the scenario and the question, as they stand."""
         new = [query for query in dict.fromkeys(item.query for item in items) if query not in self.routed]
         if new:
-            rows = self.run.rows([{"id": i, "query": query, "traits": {}} for i, query in enumerate(new)])
-            similarity = similarities(self.run.router, rows, self.args.tokens)
-            self.routed |= zip(new, gates_under("learned", similarity, similarity, self.run.setup.tau))
+            self.routed |= zip(new, self.run.gates([{"id": i, "query": query} for i, query in enumerate(new)]))
         return torch.stack([self.routed[item.query] for item in items])
 
 
@@ -468,19 +475,12 @@ def reply_to(model, chat, items, gates, mode, max_new_tokens, tokens, seed):
 def read_replies(path, bench, rows):
     """A replies.jsonl -> {id: {try: reply}}, checked. UserError names file and line."""
     by_id, replies, ignored = {row["id"]: row for row in rows}, defaultdict(dict), 0
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable ({getattr(error, 'strerror', None) or error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, reply in read_lines(path):
         try:
-            reply = json.loads(line)
             id, n, output, shown = str(reply["id"]), reply["try"], reply["output"], reply.get("map")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: not a reply ({type(error).__name__}: {error}); expected {{\"id\", "
-                            "\"try\", \"output\", …}; a torn line? mend or remove it") from None
+                            "\"try\", \"output\", …}") from None
         if bench.ignored(id):
             ignored += 1
             continue
@@ -784,7 +784,7 @@ def main(argv=None):
     import experiments  # here, since these stand on this file
     import use
 
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=for_users(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     known = COMMANDS | experiments.COMMANDS | use.COMMANDS
     for name, (cls, function) in known.items():

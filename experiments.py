@@ -8,7 +8,6 @@
 An experiment trains variants of a run in run folders of their own, measures them under gate rules and compares; what is
 trained stays trained, so it can be stopped at any time.
 """
-import csv
 import json
 import math
 import os
@@ -26,12 +25,12 @@ import torch
 
 import train
 from batches import Example, cost, examples, micro_batches
-from eval import Common, Measured, bootstrap, one_hot, pole_losses, subsets
+from eval import Common, Measured, OnRecords, bootstrap, one_hot, pole_losses, show, subsets
 from lora import EXPERTS, SHORT, TRAITS, expert_layers, save_experts
 from model import UserError, atomic, encode, load_tokenizer, pad, read_json
-from router import gate_report, gates_under, persona_gate, query_ids, save_router
-from runs import STAGES, Setup
-from synth import load_data, write_records
+from router import gate_report, gates_under, persona_gate, query_ids, save_router, softmax_gate
+from runs import STAGES, Setup, read_log
+from synth import load_data, read_table, write_records
 from train import heldout, similarities
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,13 +109,12 @@ def seeded(args, default=1):
 
 def cases(run, split="test", limit=None):
     """Records of a split as rows for base and encoder, and what gate rules and comparisons need of them."""
-    splits = run.setup.load_data()
-    records, known = splits[split][:limit], {record.get("domain") for record in splits["train"]}
+    records, new_domain = run.records(split, limit=limit)
     rows, _ = examples(records, run.chat, load_tokenizer(run.setup.encoder))
     return SimpleNamespace(
         records=records, rows=rows, active=torch.stack([row.active for row in rows]),
         counts=np.array([float(cost(row) - row.prompt) for row in rows]),
-        new_domain=np.array([record.get("domain") not in known for record in records]))
+        new_domain=new_domain)
 
 
 def losses(run, c, rules, tau=None, seed=0):
@@ -142,7 +140,7 @@ def compared(found, c, reference, part=slice(None), seed=0):
     return rows
 
 
-def show(table):
+def show_table(table):
     """Print a table {"title", "head", "rows"}: [mean, spread] as 1.234 ± 0.005, [mean, low, high] as an interval."""
     def text(x):
         if isinstance(x, list):
@@ -150,11 +148,8 @@ def show(table):
                 return f"{x[0]:.3f} ± {x[1]:.3f}" if x[1] else f"{x[0]:.3f}"
             return f"{x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
         return f"{x:.3f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-    rows = [table["head"], *([text(x) for x in row] for row in table["rows"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print("\n" + textwrap.fill(table["title"], 80) + "\n")
-    for row in rows:
-        print("  " + "  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths))).rstrip())
+    show([table["head"], *([text(x) for x in row] for row in table["rows"])], width=200)
 
 
 def routing_tables(args, run):
@@ -211,7 +206,7 @@ def temperature_tables(args, run):
 
     def measure(folder, stage, tau, first):
         m = opened(args, folder, stage)
-        gram, gates = update_gram(m.model), (similarities(m.router, tests.rows, args.tokens) / tau).softmax(-1)
+        gram, gates = update_gram(m.model), softmax_gate(similarities(m.router, tests.rows, args.tokens), tau)
         size, report, pair = gram.diagonal().sqrt(), gate_report(gates), torch.arange(len(EXPERTS)) // 2
         cosines = gram / size.outer(size).clamp(min=1e-30)
         opposite, other = (pair[:, None] == pair) & ~torch.eye(len(pair), dtype=bool), pair[:, None] != pair
@@ -278,7 +273,8 @@ def rank_tables(args, run):
             for stage in ("warmup", "joint"):
                 m = opened(args, folder, stage)
                 found[stage].append(losses(m, tests, ["learned"])["learned"].sum() / tests.counts.sum())
-                found["seconds"].append(read_json(folder / stage / "seconds.json")["seconds"])
+                file = folder / stage / "seconds.json"  # not there if a kill came between the result and it
+                found["seconds"].append(read_json(file)["seconds"] if file.exists() else math.nan)
             size = sum(layer.A.numel() + layer.B.numel() for layer in expert_layers(m.model).values())
         rows.append([str(rank), size, f"{sum(found['seconds']) / len(found['joint']):.0f}",
                      spread(found["warmup"]), spread(found["joint"])])
@@ -333,14 +329,16 @@ def reply_states(model, rows, tokens):
     """Mean state over each row's reply after every block: -> (N, layers, D), fp32, on the CPU."""
     kept, found, order = [], [None] * len(rows), {id(row): i for i, row in enumerate(rows)}
     hooks = [block.register_forward_hook(lambda block, given, out: kept.append(out)) for block in model.model.layers]
-    for group in micro_batches(rows, tokens):
-        kept.clear()
-        ids, lengths = pad([row.ids for row in group], model.device)
-        model.hidden(ids)
-        for b, row in enumerate(group):
-            found[order[id(row)]] = torch.stack([x[b, row.prompt:lengths[b]].float().mean(0).cpu() for x in kept])
-    for hook in hooks:
-        hook.remove()
+    try:
+        for group in micro_batches(rows, tokens):
+            kept.clear()
+            ids, lengths = pad([row.ids for row in group], model.device)
+            model.hidden(ids)
+            for b, row in enumerate(group):
+                found[order[id(row)]] = torch.stack([x[b, row.prompt:lengths[b]].float().mean(0).cpu() for x in kept])
+    finally:
+        for hook in hooks:
+            hook.remove()
     return torch.stack(found)
 
 
@@ -351,8 +349,10 @@ def steered(model, layer, vectors):
     vectors = vectors.to(model.device, model.dtype)
     hook = model.model.layers[layer].register_forward_hook(
         lambda block, given, out: out + (given[2].to(out.dtype) @ vectors)[:, None])
-    yield
-    hook.remove()
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def instructed_and_steered(args, run, c, cosines):
@@ -402,7 +402,7 @@ def routers_without_joint(args, c, cosines):
         prototype = {split: fresh.similarity(h[split] - mean).cpu() for split in c}
     for name, cosine in (("prototype", prototype), ("trained", cosines)):
         def routed(split, tau):
-            return heldout(warm.model, c[split].rows, (cosine[split] / tau).softmax(-1), args.tokens)[0]
+            return heldout(warm.model, c[split].rows, softmax_gate(cosine[split], tau), args.tokens)[0]
         tau = min(TAUS, key=lambda tau: routed("validation", tau).sum())
         found[f"warm-up experts, {name} router (tau {tau:g})"] = routed("test", tau)
     return found
@@ -448,8 +448,8 @@ def experiment(args):
     for name in args.names:
         if name not in EXPERIMENTS:
             raise UserError(f"no experiment {name!r}, expected some of {', '.join(EXPERIMENTS)}")
-    if args.data or args.stage:
-        raise UserError("an experiment takes the run's own records and stages: leave out --data and --stage")
+    if args.stage:
+        raise UserError("an experiment measures the stages that it is about: leave out --stage")
     for name in args.names:
         run, file = Measured(args), Path(args.run) / "experiments" / name / "results.json"
         stages = read_json(run.setup.run / "config.json")["stages"]
@@ -466,7 +466,7 @@ def experiment(args):
                 part.write_text(json.dumps(found, indent=1) + "\n")
         print("\n" + textwrap.fill(f"{name}: {EXPERIMENTS[name].__doc__}", 80))
         for table in found["tables"]:
-            show(table)
+            show_table(table)
         print(f"\n{file}: {found['seconds']:.0f} s of this start")
 
 
@@ -474,7 +474,7 @@ def experiment(args):
 # health
 
 @dataclass(kw_only=True)
-class Health(Common):
+class Health(OnRecords):
     text: str | None = None
     """File of plain text, blank lines between its pieces, to see general ability on; the test queries, and the neutral
     replies of the template teacher's records, if not given."""
@@ -495,7 +495,7 @@ def health(args):
     run, alarms = Measured(args), []
     c, (splits, zero) = cases(run, limit=args.records), load_data(run.setup.data, run.setup.seed)
     similarity, tau, uniform = similarities(run.router, c.rows, args.tokens), run.setup.tau, math.log(len(EXPERTS))
-    gates = (similarity / tau).softmax(-1)
+    gates = softmax_gate(similarity, tau)
     print(f"{args.run}: experts after {run.folder('experts').parent.name}, tau {tau:g}, {len(c.rows)} test records\n")
 
     def check(name, holds, text):
@@ -517,10 +517,10 @@ def health(args):
             raise UserError(f"{args.text}: {error}") from None
     rows = plain_rows(run, texts)
     base, counts = heldout(run.model, rows, None, args.tokens)
-    mixed, _ = heldout(run.model, rows, (similarities(run.router, rows, args.tokens) / tau).softmax(-1), args.tokens)
+    mixed, _ = heldout(run.model, rows, softmax_gate(similarities(run.router, rows, args.tokens), tau), args.tokens)
     mean, low, high = (x / (base.sum() / counts.sum()) for x in bootstrap(mixed - base, counts, args.seed))
     check("general ability", low > 0.1, f"the mixture's loss on plain text is {mean:+.1%} [{low:+.1%}, {high:+.1%}] of "
-          f"the base's {base.sum() / counts.sum():.3f} nats/token; more than a tenth is too much")
+          f"the base's {base.sum() / counts.sum():.3f} nats/token; an interval above a tenth is too much")
 
     total = sum(map(len, splits.values())) + zero
     check("all-zero vectors", zero, f"{zero} of {total} records have no active trait; they are not trained on")
@@ -540,7 +540,8 @@ def health(args):
     rows, poles = [c.rows[i] for i in alone], c.active[alone].argmax(-1)
     gain = np.full(len(EXPERTS), math.nan)
     if alone:
-        gains = heldout(run.model, rows, torch.eye(len(EXPERTS))[poles], args.tokens)[0] - heldout(run.model, rows)[0]
+        gains = (heldout(run.model, rows, torch.eye(len(EXPERTS))[poles], args.tokens)[0]
+                 - heldout(run.model, rows, None, args.tokens)[0])
         for p in set(poles.tolist()):
             gain[p] = gains[poles == p].sum() / c.counts[alone][poles == p].sum()
     lost = [EXPERTS[e] for e in np.flatnonzero(gain > 0)]
@@ -560,7 +561,7 @@ def health(args):
 # plot
 
 @dataclass(kw_only=True)
-class Plot(Common):
+class Plot(OnRecords):
     show: int = 12
     """Queries in the heat map."""
     records: int | None = None
@@ -581,8 +582,8 @@ def plot(args):
     run = Measured(args)
     folder, log = run.setup.run / "plots", defaultdict(list)
     folder.mkdir(exist_ok=True)
-    for line in (run.setup.run / "log.jsonl").read_text().splitlines():
-        log[(entry := json.loads(line))["stage"]].append(entry)
+    for _, entry in read_log(run.setup.run):
+        log[entry["stage"]].append(entry)
 
     def save(name, figure):
         figure.savefig(folder / f"{name}.png", dpi=130)
@@ -631,9 +632,9 @@ def plot(args):
         save("gate", figure)
 
     if run.setup.stage_folder("router"):
-        records, _ = run.test_records(need_response=False, limit=args.show)
+        records, _ = run.records(need_response=False, limit=args.show)
         rows = run.rows(records)
-        gates = (similarities(run.router, rows, args.tokens) / run.setup.tau).softmax(-1).numpy()
+        gates = softmax_gate(similarities(run.router, rows, args.tokens), run.setup.tau).numpy()
         called = np.where(torch.stack([row.active for row in rows]).numpy() > 0, "●", "")
         queries = [textwrap.shorten(record["query"], 60, placeholder=" …") for record in records]
         save("heatmap", table(gates, queries, SHORT, (12, 1.2 + 0.36 * len(rows)), f"weight at tau {run.setup.tau:g}; "
@@ -682,19 +683,16 @@ ANSWERS = "very accurate", "moderately accurate", "neither accurate nor inaccura
 
 
 def read_items(path):
-    """Statements of a .csv file -> list of dicts, checked. UserError names file and line."""
-    try:
-        items = list(csv.DictReader(Path(path).read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-    if not items:
+    """Statements of a .csv file -> list of dicts, checked. UserError names file and row."""
+    table = read_table(path, ["text", "label_ocean", "key"])
+    if not table:
         raise UserError(f"{path}: no statements in it")
-    for number, item in enumerate(items, 2):
-        if not (item.get("text") or "").strip() or item.get("key") not in ("1", "-1") or \
+    for number, item in table:
+        if not item.get("text", "").strip() or item.get("key") not in ("1", "-1") or \
                 item.get("label_ocean") not in tuple("OCEAN"):
-            raise UserError(f"{path}, line {number}: found {dict(item)}, expected the columns label_raw, text, "
-                            "label_ocean (O, C, E, A or N) and key (1 or -1)")
-    return items
+            raise UserError(f"{path}, row {number}: found {item}, expected text, label_ocean (O, C, E, A or N) and key "
+                            "(1 or -1)")
+    return [item for _, item in table]
 
 
 @torch.no_grad()
@@ -735,16 +733,16 @@ def inventory(args):
     cells = [[(mean(e, letters == t), np.abs(np.subtract(*scores[e][:, letters == t])).mean(),
                mean(e, (letters == t) & (keys > 0)), mean(e, (letters == t) & (keys < 0))) for t in traits]
              for e in range(len(who))]
-    show({"title": f"{len(items)} statements, experts after {stage}, each alone: trait scores from 1 to 5 ± the mean "
+    show_table({"title": f"{len(items)} statements, experts after {stage}, each alone: trait scores from 1 to 5 ± the mean "
                    "gap between the two orders of the answers", "head": ["", *traits],
           "rows": [[name, *(f"{x:.2f}±{gap:.2f}" for x, gap, _, _ in row)] for name, row in zip(who, cells)]})
-    show({"title": "The same from the positively / negatively keyed statements alone: halves that differ show a habit "
+    show_table({"title": "The same from the positively / negatively keyed statements alone: halves that differ show a habit "
                    "of agreeing, not a trait", "head": ["", *traits],
           "rows": [[name, *(f"{plus:.2f}/{minus:.2f}" for _, _, plus, minus in row)] for name, row in zip(who, cells)]})
     moved = scores.mean(1)[1::2] - scores.mean(1)[2::2]  # (5, I): high expert minus low expert, a row a trait
     apart = np.array([[row[letters == t].mean() / max(row[letters == t].std(), 1e-9) for t in traits] for row in moved])
     own = np.array([[TRAITS["OCEAN".index(t)] == trait for t in traits] for trait in TRAITS])
-    show({"title": "High expert minus low expert, in standard deviations of that difference over statements; rows: "
+    show_table({"title": "High expert minus low expert, in standard deviations of that difference over statements; rows: "
                    "whose experts, columns: whose statements", "head": ["", *traits],
           "rows": [[trait, *(f"{x:+.2f}" for x in row)] for trait, row in zip(TRAITS, apart)]})
     print(f"\n  pole separation (own trait) {apart[own].mean():+.2f}, leakage to other traits (mean size) "

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from model import Linear, UserError, atomic, finite, linear, open_safetensors, read_json, short
+from model import Linear, UserError, atomic, linear, read_json, read_tensors, short
 
 TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
 EXPERTS = tuple(f"{pole}_{trait}" for trait in TRAITS for pole in ("high", "low"))  # trait t: high 2t, low 2t + 1
@@ -145,17 +145,7 @@ def load_experts(model, folder):
         file = file.with_name("adapter_model.safetensors")
         shapes = {f"base_model.model.{name}.lora_{ab}.weight": shape for name, layer in layers.items()
                   for ab, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank)))}
-        with open_safetensors(file) as tensors:
-            state = {name: tensors.get_tensor(name) for name in tensors.keys()}
-        for name in sorted(state.keys() ^ shapes.keys()):
-            raise UserError(f"{file}: {'unexpected' if name in state else 'missing'} tensor {name}")
-        for name, shape in shapes.items():
-            if tuple(state[name].shape) != shape:
-                raise UserError(f"{file}: {name} is {tuple(state[name].shape)}, expected {shape}: another base's?")
-            if not state[name].is_floating_point() or not finite(state[name].float()):
-                raise UserError(f"{file}: {name} ({str(state[name].dtype)[6:]}) is not all finite floats: a training "
-                                "that went wrong, or a broken copy")
-        found.append(state)
+        found.append(read_tensors(file, shapes, "another base's?"))
     for e, state in enumerate(found):
         for name, layer in layers.items():
             layer.A[e] = state[f"base_model.model.{name}.lora_A.weight"]

@@ -91,6 +91,15 @@ def remove(*paths):
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
+def short(value, length=80):
+    """A value as messages show it: its beginning, if it is long."""
+    text = repr(value)
+    return text if len(text) <= length else text[:length] + "…"
+
+
+LARGEST = 2**40  # no size of a model, and no theta, comes near; larger ones would overflow
+
+
 @dataclass(frozen=True)
 class Config:
     """The shape of a decoder. Each field is read from config.json by itself; none is inferred from another."""
@@ -168,15 +177,6 @@ class Config:
         return config
 
 
-LARGEST = 2**40  # no size of a model, and no theta, comes near; larger ones would overflow
-
-
-def short(value, length=80):
-    """A value as messages show it: its beginning, if it is long."""
-    text = repr(value)
-    return text if len(text) <= length else text[:length] + "…"
-
-
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 8192}
 CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads, kv heads, d, hidden, eps, theta
@@ -189,6 +189,9 @@ CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
+
+FEW_ROWS, BLOCKS = 16, 8  # measured: from 32 rows on there is nothing to gain, and more blocks gain no more
+
 
 def linear(x, weight, bias=None):
     """F.linear: x (…, in), weight (out, in) -> (…, out).
@@ -203,9 +206,6 @@ def linear(x, weight, bias=None):
     y = torch.bmm(weight.view(BLOCKS, -1, width), x.reshape(rows, width).T.expand(BLOCKS, -1, -1))  # (8, out/8, rows)
     y = y.view(out, rows).T.reshape(*x.shape[:-1], out)
     return y if bias is None else y + bias
-
-
-FEW_ROWS, BLOCKS = 16, 8  # measured: from 32 rows on there is nothing to gain, and more blocks gain no more
 
 
 class Linear(nn.Linear):
@@ -270,7 +270,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x, rope, gate=None, cache=None, layer=0):
+    def forward(self, x, rope, gate=None, cache=None, layer=0):  # x (B, T, D); rope: cos and sin, (1 or B, 1, T, d)
         B, T, _ = x.shape
         d = self.config.head_dim
         q = rotate(self.q_proj(x, gate).view(B, T, -1, d).transpose(1, 2), *rope)  # (B, H, T, d)
@@ -297,7 +297,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.dim, config.hidden_dim, bias=False)
         self.down_proj = Linear(config.hidden_dim, config.dim, bias=False)
 
-    def forward(self, x, gate=None):
+    def forward(self, x, gate=None):  # (B, T, D)
         return self.down_proj(F.silu(self.gate_proj(x, gate)) * self.up_proj(x, gate), gate)
 
 
@@ -347,7 +347,8 @@ class Transformer(nn.Module):
         """Last hidden states, after the final norm: ids (B, T) -> (B, T, D).
 
         gate: (B, E), one weight per row and expert, or None for the base model alone (bitwise, whatever the experts).
-        cache: filled by the first call, extended by one token a row by every later one (T = 1).
+        cache: a Cache (filled by the first call, extended by one token a row by every later one, T = 1) or a Prefix
+        (any T tokens that follow it; itself unchanged).
         """
         x = self.model.embed_tokens(ids)  # (B, T, D)
         T = ids.shape[1]
@@ -411,12 +412,18 @@ class Transformer(nn.Module):
         missing = sorted(expected.keys() - where.keys())
         if missing:
             raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
-        for name, file in where.items():
-            with open_safetensors(file, str(device)) as tensors:  # a mapping each: what a cast has read is given back
-                state[name] = tensors.get_tensor(name).to(dtype)
-            if not finite(state[name]):
-                raise UserError(f"{file}: {name} has values that are NaN or infinite as {str(dtype)[6:]}: a training "
-                                "that went wrong, or a broken download")
+        names = list(where)[::-1]
+        while names:
+            file, taken = where[names[-1]], 0
+            with open_safetensors(file, str(device)) as tensors:  # mapped anew: what a cast has read is given back
+                while names and where[names[-1]] == file and taken < 2**26:
+                    name = names.pop()
+                    found = tensors.get_tensor(name)
+                    state[name], taken = found.to(dtype), taken + found.nbytes
+                    # a cast to a wider type makes no infinities; reading half the bytes is faster
+                    if not finite(min(state[name], found, key=torch.Tensor.element_size)):
+                        raise UserError(f"{file}: {name} has values that are NaN or infinite as {str(dtype)[6:]}: a "
+                                        "training that went wrong, or a broken download")
         if config.tied and not torch.equal(state.pop("lm_head.weight", state["model.embed_tokens.weight"]),
                                            state["model.embed_tokens.weight"]):
             raise UserError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
@@ -474,6 +481,23 @@ def open_safetensors(file, device="cpu"):
         raise UserError(f"{file}: no such file; make or download it again") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or make it again") from None
+
+
+def read_tensors(file, shapes, whose):
+    """The tensors of a safetensors file, {name: tensor}. UserError unless these are their names and shapes {name: shape}
+    and all values are finite floats; `whose` is what another shape suggests."""
+    with open_safetensors(file) as tensors:
+        found = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    for name in sorted(found.keys() ^ shapes.keys()):
+        raise UserError(f"{file}: {'unexpected' if name in found else 'missing'} tensor {name}")
+    for name, shape in shapes.items():
+        tensor = found[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise UserError(f"{file}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}: {whose}")
+        if not tensor.is_floating_point() or not finite(tensor.float()):
+            raise UserError(f"{file}: {name} ({str(tensor.dtype)[6:]}) is not all finite floats: a training that went "
+                            "wrong, or a broken copy")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -732,18 +756,14 @@ class Chat:
         except UserError as error:
             raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
-    def turn(self, role, text):
-        """One whole message as ids."""
-        if self.llama:
-            return [*self.header(role), *encode(self.tokenizer, "\n\n" + text), self.end]
-        # ROLE\nTEXT is one piece: cut at the newline, a text that starts with white space would get other ids
-        return [*self.header(), *encode(self.tokenizer, f"{role}\n{text}"), self.end, *encode(self.tokenizer, "\n")]
-
-    def header(self, role=None):
+    def turn(self, role, text=""):
+        """A message as ids, without its end; without a text, what comes before one."""
         special = self.tokenizer.token_to_id
         if self.llama:
-            return [special("<|start_header_id|>"), *encode(self.tokenizer, role), special("<|end_header_id|>")]
-        return [special("<|im_start|>")]
+            return [special("<|start_header_id|>"), *encode(self.tokenizer, role), special("<|end_header_id|>"),
+                    *encode(self.tokenizer, "\n\n" + text)]
+        # ROLE\nTEXT is one piece: cut at the newline, a text that starts with white space would get other ids
+        return [special("<|im_start|>"), *encode(self.tokenizer, f"{role}\n{text}")]
 
     def prompt(self, messages):
         """messages -> ids up to the point where the assistant's reply begins."""
@@ -753,12 +773,10 @@ class Chat:
             messages.insert(0, ("system", self.DATES + system))
         elif self.default_system is not None and (not messages or messages[0][0] != "system"):
             messages.insert(0, ("system", self.default_system))
-        ids = [self.bos] if self.llama else []
+        ids, between = ([self.bos], []) if self.llama else ([], encode(self.tokenizer, "\n"))
         for role, text in messages:
-            ids += self.turn(role, text)
-        opening = [*self.header("assistant"), *encode(self.tokenizer, "\n\n")] if self.llama else [
-            *self.header(), *encode(self.tokenizer, "assistant\n")]
-        return ids + opening
+            ids += [*self.turn(role, text), self.end, *between]
+        return ids + self.turn("assistant")
 
     def example(self, messages, response):
         """-> (ids, supervised): prompt and response as one row; supervised[i] is True where id i is the assistant's,

@@ -21,7 +21,7 @@ import torch
 from lora import EXPERTS, SHORT, TRAITS
 from model import UserError, atomic
 from router import active_experts
-from synth import fold, read_records, read_rejected, read_table, split_records, write_records
+from synth import fold, read_records, read_rejected, read_table, reasons, split_records, write_records
 from teachers import read_pole
 
 
@@ -48,7 +48,7 @@ def shares(records):
 
 def measure(records, rejected=()):
     """All that `report` shows, as JSON values. rejected: entries of the rejected file."""
-    reasons = Counter(entry["reason"].partition(":")[0][:60] for entry in rejected)
+    refused = reasons(rejected)
     active, total, words = torch.stack([active_experts(r["traits"]) for r in records]), shares(records), {}
     for name in ("query", "situation", "response"):
         texts = [r[name] if name != "situation" else r["cot"].get(name) if isinstance(r.get("cot"), dict) else None
@@ -66,11 +66,11 @@ def measure(records, rejected=()):
             if pole and cue:
                 cues[f"{'high' if pole > 0 else 'low'}_{trait}"][cue] += 1
                 quoted.append(cue.strip(" .,;:!?\"'") in fold(record["query"]))
-    zero = total["all_zero"] + reasons["all-zero vector"]
+    zero = total["all_zero"] + refused["all-zero vector"]
     teachers = [r["teacher"] for r in (*records, *rejected) if isinstance(r.get("teacher"), dict)]
     return total | {
-        "rejected": dict(reasons.most_common()),
-        "all_zero_share": zero / (len(records) + reasons["all-zero vector"]),
+        "rejected": dict(refused.most_common()),
+        "all_zero_share": zero / (len(records) + refused["all-zero vector"]),
         "active_poles": {str(k): n for k, n in sorted(Counter(active.sum(-1).int().tolist()).items())},
         "together": {a: dict(zip(EXPERTS, row)) for a, row in zip(EXPERTS, (active.T @ active).int().tolist())},
         "duplicate_queries": len(records) - len({fold(r["query"]) for r in records}),
@@ -80,8 +80,8 @@ def measure(records, rejected=()):
         "cues_quoted": sum(quoted) / len(quoted) if quoted else None,
         **{key: {name: shares([r for r in records if r.get(key) == name]) for name in sorted(
             {r[key] for r in records if isinstance(r.get(key), str)})} for key in ("domain", "culture")},
-        "teachers": dict(Counter(t.get("name", "?") for t in teachers)),
-        **{key: sum(t.get(key, 0) for t in teachers) for key in ("calls", "tokens_read", "tokens_written")}}
+        "teachers": dict(Counter(str(t.get("name", "?")) for t in teachers)),
+        **{key: sum(n for t in teachers if type(n := t.get(key)) is int) for key in ("calls", "tokens_read", "tokens_written")}}
 
 
 def tables(m):
@@ -292,6 +292,23 @@ def krippendorff_alpha(ratings):
     return float(1 - (n.sum() - 1) * (o * distance).sum() / expected) if expected > 0 else math.nan
 
 
+def corrected(records, tables):
+    """-> records with the labels that more than half of the annotators gave, and how many changed, by trait."""
+    changed, found = Counter(), []
+    for record in records:
+        new, kept = dict(record["traits"]), dict(record.get("teacher_traits") or {})
+        for trait in TRAITS:
+            votes = Counter(labels[str(record["id"])][trait] for labels in tables
+                            if trait in labels.get(str(record["id"]), {}))
+            value, count = votes.most_common(1)[0] if votes else (0, 0)
+            if 2 * count > votes.total() and value != new.get(trait, 0):  # else the teacher's label stays
+                kept.setdefault(trait, new.get(trait, 0))
+                new[trait] = value
+                changed[trait] += 1
+        found.append(record | {"traits": new} | ({"teacher_traits": kept} if kept else {}))
+    return found, changed
+
+
 def take_in(args):
     """review --import: agreement, and the corrected records."""
     records = read_records(args.file[0] if args.file else find_sample(args.import_[0]))
@@ -301,7 +318,7 @@ def take_in(args):
     if len({Path(path).resolve() for path in args.import_}) < len(args.import_):
         raise UserError("--import: one table is given twice; it would agree with itself")
     tables = [read_labels(path, records) for path in args.import_]
-    teacher = {str(r["id"]): {t: r["traits"].get(t, 0) for t in TRAITS} | r.get("teacher_traits", {}) for r in records}
+    teacher = {str(r["id"]): {t: r["traits"].get(t, 0) for t in TRAITS} | (r.get("teacher_traits") or {}) for r in records}
     units = [key for key in teacher if any(key in labels for labels in tables)]
 
     def alphas(raters):
@@ -313,19 +330,8 @@ def take_in(args):
           + "".join(f"{trait[:5]:>8}" for trait in TRAITS))
     for name, found in rows:
         print(f"  {name:<37}" + "".join(f"{'–' if math.isnan(a) else format(a, '.3f'):>8}" for a in found))
-    changed, corrected = Counter(), []
-    for record in records:
-        new, kept = dict(record["traits"]), dict(record.get("teacher_traits", {}))
-        for trait in TRAITS:
-            votes = Counter(labels[str(record["id"])][trait] for labels in tables
-                            if trait in labels.get(str(record["id"]), {}))
-            value, count = votes.most_common(1)[0] if votes else (0, 0)
-            if 2 * count > votes.total() and value != new.get(trait, 0):  # else the teacher's label stays
-                kept.setdefault(trait, new.get(trait, 0))
-                new[trait] = value
-                changed[trait] += 1
-        corrected.append(record | {"traits": new} | ({"teacher_traits": kept} if kept else {}))
-    write_records(out, corrected)
+    records, changed = corrected(records, tables)
+    write_records(out, records)
     print(f"\n{out}: {len(records)} records, {changed.total()} labels changed to what more than half of the\n"
           "annotators gave; teacher_traits keeps the originals"
           + "".join(f"\n  {n:>6}  {trait}" for trait, n in changed.items()))

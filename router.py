@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora import EXPERTS, TRAITS
-from model import UserError, atomic, encode, finite, open_safetensors, read_json, short
+from model import UserError, atomic, encode, read_json, read_tensors, short
 
 MAX_QUERY_TOKENS = 512  # ours: the router reads the end of what is longer
 
@@ -46,9 +46,14 @@ def active_experts(traits):
     return active
 
 
+def softmax_gate(similarity, temperature):
+    """softmax(s / τ) over the experts, (…, E) -> (…, E). With τ = 1 and cosines no weight passes e / (e + 9/e) = 0.451."""
+    return (similarity / temperature).softmax(-1)
+
+
 def oracle_gate(active, temperature):
     """The gate that labels ask for: similarity +1 for active poles and −1 for the others, (…, E) -> (…, E)."""
-    return ((2 * active.float() - 1) / temperature).softmax(-1)
+    return softmax_gate(2 * active.float() - 1, temperature)
 
 
 def persona_gate(text, temperature):
@@ -71,7 +76,7 @@ def persona_gate(text, temperature):
             raise UserError(f"persona {text!r}: {TRAITS[trait]} is named twice")
         similarity[2 * trait] = x if name[1] == "+" else -x
         similarity[2 * trait + 1] = -similarity[2 * trait]
-    return (similarity / temperature).softmax(-1)
+    return softmax_gate(similarity, temperature)
 
 
 def raw_gate(text):
@@ -112,7 +117,7 @@ def gates_under(rule, active, similarity=None, tau=1.0, seed=0):
         return oracle_gate(active, tau)
     if rule == "labels":
         return active / active.sum(-1, keepdim=True)
-    learned = (similarity / tau).softmax(-1)
+    learned = softmax_gate(similarity, tau)
     if rule == "learned":
         return learned
     if rule == "shuffled":  # along one random cycle through all queries: nobody keeps their own
@@ -165,8 +170,8 @@ class Router(nn.Module):
         return self.gate(self.similarity(self.embed(ids, lengths)))
 
     def gate(self, similarity):
-        """softmax(s / τ) over the experts of each row. With τ = 1 no weight can pass e / (e + 9/e) = 0.451."""
-        return (similarity / self.temperature).softmax(-1)
+        """Cosines (B, E) -> gate (B, E)."""
+        return softmax_gate(similarity, self.temperature)
 
 
 def contrastive_loss(similarity, active, temperature=0.07):
@@ -215,18 +220,8 @@ def load_router(router, folder):
     if settings.get("experts") != list(EXPERTS):
         raise UserError(f"{folder}: the router's experts are {short(settings.get('experts'), 300)}, expected "
                         f"{list(EXPERTS)}")
-    file = Path(folder) / "model.safetensors"
     own = {name.removeprefix("encoder."): tensor for name, tensor in router.state_dict().items()}
-    with open_safetensors(file) as tensors:
-        for name in sorted(own.keys() ^ set(tensors.keys())):
-            raise UserError(f"{file}: {'missing' if name in own else 'unexpected'} tensor {name}")
-        for name, tensor in own.items():
-            shape = tuple(tensors.get_slice(name).get_shape())
-            if shape != tuple(tensor.shape):
-                raise UserError(f"{file}: {name} is {shape}, expected {tuple(tensor.shape)}: another encoder's?")
-            value = tensors.get_tensor(name)
-            if not value.is_floating_point() or not finite(value.float()):
-                raise UserError(f"{file}: {name} ({str(value.dtype)[6:]}) is not all finite floats: a training that "
-                                "went wrong, or a broken copy")
-        for name, tensor in own.items():
-            tensor.copy_(tensors.get_tensor(name))
+    state = read_tensors(Path(folder) / "model.safetensors", {name: tensor.shape for name, tensor in own.items()},
+                         "another encoder's?")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

@@ -264,8 +264,8 @@ def open_run(setup, settings, args):
     else:
         found = read_run(run)
         # later stages were built on the first one that is trained anew
-        remove = STAGES[STAGES.index(next(iter(settings))):] if args.overwrite else ()
-        found["stages"] = {stage: was for stage, was in found["stages"].items() if stage not in remove}
+        anew = STAGES[STAGES.index(next(iter(settings))):] if args.overwrite else ()
+        found["stages"] = {stage: was for stage, was in found["stages"].items() if stage not in anew}
         differ = differences(found["setup"], own) if found["stages"] or not args.overwrite else ""
         if differ:
             raise UserError(f"{run} was begun with other arguments: {differ}. Give the same or another --run")
@@ -277,7 +277,7 @@ def open_run(setup, settings, args):
                                 f"changed (its fingerprint was {short(was[key])}, now {found['content'][key]!r}). "
                                 "Put back what was there, or give another --run")
         if args.overwrite:
-            clear(run, remove if found["stages"] else (*remove, "pretrain", "models", "data", "tokens"))
+            clear(run, anew if found["stages"] else (*anew, "pretrain", "models", "data", "tokens"))
         found["setup"] = own if not found["stages"] and args.overwrite else found["setup"] | {
             k: v for k, v in own.items() if v is not None}
     begun = [stage for stage in settings if stage in found["stages"]]
@@ -339,16 +339,23 @@ def append(log, entry):
                         "some space, then --resume goes on") from None
 
 
-def rewind_log(run, stage, done):
-    """log.jsonl, open for appending, without this stage's lines after step `done` (or a torn last one)."""
-    file, lines = run / "log.jsonl", []
+def read_log(run):
+    """[(line, entry)] of log.jsonl; a torn line, or one that is no entry, is passed over."""
+    found, file = [], run / "log.jsonl"
     for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
             entry = json.loads(line)
-            keep = entry["stage"] != stage or entry["step"] <= done
+            whole = isinstance(entry["stage"], str) and isinstance(entry["step"], int)
         except (ValueError, LookupError, TypeError, RecursionError):
             continue
-        lines += [line + b"\n"] if keep else []
+        found += [(line, entry)] if whole else []
+    return found
+
+
+def rewind_log(run, stage, done):
+    """log.jsonl, open for appending, without this stage's lines after step `done` (or a torn last one)."""
+    lines = [line + b"\n" for line, entry in read_log(run) if entry["stage"] != stage or entry["step"] <= done]
+    file = run / "log.jsonl"
     with atomic(file) as part:
         part.write_bytes(b"".join(lines))
     return open(file, "ab", buffering=0)
@@ -425,11 +432,11 @@ def check_room(task, s, run):
     checkpoints = max(1, min(s.keep + 1, -(-s.steps // s.save_every)) - there)  # the oldest goes once a new one is there
     need = 3 * trained * checkpoints + trained
     if need > have:
-        raise UserError(f"{run}: its disk has {size(have)} free, and {task.stage} needs {size(need)} more: "
-                        f"{checkpoints} checkpoint(s) of {size(3 * trained)} and its result. Free some, lower --keep, "
+        raise UserError(f"{run}: its disk has {in_words(have)} free, and {task.stage} needs {in_words(need)} more: "
+                        f"{checkpoints} checkpoint(s) of {in_words(3 * trained)} and its result. Free some, lower --keep, "
                         "or give a --run on another disk")
 
 
-def size(n):
+def in_words(n):
     """Bytes in words."""
     return f"{n / 2**30:.1f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"

@@ -75,7 +75,10 @@ def check_record(record, need_response=True):
     if not isinstance(history, list) or not all(
             isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
             and isinstance(turn.get("content"), str) for turn in history):
-        return "history: expected a list of {\"role\": \"user\" | \"assistant\", \"content\": text}"
+        return "history: expected a list of {\"role\": \"system\" | \"user\" | \"assistant\", \"content\": text}"
+    kept = record.get("teacher_traits") or {}  # what a review has changed
+    if not isinstance(kept, dict) or any(label not in (-1, 0, 1) for label in kept.values()):
+        return f"teacher_traits is {kept!r}, expected an object such as traits"
     return None
 
 
@@ -195,7 +198,8 @@ def template_record(rng, split, domain, n_poles):
 
 def template_records(split, count, seed=0):
     """`count` records with different queries, the same ones for the same seed. Half of them have one active pole, 30 %
-    two, 20 % three. Phrases belong to one split only; the two held-out domains make up half of the test split."""
+    two, 20 % three. Sentence frames belong to one split only, words and phrases to all; the two held-out domains make
+    up half of the test split."""
     rng, records, seen = random.Random(f"{seed} {split}"), [], set()
     held_out = lab()["held_out_domains"]
     domains = [d for d in lab()["domains"] if d not in held_out]
@@ -349,6 +353,11 @@ class Sink:
         self.file.close()
 
 
+def reasons(entries):
+    """How many entries of a rejected file have each reason, by what stands before its colon."""
+    return Counter(entry["reason"].partition(":")[0][:60] for entry in entries)
+
+
 def read_rejected(path, done):
     """The entries of a rejected file, {id: the last one}, without those that are done by now; {} without a file."""
     entries = {}
@@ -417,11 +426,10 @@ def make_tiny(kind, folder, records, seed, fit_base):
             "chat_template": LLAMA_TEMPLATE if llama else CHATML_TEMPLATE}, indent=2))
         torch.manual_seed(seed)
         model = Transformer(Config.from_dir(part))
-        for p in model.parameters():
-            if p.dim() == 2:  # biases and norms keep PyTorch's start: 0 (below) and 1
+        for name, p in model.named_parameters():  # norms start at 1
+            if p.dim() == 2:
                 torch.nn.init.normal_(p, std=0.02)
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):
+            elif name.endswith("bias"):
                 torch.nn.init.zeros_(p)
         if llama:
             fit_base(model, Chat.from_dir(part))
@@ -444,7 +452,7 @@ class Args:
     """template: how many records; a folder gets 80 % of them in train.jsonl and 10 % each in validation.jsonl and
     test.jsonl."""
     split: typing.Literal["train", "validation", "test"] = "train"
-    """template: whose phrases a single FILE.jsonl is made of; no phrase is in two splits."""
+    """template: whose sentence frames a single FILE.jsonl is made of; no frame is in two splits."""
     seed: int = 0
     """The same seed gives the same records (template), or the same draws (local)."""
     overwrite: bool = False
@@ -529,9 +537,8 @@ def synthesise(args):
 
     items, duplicates = read_queries(args.queries)
     sink = Sink(args.out)
-    again = sink.refused if args.retry_rejected else {}
     todo = [item for item in items if str(item["id"]) not in sink.done
-            and (str(item["id"]) not in sink.refused or str(item["id"]) in again)]
+            and (args.retry_rejected or str(item["id"]) not in sink.refused)]
     print(f"{args.queries}: {len(items)} queries, {duplicates} duplicates dropped; {len(items) - len(todo)} are done, "
           f"{len(todo)} to do", flush=True)
     records, rejected, began, said = 0, 0, time.monotonic(), 0.0
@@ -562,13 +569,12 @@ def synthesise(args):
     print(f"{args.out}: {len(sink.done)} records, {records} of them new"
           + (f", {seconds / (records + rejected):.2f} s for each query" if records + rejected else ""))
     if sink.refused:
-        reasons = Counter(entry["reason"].partition(":")[0][:60] for entry in sink.refused.values())
         print(f"{sink.rejected}: {len(sink.refused)} rejected, which --retry-rejected tries again\n"
-              + "\n".join(f"  {count:>6}  {reason}" for reason, count in reasons.most_common(8)))
+              + "\n".join(f"  {count:>6}  {reason}" for reason, count in reasons(sink.refused.values()).most_common(8)))
 
 
 def main(argv=None):
-    from review import COMMANDS  # here, for the same reason
+    from review import COMMANDS  # here, since that file stands on this one
 
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:

@@ -371,13 +371,14 @@ class Local:
     """A model folder in this process: replies in batches of similar length, the longest first, which are mostly those
     that have come furthest."""
 
-    LONGEST = 8192  # tokens of a prompt
+    MOST_TOKENS = 8192  # of a prompt; fewer where the model's context is shorter
 
     def __init__(self, args):
         self.batch, self.limit, self.temperature = args.batch, args.max_new_tokens, args.temperature or 0.0
         device = pick_device(args.device)
         self.model = Transformer.from_pretrained(args.model, pick_dtype(args.dtype, device), device)
         self.chat, self.name = Chat.from_dir(args.model), f"local:{Path(args.model).resolve().name}"
+        self.longest = min(self.MOST_TOKENS, (self.model.context or 2**31) - 1)  # one token is left to write
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def outcomes(self, queries):
@@ -397,8 +398,8 @@ class Local:
     def replies(self, asks):
         """[(messages, choices)] -> a Reply for each, or one of its choices."""
         prompts = [self.chat.prompt(messages) for messages, _ in asks]
-        replies = [Fault(f"the prompt has {len(prompt):,} tokens, more than {self.LONGEST:,}") for prompt in prompts]
-        fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.LONGEST]
+        replies = [Fault(f"the prompt has {len(prompt):,} tokens, more than {self.longest:,}") for prompt in prompts]
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.longest]
         write = [i for i in fits if not asks[i][1]]
         written = generate(self.model, [prompts[i] for i in write], None, self.limit, self.temperature,
                            stops=self.chat.stops, generator=self.generator) if write else []

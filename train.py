@@ -44,7 +44,7 @@ from command import parse, run_command
 from lora import EXPERTS, expert_layers, save_experts
 from model import Chat, Transformer, UserError, atomic, generate, load_tokenizer, pad, read_json, send
 from router import RULES, bars, contrastive_loss, gate_report, gates_under, save_router
-from runs import STAGES, append, check_room, open_run, remaining, resolve, restore, rewind_log, save_state, size
+from runs import STAGES, append, check_room, in_words, open_run, remaining, resolve, restore, rewind_log, save_state
 from runs import stage_settings, states, unbegin
 from synth import make_tiny, template_records
 
@@ -62,7 +62,7 @@ class Args:
     """Records: a .jsonl file, split 80/10/10 by query, or a folder with train, validation and test.jsonl. Without it,
     tiny and small make their own with the template teacher."""
     base: str | None = None
-    """Model folder of the frozen base."""
+    """Model folder of the frozen base; the preset's if not given, as with all that has no default here."""
     encoder: str | None = None
     """Model folder of the persona encoder."""
     device: str | None = None
@@ -184,7 +184,7 @@ class Task:
 
     def __init__(self, stage, model=None, router=None, s=None):
         self.stage, self.model, self.router, self.s = stage, model, router, s
-        self.rank, self.size = place() if stage != "pretrain" else (0, 1)  # tiny's base is made by the first process
+        self.rank, self.world_size = place() if stage != "pretrain" else (0, 1)  # tiny's base is made by the first process
         groups = []
         if stage == "pretrain":
             groups.append({"params": list(model.parameters()), "lr": s.lr})
@@ -248,7 +248,7 @@ class Task:
             tokens[row.expert] += cost(row) - row.prompt
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, contrastive part
         gates, lam = [], self.s.lam if self.stage == "joint" else 1.0
-        for group in micro_batches(sorted(rows, key=cost)[self.rank::self.size], self.s.tokens):
+        for group in micro_batches(sorted(rows, key=cost)[self.rank::self.world_size], self.s.tokens):
             with self.autocast:
                 language, contrast, gate = self.losses(group, tokens)
                 parts = [] if language is None else [language]
@@ -262,8 +262,8 @@ class Task:
         trained = self.expert_tensors() if self.stage == "warmup" else self.parameters()
         if gates:  # rows of other processes are 0 here
             every = gates[0].new_zeros(len(rows), len(EXPERTS))
-            every[self.rank::self.size] = torch.cat(gates)
-        if self.size > 1:
+            every[self.rank::self.world_size] = torch.cat(gates)
+        if self.world_size > 1:
             add_up([sums, *([every] if gates else []), *(p.grad for p in trained if p.grad is not None)])
         norm = self.clip({row.expert for row in rows})
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
@@ -313,10 +313,10 @@ def add_up(tensors):
         work.wait()
 
 
-def agreed(stop, size):
-    """Whether any of `size` processes was asked to stop: all of them end after the same step."""
+def agreed(stop, world_size):
+    """Whether any of `world_size` processes was asked to stop: all of them end after the same step."""
     flag = torch.tensor(float(stop()))
-    if size > 1:
+    if world_size > 1:
         add_up([flag])
     return flag.item() > 0
 
@@ -354,11 +354,11 @@ def fit(task, rows, s, run, stop=lambda: False):
             raise UserError(f"{task.stage}, step {step}: {memory_advice(task, error)}") from None
         real += sum((0 if row.ids is None or task.model is None else len(row.ids))
                     + (0 if task.router is None else len(row.query)) for row in batch)
-        stopping = agreed(stop, task.size)
+        stopping = agreed(stop, task.world_size)
         line = step % s.log_every == 0 or step == s.steps
         save = step % s.save_every == 0 or step == s.steps or stopping
         if line or save or task.device.type == "cpu":  # on a GPU, steps in between are not waited for
-            for at, batch, report in pending:
+            for at, rows_then, report in pending:
                 report = {"step": at, "stage": task.stage, **figures(report)}
                 bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(report[key])), None)
                 if bad:  # nothing of it is saved: the last checkpoint is before it
@@ -366,7 +366,7 @@ def fit(task, rows, s, run, stop=lambda: False):
                     raise UserError(f"{task.stage}, step {at}: the {bad} is {report[bad]}, so training ends here"
                                     + f"; {kept[0] if kept else 'no checkpoint'} is kept. Try a lower --lr or "
                                     "--router-lr with --overwrite, or look at this step's records: "
-                                    + ", ".join(row.id for row in batch))
+                                    + ", ".join(row.id for row in rows_then))
                 report["tokens_per_s"] = real / (time.perf_counter() - began)
                 if first:
                     append(log, report)
@@ -405,20 +405,20 @@ def supervised(rows, order, task, skipped):
 def memory_advice(task, error):
     """What fills a GPU, which settings reduce it and by how much: one line. Sizes are estimates from the shapes."""
     trained = sum(p.numel() for p in task.parameters())
-    parts = {id(p): p for module in (task.model, task.router) if module is not None for p in module.parameters()}
-    frozen = sum(p.numel() * p.element_size() for p in parts.values()) - 4 * trained
+    frozen = sum(p.nbytes for part in (task.model, task.router) if part for p in part.parameters()) - 4 * trained
     kept = sum(activations(part, task.s.tokens, part.recompute) for part in decoders(task))
     if_recomputed = sum(activations(part, task.s.tokens, True) for part in decoders(task))
     said = " ".join(str(error).split())[:150]
-    advice = (f"the device's memory is full ({said}). The frozen base takes {size(frozen)}, what trains "
-              f"{size(16 * trained)} (values, gradients, two moments) and a micro-batch of {task.s.tokens} tokens "
-              f"about {size(kept)}. --tokens {max(1, task.s.tokens // 2)} with --overwrite halves the last")
+    advice = (f"the device's memory is full ({said}). "
+              + (f"The frozen base takes {in_words(frozen)}, what trains " if frozen > 0 else "What trains takes ")
+              + f"{in_words(16 * trained)} (values, gradients, two moments) and a micro-batch of {task.s.tokens} tokens "
+              f"about {in_words(kept)}. --tokens {max(1, task.s.tokens // 2)} with --overwrite halves the last")
     if if_recomputed < kept:
-        advice += f"; --recompute, with --resume too, leaves {size(if_recomputed)} of it, at a third more time"
+        advice += f"; --recompute, with --resume too, leaves {in_words(if_recomputed)} of it, at a third more time"
     if task.model is not None and task.stage != "pretrain":
-        rank = expert_layers(task.model)["model.layers.0.self_attn.q_proj"].A.shape[1]
+        r = expert_layers(task.model)["model.layers.0.self_attn.q_proj"].A.shape[1]
         experts = sum(tensor.numel() for tensor in task.expert_tensors())
-        advice += f"; half of --rank {rank} saves {size(8 * experts)}" if rank > 1 else ""
+        advice += f"; half of --rank {r} saves {in_words(8 * experts)}" if r > 1 else ""
     return advice
 
 
@@ -460,12 +460,12 @@ def check(args):
 
 def join(setup, settings):
     """Join the processes that torchrun started, each with a GPU of its own -> the number of this one, 0 if alone."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
         return 0
     for stage, s in settings.items():
-        if s["batch"] < size:
-            raise UserError(f"{size} processes share {s['batch']} rows of a {stage} step: give a larger --batch")
+        if s["batch"] < world_size:
+            raise UserError(f"{world_size} processes share {s['batch']} rows of a {stage} step: give a larger --batch")
     if setup.device.type == "cuda":
         setup.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(setup.device)
@@ -534,7 +534,7 @@ def train_stage(stage, setup, s, stop):
         with atomic(setup.run / stage) as part:
             part.mkdir()
             task.save(part, setup.base)
-    if task.size > 1:
+    if task.world_size > 1:
         dist.barrier()  # the next stage begins with what this one wrote
 
 
@@ -581,7 +581,7 @@ def closing(setup):
     router = setup.load_router(setup.stage_folder("router")) if setup.stage_folder("router") else None
     rows, _ = examples(records, chat, load_tokenizer(setup.encoder) if router else None)
     active = torch.stack([row.active for row in rows])
-    similarity = similarities(router, rows) if router else None
+    similarity = similarities(router, rows, setup.tokens) if router else None
     rules = ["base", "uniform", "shuffled", "learned", "oracle"] if router else ["base", "uniform", "oracle"]
     gates = {rule: gates_under(rule, active, similarity, setup.tau, setup.seed) for rule in rules}
     if router:

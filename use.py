@@ -19,9 +19,9 @@ from batches import messages_of
 from eval import ByHand, Measured, by_hand
 from lora import EXPERTS, SHORT, export_mixture, merged_tensors, save_experts
 from model import UserError, atomic, generate, open_safetensors, read_json, weight_files
-from router import bars, gates_under, persona_gate
+from router import bars, persona_gate
 from synth import read_queries, write_records
-from train import answer, similarities
+from train import answer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,13 +35,6 @@ class Talk(ByHand):
     """Of sampling; 0 takes the most probable token every time."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with this much probability."""
-
-
-def routed(run, records):
-    """The router's gates for records, (N, E)."""
-    rows = run.rows([record | {"traits": {}} for record in records])
-    similarity = similarities(run.router, rows, run.args.tokens)
-    return gates_under("learned", similarity, similarity, run.setup.tau)
 
 
 def check_text(query):
@@ -75,7 +68,7 @@ def ask(args):
         {"id": str(i), "query": query} for i, query in enumerate(args.queries)]
     run = Measured(args)
     hand = by_hand(run, args)
-    gates = routed(run, records) if hand is None else hand.expand(len(records), -1)
+    gates = run.gates(records) if hand is None else hand.expand(len(records), -1)
     for record, gate in zip(records, gates):
         base, reply = (answer(run.model, run.chat, [record], one, args.max_new_tokens, temperature=args.temperature,
                               top_p=args.top_p, generator=torch.Generator().manual_seed(args.seed))[0]
@@ -109,7 +102,9 @@ class Conversation:
 
     def __init__(self, run, args):
         self.run, self.args, self.hand, self.turns = run, args, by_hand(run, args), []
-        self.model, self.chat, self.router = run.model, run.chat, None if self.hand is not None else run.router
+        self.model, self.chat = run.model, run.chat
+        if self.hand is None:
+            run.router  # loaded now, and not at the first message
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def record(self, query, turns):
@@ -141,7 +136,7 @@ class Conversation:
         """Route, show the gate in a line, answer."""
         check_text(query)
         record = self.record(query, self.turns)
-        gate = routed(self.run, [record | {"id": "0"}]) if self.hand is None else self.hand
+        gate = self.run.gates([record | {"id": "0"}]) if self.hand is None else self.hand
         weights = " ".join(name + f"{weight:.2f}".lstrip("0") for name, weight in zip(SHORT, gate[0].tolist()))
         print(f"{'router' if self.hand is None else 'by hand'}  {weights}\n", flush=True)
         text = self.say(record, gate)
@@ -152,7 +147,8 @@ class Conversation:
         if name == "/persona" and rest.strip():
             self.hand = persona_gate(rest.strip(), self.run.setup.tau)[None]
         elif name == "/router":
-            self.router, self.hand = self.run.router, None  # in this order: without a router the gate stays
+            self.run.router  # first: where there is none, the gate stays
+            self.hand = None
         elif name == "/base":
             if not self.turns:
                 raise UserError("/base answers the last message again, and there is none yet")
@@ -238,7 +234,7 @@ def export(args):
         run.setup.dtype = stored_dtype(run.setup.base)
     if args.query:
         check_text(args.query)
-    gate = routed(run, [{"id": "0", "query": args.query}]) if args.query else by_hand(run, args)
+    gate = run.gates([{"id": "0", "query": args.query}]) if args.query else by_hand(run, args)
     if args.as_ == "experts":
         with atomic(out) as part:
             save_experts(run.model, part, run.setup.base)

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harness import alone, ceiling, fresh, gates, interleaved, linears, our_step, pair, peak, reference, rows_of, shape
 from harness import show, stage, step_flops, table, token_bytes, with_experts
 from batches import Example, batches, cost, examples, micro_batches, per_pole
-from command import Parser, pick_device, pick_dtype, run_command
+from command import Parser, for_users, pick_device, pick_dtype, run_command
 from lora import EXPERTS, TARGETS, merged
 from model import CONFIGS, Chat, Transformer, UserError, generate, load_tokenizer, pad, weight_files
 from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
@@ -480,7 +480,7 @@ NO_CEILING = ("load", "data", "memory", "growth")
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=for_users(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="model folders; else random weights")
     parser.add_argument("--shape", choices=CONFIGS, help="SmolLM2-135M; router: Qwen2.5-0.5B; gpu: Llama-3.1-8B")
@@ -489,7 +489,7 @@ def main(argv=None):
     parser.add_argument("--length", type=int, help="tokens a row")
     parser.add_argument("--steps", type=int, help="new tokens of generate, teacher and gpu; steps a round of router")
     parser.add_argument("--tokens", type=int, default=PRESETS["paper"]["tokens"], help="gpu: tokens a micro-batch")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="measured turns, after one to warm up (5)")
     parser.add_argument("--natural", action="store_true", help="teacher: replies end where they end")
     parser.add_argument("--queries", help="router, teacher: a file of real queries, .txt, .jsonl or .csv")
     parser.add_argument("--count", type=int, default=100_000, help="data: records")

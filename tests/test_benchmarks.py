@@ -437,6 +437,16 @@ def edit(file, old, new):
     file.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
+def eq_bench(d, score="1", prompt=EQ[0]["prompt"]):
+    """EQ-Bench's file with one question that differs."""
+    def question(score, prompt):
+        return {"prompt": prompt, "reference_answer_fullscale": {
+            f"emotion{i}{end}": value for i in range(1, 5) for end, value in (("", f"e{i}"), ("_score", score))}}
+    found = {str(i): question("1", EQ[0]["prompt"]) for i in range(1, 172)} | {"7": question(score, prompt)}
+    (d / "eqbench/data").mkdir(parents=True)
+    (d / "eqbench/data/eq_bench_v2_questions_171.json").write_text(json.dumps(found))
+
+
 EA_FILE, EU_FILE = "emobench/data/EA.jsonl", "emobench/data/EU.jsonl"
 SAFETY = "safetybench/opensource_data/test_zh_subset.json"
 
@@ -449,10 +459,16 @@ SAFETY = "safetybench/opensource_data/test_zh_subset.json"
     ("emobench", lambda d: (d / EA_FILE).write_text("".join((d / EA_FILE).read_text().splitlines(True)[:-1])),
      "399 rows, expected the 400"),
     ("eqbench", lambda d: None, "eq_bench_v2_questions_171.json: no such file"),
+    ("eqbench", lambda d: eq_bench(d, score="high"), "question 7: not as it was published (could not convert"),
+    ("eqbench", lambda d: eq_bench(d, score=None), "question 7: not as it was published"),
+    ("eqbench", lambda d: eq_bench(d, prompt="How do they feel?"), "question 7: not as it was published (substring"),
+    ("eqbench", lambda d: eq_bench(d, prompt=5), "question 7: not as it was published"),
     ("tombench", lambda d: None, "Unexpected Outcome Test.jsonl"),
     ("safetybench", lambda d: (d / SAFETY).unlink(), "no test_*.json"),
     ("safetybench", lambda d: shutil.copy(d / SAFETY, d / "safetybench/test_en.json"), "--set with one of en, zh, zh"),
     ("safetybench", lambda d: edit(d / SAFETY, '{"id": 0, "category": "O', '{"id": 0, "category": "U'), "id 0"),
+    ("safetybench", lambda d: edit(d / SAFETY.replace("test_", "test_answers_"), '{"category": "Offensiveness", "answer": 0}',
+                                   "5"), "id 0: no answer under this id"),
     ("safetybench", lambda d: (d / SAFETY).write_text("[]"), "0 rows and 2100 answers, expected 2100"),
     ("safetybench", lambda d: (d / SAFETY).write_text("{}"), "found a dict, expected a JSON list"),
     ("gpqa", lambda d: (d / "gpqa/dataset.zip").unlink(), "dataset.zip: No such file"),
@@ -513,7 +529,7 @@ def test_replies_are_scored_without_a_model(made_up, tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    ('{"id": "EA/en/1", "try": 0, "out', "line 2: not a reply"), ('{"id": "EA/en/1", "try": 0}', "line 2: not a reply"),
+    ('{"id": "EA/en/1", "try": 0, "out', "line 2: not JSON"), ('{"id": "EA/en/1", "try": 0}', "line 2: not a reply"),
     ('{"id": "EA/en/201", "try": 0, "output": ""}', "no 'EA/en/201'"),
     ('{"id": "EA/en/2", "try": 0, "output": ""}', "a second reply"),
     ('{"id": "EA/en/1", "try": "0", "output": ""}', "try is '0'"),
@@ -700,7 +716,7 @@ def test_a_base_needs_no_run(made_up, run_folder, tmp_path):
     (["emobench", "--base", "x", "--shots", "6"], "five examples"),
     (["emobench", "--base", "x", "--mode", "logits", "--cot"], "--cot asks for reasoning"),
     (["emobench", "--base", "x", "--part", "XX"], "the first is 'EA/en/1'"),
-    (["emobench", "--replies", "nowhere"], "not readable")])
+    (["emobench", "--replies", "nowhere"], "nowhere: No such file")])
 def test_what_cannot_be_is_said_in_one_line(made_up, tmp_path, words, problem):
     folder = made_up / words[0] if words[0] in BENCHMARKS else made_up
     with pytest.raises(UserError, match=re.escape(problem)):

@@ -24,7 +24,7 @@ import runs
 import train
 from batches import Example
 from eval import Measured, bootstrap, one_hot
-from experiments import cases, compared, losses, ratings, read_items, reply_states, show, steered, update_gram, variant
+from experiments import cases, compared, losses, ratings, read_items, reply_states, show_table, steered, update_gram, variant
 from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
 from model import Config, Transformer, UserError
 from router import gates_under, persona_gate
@@ -119,7 +119,7 @@ def test_comparisons_average_over_seeds_and_draw_over_records():
 
 
 def test_tables_are_laid_out_within_80_columns(capsys):
-    show({"title": "word " * 30, "head": ["what", "n", "x", "mean", "against"], "rows": [
+    show_table({"title": "word " * 30, "head": ["what", "n", "x", "mean", "against"], "rows": [
         ["first", 1234567, 0.5, [1.0, 0.25], [-0.5, -1.0, 0.0]], ["second one", 2, 10.0, "", ""]]})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and "  first       1,234,567   0.500  1.000 ± 0.250  -0.5000 [-1.0000, +0.0000]" \
@@ -336,8 +336,7 @@ def test_the_temperature_sweep_measures_what_it_says(run_folder, here, capsys, m
 
 @pytest.mark.parametrize("argv, why", [
     ("experiment nonsense --run X", "no experiment 'nonsense', expected some of routing, temperature, rank, domain"),
-    ("experiment routing --run X --data Y", "leave out --data and --stage"),
-    ("experiment routing --run X --stage joint", "leave out --data and --stage"),
+    ("experiment routing --run X --stage joint", "leave out --stage"),
     ("experiment routing --run X", "X has no router stage yet: python train.py --preset tiny --stage router --run X"),
     ("experiment domain --run Y", "name 1 domains, expected three or more")])
 def test_what_cannot_be_tried_is_one_line(run_folder, here, argv, why):  # noqa: F811
@@ -450,6 +449,8 @@ def test_general_ability_is_measured_on_the_text_that_is_given(healthy, here, ca
 def test_plots_are_pictures_of_what_is_there(run_folder, here, capsys):  # noqa: F811
     pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
     run = copy(run_folder, here)
+    with open(run / "log.jsonl", "ab") as log:
+        log.write(b'{"stage": "joint", "step": 7, "lo')  # what a full disk leaves
     _, out = shown(capsys, f"plot --run {run} --records 8 --show 3")
     assert "no temperature sweep yet: python eval.py experiment temperature" in out
     sweep = {"title": "", "head": ["tau", "entropy", "test"], "rows": [[t, 1.0, [4.0, .1]] for t in ("1", "0.1")]}
@@ -483,11 +484,12 @@ def test_our_inventory_is_balanced():
 
 
 @pytest.mark.parametrize("text, why", [
-    ("", "no statements in it"), ("label_raw,text,label_ocean,key\n", "no statements in it"),
-    ("label_raw,text,label_ocean,key\nf,Like it,O,1\nf,,O,1\n", "line 3: found"),
-    ("label_raw,text,label_ocean,key\nf,Like it,X,1\n", "line 2: found .*'X'.*O, C, E, A or N"),
-    ("label_raw,text,label_ocean,key\nf,Like it,O,0\n", "line 2: .*key \\(1 or -1\\)"),
-    ("a,b\n1,2\n", "line 2: .*expected the columns label_raw, text, label_ocean")])
+    ("", "not a table"), ("label_raw,text,label_ocean,key\n", "no statements in it"),
+    ('label_raw,text,label_ocean,key\nf,"Like,O,1\n', "not a table"),
+    ("label_raw,text,label_ocean,key\nf,Like it,O,1\nf,,O,1\n", "row 3: found"),
+    ("label_raw,text,label_ocean,key\nf,Like it,X,1\n", "row 2: found .*'X'.*O, C, E, A or N"),
+    ("label_raw,text,label_ocean,key\nf,Like it,O,0\n", "row 2: .*key \\(1 or -1\\)"),
+    ("a,b\n1,2\n", "0 columns named 'text'")])
 def test_statements_that_are_not_statements_are_named(here, text, why):  # noqa: F811
     (here / "items.csv").write_text(text)
     with pytest.raises(UserError, match=f"items.csv.*{why}") as error:

@@ -230,8 +230,8 @@ def test_the_room_asked_for_is_the_room_that_is_taken(here, monkeypatch, save_ev
         files = [p.read_bytes() for folder in folders for p in (here / "run" / folder).rglob("*.safetensors")]
         return [len(data) - 8 - int.from_bytes(data[:8], "little") for data in files]
     with monkeypatch.context() as patch:
-        whole = runs.size
-        patch.setattr(runs, "size", lambda n: needs.append(n) or whole(n))
+        whole = runs.in_words
+        patch.setattr(runs, "in_words", lambda n: needs.append(n) or whole(n))
         patch.setattr(runs.shutil, "disk_usage", lambda path: type("", (), {"free": 0}))
         status, _, said = small.run_quietly(train, *warmup)
     assert status == 2, said

@@ -25,7 +25,7 @@ from batches import batches, cost
 from lora import EXPERTS, add_experts, expert_layers
 from model import Chat, Config, Transformer, UserError, encode, generate
 from router import Router, contrastive_loss, query_ids
-from runs import save_state, size
+from runs import in_words, save_state
 from test_teachers import asked, good, http_command, ids, serving  # noqa: F401 (asked is a fixture)
 from test_train import base, router, settings, some_rows
 from train import Task, activations, fit, heldout, row_losses
@@ -83,7 +83,7 @@ def test_memory_that_is_full_says_what_reduces_it_and_by_how_much(tmp_path, monk
     assert "--tokens 250 " in said and "--recompute" in said and "\n" not in said
     assert ("--rank 2" in said) == (stage != "router")
     trained = 16 * sum(p.numel() for p in task.parameters())
-    assert f"what trains {size(trained)} " in said
+    assert (f"What trains takes {in_words(trained)} " if stage == "router" else f"what trains {in_words(trained)} ") in said
     assert [p.stem for p in (tmp_path / "state").iterdir()] == [f"{stage}-0000002"]
 
 

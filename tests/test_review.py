@@ -67,6 +67,20 @@ def test_a_report_counts_what_is_there(tmp_path, capsys):
     assert found["culture"]["Finnish"] == {"records": 1, "all_zero": 1, "poles": dict.fromkeys(EXPERTS, 0)}
 
 
+def test_a_report_of_other_peoples_records_ends_in_no_traceback(tmp_path, capsys):
+    teachers = [{"name": ["m"], "calls": "many"}, {"tokens_read": None, "calls": 2}, "m"]
+    write_records(tmp_path / "r.jsonl", [record(i, teacher=teacher) for i, teacher in enumerate(teachers)])
+    found, status, _ = reported(capsys, tmp_path / "r.jsonl")
+    assert not status and found["calls"] == 2 and found["teachers"] == {"['m']": 1, "?": 1}
+
+
+@pytest.mark.parametrize("kept", [5, "high", {"openness": "high"}, [1]])
+def test_labels_kept_by_a_review_are_checked_as_labels_are(tmp_path, kept):
+    write_records(tmp_path / "r.jsonl", [record(0, teacher_traits=kept)])
+    with pytest.raises(UserError, match="r.jsonl, line 1: teacher_traits is "):
+        read_records(tmp_path / "r.jsonl")
+
+
 @pytest.mark.parametrize("zeros, warned, status", [(2, False, 0), (3, True, 0), (20, True, 0), (21, True, 1), (100,
                                                                                                                True,
                                                                                                                1)])

@@ -6,6 +6,7 @@ import email.utils
 import http.server
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -683,10 +684,9 @@ def test_two_processes_on_one_file_refuse_each_other_and_ctrl_c_keeps_what_is_fi
         with pytest.raises(UserError, match="another process is writing to it"):
             synth.main(http_command(server, asked, out))
         assert out.read_bytes() == before
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-        assert time.monotonic() - began < 2 and process.returncode == 130 and "is saved" in said and "Trace" not in said
+        _, said = process.communicate(timeout=30)  # the request that hangs would take 60
+        assert process.returncode == 130 and "is saved" in said and "Trace" not in said
     assert sorted(ids(out)) == [f"q{i}" for i in range(8)]
     with serving(good) as server:  # the lock went with the process
         assert not synth.main(http_command(server, asked, out))
@@ -848,8 +848,14 @@ def test_a_query_too_long_to_be_scored_is_rejected():
     assert query.outcome["reason"].startswith("the prompt has") and query.outcome["teacher"]["calls"] == 2
 
 
-def test_noise_is_rejected_and_prompts_too_long_for_memory_are_not_read(folder, asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers.Local, "LONGEST", 800)
+@pytest.mark.parametrize("by", ["memory", "the model's context"])
+def test_noise_is_rejected_and_prompts_that_are_too_long_are_not_read(folder, asked, tmp_path, monkeypatch, by):
+    if by == "memory":
+        monkeypatch.setattr(teachers.Local, "MOST_TOKENS", 800)
+    else:
+        folder = [shutil.copytree(folder[0], tmp_path / "model")]
+        config = json.loads((folder[0] / "config.json").read_text())
+        (folder[0] / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 801}))
     queries = write(tmp_path / "long.jsonl", {"id": "long", "query": "So " * 900}, *lines(asked)[:2])
     assert not synth.main(local_command(folder[0], queries, tmp_path / "o.jsonl", "--max-new-tokens", 3, "--retries",
                                         1))

@@ -65,7 +65,7 @@ def test_ask_reads_files_and_prints_json_with_the_same_replies(strong, capsys, t
     assert [row["id"] for row in rows] == ["a", 7] and [row["query"] for row in rows] == [q["query"] for q in queries]
     m = evaluation.Measured(use.Ask(queries=["x"], run=str(strong)))
     for row, query in zip(rows, queries):
-        gate = use.routed(m, [query])
+        gate = m.gates([query])
         assert list(row["gate"]) == list(EXPERTS) and torch.allclose(torch.tensor([*row["gate"].values()]), gate[0])
         prompt = m.chat.prompt([*query.get("history", []), {"role": "user", "content": query["query"]}])
         assert [row["base"], row["reply"]] == [
@@ -135,7 +135,7 @@ def test_a_conversation_in_a_terminal(strong, tmp_path):
         def expected(query, gate=None, base=False):
             messages = [{"role": role, "content": turn[i]} for turn in turns
                         for i, role in enumerate(("user", "assistant"))]
-            gate = use.routed(m, [{"id": "0", "query": query, "history": messages}]) if gate is None else gate
+            gate = m.gates([{"id": "0", "query": query, "history": messages}]) if gate is None else gate
             prompt = m.chat.prompt([*messages, {"role": "user", "content": query}])
             ids = generate(m.model, [prompt], None if base else gate, 12, stops=m.chat.stops)[0]
             line = " ".join(f"{name}{w:.2f}".replace("0.", ".") for name, w in zip(SHORT, gate[0].tolist()))
