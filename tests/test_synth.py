@@ -484,11 +484,14 @@ def test_arguments_of_eval_that_make_no_sense_are_refused_in_one_line(argv, why)
     (evaluation, ["routing"], "--show N"), (evaluation, ["ablate"], "--control TEXT"),
     (evaluation, ["ask"], "--persona TEXT"), (evaluation, ["chat"], "--top-p X"), (evaluation, ["export"], "--as"),
     (synth, ["report"], "--json"), (synth, ["split"], "--hold-out TEXT"), (synth, ["review"], "--import TEXT")])
-def test_help_names_every_argument_with_its_sentence(program, argv, says, capsys):
+def test_help_names_every_argument_with_its_sentence_and_default_on_80_columns(program, argv, says, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as left:
         program.main([*argv, "--help"])
     shown = capsys.readouterr().out
-    assert left.value.code == 0 and says in shown
+    assert left.value.code == 0 and says in shown and "What is notable" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "--seed N" not in shown or "(default: 0)" in shown
     if program is not evaluation or argv:
         cls = (evaluation.COMMANDS | use.COMMANDS | review.COMMANDS)[argv[0]][0] if argv else program.Args
         for name, sentence in command.field_help(cls).items():
