@@ -626,7 +626,7 @@ def plot(args):
             above.axhline(math.log(len(EXPERTS)), color="black", linestyle=":")
             above.set(title=stage, ylabel="entropy of the gate, nats (dotted: uniform)")
             for e, values in enumerate(smooth([entry["usage"] for entry in entries]).T):
-                below.plot(steps, values, "-" if e % 2 == 0 else "--", color=COLOURS[e // 2], label=EXPERTS[e])
+                below.plot(steps, values, "-" if e % 2 == 0 else "--", color=COLOURS[e // 2 % len(COLOURS)], label=EXPERTS[e])
             below.set(xlabel="step", ylabel="mean weight (mean of ten steps)")
         figure.legend(*below.get_legend_handles_labels(), loc="outside right center")
         save("gate", figure)
@@ -678,6 +678,7 @@ class Inventory(Common):
     and key (1, or -1 where agreeing means less of the trait); our own data/inventory.csv if not given."""
 
 
+INITIALS = [trait[0].upper() for trait in TRAITS]
 ANSWERS = "very accurate", "moderately accurate", "neither accurate nor inaccurate", "moderately inaccurate", \
     "very inaccurate"
 
@@ -689,7 +690,7 @@ def read_items(path):
         raise UserError(f"{path}: no statements in it")
     for number, item in table:
         if not item.get("text", "").strip() or item.get("key") not in ("1", "-1") or \
-                item.get("label_ocean") not in tuple("OCEAN"):
+                item.get("label_ocean") not in INITIALS:
             raise UserError(f"{path}, row {number}: found {item}, expected text, label_ocean (O, C, E, A or N) and key "
                             "(1 or -1)")
     return [item for _, item in table]
@@ -724,7 +725,7 @@ def inventory(args):
     agreed = np.stack([ratings(run, [item["text"].strip() for item in items], gate)
                        for gate in (None, *map(one_hot, range(len(EXPERTS))))])  # (1 + E, 2, I)
     scores, who = np.where(keys > 0, agreed, 6 - agreed), ("base", *EXPERTS)
-    traits = [letter for letter in "OCEAN" if letter in letters]
+    traits = [letter for letter in INITIALS if letter in letters]
     stage = run.folder("experts").parent.name
 
     def mean(e, mask):  # nan, without a warning, where nothing is keyed this way
@@ -741,7 +742,7 @@ def inventory(args):
           "rows": [[name, *(f"{plus:.2f}/{minus:.2f}" for _, _, plus, minus in row)] for name, row in zip(who, cells)]})
     moved = scores.mean(1)[1::2] - scores.mean(1)[2::2]  # (5, I): high expert minus low expert, a row a trait
     apart = np.array([[row[letters == t].mean() / max(row[letters == t].std(), 1e-9) for t in traits] for row in moved])
-    own = np.array([[TRAITS["OCEAN".index(t)] == trait for t in traits] for trait in TRAITS])
+    own = np.array([[TRAITS[INITIALS.index(t)] == trait for t in traits] for trait in TRAITS])
     show_table({"title": "High expert minus low expert, in standard deviations of that difference over statements; rows: "
                    "whose experts, columns: whose statements", "head": ["", *traits],
           "rows": [[trait, *(f"{x:+.2f}" for x in row)] for trait, row in zip(TRAITS, apart)]})

@@ -64,7 +64,7 @@ def expert_layers(model):
     return layers
 
 
-def add_experts(model, n_experts=10, rank=8, alpha=16):
+def add_experts(model, n_experts=len(EXPERTS), rank=8, alpha=16):
     """Freeze everything in `model` and put experts beside its linear layers (all but the head).
 
     Returns the trainable parameters: A and B of every layer, in the model's order, fp32 on the model's device. A is

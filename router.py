@@ -140,7 +140,7 @@ def bars(gate, width=16):
     for t in range(0, len(EXPERTS), 2):
         halves = [f"{EXPERTS[e].split('_')[0]:>6} {'█' * round(width * gate[e].item() / top):<{width}} {gate[e]:.2f}"
                   for e in (t, t + 1)]
-        lines.append(f"  {EXPERTS[t].split('_')[1]:<17}" + " ".join(halves))
+        lines.append(f"  {EXPERTS[t].split('_', 1)[1]:<17}" + " ".join(halves))
     return "\n".join(lines)
 
 

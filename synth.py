@@ -189,9 +189,9 @@ def template_record(rng, split, domain, n_poles):
     return {
         "query": " ".join([opening, *cues.values(), rng.choice(lab()["closings"][split])]),
         "response": " ".join(reply),
-        "traits": {e.split("_")[1]: 1 if e.startswith("high") else -1 for e in experts},
+        "traits": {e.split("_", 1)[1]: 1 if e.startswith("high") else -1 for e in experts},
         "cot": {"situation": opening,
-                "traits": {e.split("_")[1]: {"pole": e.split("_")[0], "cue": cues[e]} for e in experts}},
+                "traits": {e.split("_", 1)[1]: {"pole": e.split("_")[0], "cue": cues[e]} for e in experts}},
         "domain": domain, "neutral": neutral, "manner": manner,
     }
 

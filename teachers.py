@@ -220,7 +220,7 @@ def read_traits(found):
             raise Unusable("a trait stands in it twice")
         found = {one["trait"].strip().lower(): one for one in found}
     if not isinstance(found, dict):
-        raise Unusable(f"traits is {str(found)[:80]!r}, expected an object with the five traits")
+        raise Unusable(f"traits is {str(found)[:80]!r}, expected an object with the traits")
     traits, why = {}, {}
     for trait, value in found.items():
         if trait not in TRAITS:
