@@ -54,7 +54,7 @@ class Ahead:
         self.known = dict(zip(self.known, found))
 
 
-SOME = 4096  # records whose texts are encoded at once
+AT_ONCE = 4096  # records whose texts are encoded in one go
 
 
 def tokenised(records, tokenise, tokenizer, facts=(), file=None):
@@ -80,12 +80,12 @@ def tokenised(records, tokenise, tokenizer, facts=(), file=None):
             lengths, prompts, ids = np.split(tokens, [len(records), 2 * len(records)])
             return list(zip(np.split(ids, lengths.cumsum()[:-1]), prompts.tolist()))
     found = []
-    for at in range(0, len(records), SOME):
+    for at in range(0, len(records), AT_ONCE):
         ahead = Ahead(tokenizer)
-        for record in records[at:at + SOME]:
+        for record in records[at:at + AT_ONCE]:
             tokenise(ahead, record)
         ahead.encode_all()
-        found += [tokenise(ahead, record) for record in records[at:at + SOME]]
+        found += [tokenise(ahead, record) for record in records[at:at + AT_ONCE]]
     found = [(np.array(ids, dtype=np.int32), prompt) for ids, prompt in found]
     if file is not None and place()[0] == 0:
         tokens = np.concatenate([np.array([[len(ids), prompt] for ids, prompt in found], dtype=np.int32).T.flatten(),
@@ -148,7 +148,7 @@ def cost(row):
     return len(row.query if row.ids is None else row.ids)
 
 
-POOL = 50
+POOL = 50  # batches among which rows are sorted by length: more is less padding and less chance
 
 
 def batches(lengths, batch, seed):

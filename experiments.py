@@ -626,7 +626,8 @@ def plot(args):
             above.axhline(math.log(len(EXPERTS)), color="black", linestyle=":")
             above.set(title=stage, ylabel="entropy of the gate, nats (dotted: uniform)")
             for e, values in enumerate(smooth([entry["usage"] for entry in entries]).T):
-                below.plot(steps, values, "-" if e % 2 == 0 else "--", color=COLOURS[e // 2 % len(COLOURS)], label=EXPERTS[e])
+                colour = COLOURS[e // 2 % len(COLOURS)]
+                below.plot(steps, values, "-" if e % 2 == 0 else "--", color=colour, label=EXPERTS[e])
             below.set(xlabel="step", ylabel="mean weight (mean of ten steps)")
         figure.legend(*below.get_legend_handles_labels(), loc="outside right center")
         save("gate", figure)
@@ -734,18 +735,19 @@ def inventory(args):
     cells = [[(mean(e, letters == t), np.abs(np.subtract(*scores[e][:, letters == t])).mean(),
                mean(e, (letters == t) & (keys > 0)), mean(e, (letters == t) & (keys < 0))) for t in traits]
              for e in range(len(who))]
-    show_table({"title": f"{len(items)} statements, experts after {stage}, each alone: trait scores from 1 to 5 ± the mean "
-                   "gap between the two orders of the answers", "head": ["", *traits],
-          "rows": [[name, *(f"{x:.2f}±{gap:.2f}" for x, gap, _, _ in row)] for name, row in zip(who, cells)]})
-    show_table({"title": "The same from the positively / negatively keyed statements alone: halves that differ show a habit "
-                   "of agreeing, not a trait", "head": ["", *traits],
-          "rows": [[name, *(f"{plus:.2f}/{minus:.2f}" for _, _, plus, minus in row)] for name, row in zip(who, cells)]})
+    show_table({"title": f"{len(items)} statements, experts after {stage}, each alone: trait scores from 1 to 5 ± the "
+                         "mean gap between the two orders of the answers", "head": ["", *traits],
+                "rows": [[name, *(f"{x:.2f}±{gap:.2f}" for x, gap, _, _ in row)] for name, row in zip(who, cells)]})
+    show_table({"title": "The same from the positively / negatively keyed statements alone: halves that differ show a "
+                         "habit of agreeing, not a trait", "head": ["", *traits],
+                "rows": [[name, *(f"{plus:.2f}/{minus:.2f}" for _, _, plus, minus in row)]
+                         for name, row in zip(who, cells)]})
     moved = scores.mean(1)[1::2] - scores.mean(1)[2::2]  # (5, I): high expert minus low expert, a row a trait
     apart = np.array([[row[letters == t].mean() / max(row[letters == t].std(), 1e-9) for t in traits] for row in moved])
     own = np.array([[TRAITS[INITIALS.index(t)] == trait for t in traits] for trait in TRAITS])
-    show_table({"title": "High expert minus low expert, in standard deviations of that difference over statements; rows: "
-                   "whose experts, columns: whose statements", "head": ["", *traits],
-          "rows": [[trait, *(f"{x:+.2f}" for x in row)] for trait, row in zip(TRAITS, apart)]})
+    show_table({"title": "High expert minus low expert, in standard deviations of that difference over statements; "
+                         "rows: whose experts, columns: whose statements", "head": ["", *traits],
+                "rows": [[trait, *(f"{x:+.2f}" for x in row)] for trait, row in zip(TRAITS, apart)]})
     print(f"\n  pole separation (own trait) {apart[own].mean():+.2f}, leakage to other traits (mean size) "
           f"{np.abs(apart[~own]).mean():.2f}")
 

@@ -484,8 +484,8 @@ def open_safetensors(file, device="cpu"):
 
 
 def read_tensors(file, shapes, whose):
-    """The tensors of a safetensors file, {name: tensor}. UserError unless these are their names and shapes {name: shape}
-    and all values are finite floats; `whose` is what another shape suggests."""
+    """The tensors of a safetensors file, {name: tensor}. UserError unless names and shapes are those of `shapes`,
+    {name: shape}, and all values are finite floats; `whose` is what another shape suggests."""
     with open_safetensors(file) as tensors:
         found = {name: tensors.get_tensor(name) for name in tensors.keys()}
     for name in sorted(found.keys() ^ shapes.keys()):

@@ -81,7 +81,8 @@ def measure(records, rejected=()):
         **{key: {name: shares([r for r in records if r.get(key) == name]) for name in sorted(
             {r[key] for r in records if isinstance(r.get(key), str)})} for key in ("domain", "culture")},
         "teachers": dict(Counter(str(t.get("name", "?")) for t in teachers)),
-        **{key: sum(n for t in teachers if type(n := t.get(key)) is int) for key in ("calls", "tokens_read", "tokens_written")}}
+        **{key: sum(n for t in teachers if type(n := t.get(key)) is int)
+           for key in ("calls", "tokens_read", "tokens_written")}}
 
 
 def tables(m):
@@ -318,7 +319,8 @@ def take_in(args):
     if len({Path(path).resolve() for path in args.import_}) < len(args.import_):
         raise UserError("--import: one table is given twice; it would agree with itself")
     tables = [read_labels(path, records) for path in args.import_]
-    teacher = {str(r["id"]): {t: r["traits"].get(t, 0) for t in TRAITS} | (r.get("teacher_traits") or {}) for r in records}
+    teacher = {str(r["id"]): {t: r["traits"].get(t, 0) for t in TRAITS} | (r.get("teacher_traits") or {})
+               for r in records}
     units = [key for key in teacher if any(key in labels for labels in tables)]
 
     def alphas(raters):

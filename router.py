@@ -47,7 +47,7 @@ def active_experts(traits):
 
 
 def softmax_gate(similarity, temperature):
-    """softmax(s / τ) over the experts, (…, E) -> (…, E). With τ = 1 and cosines no weight passes e / (e + 9/e) = 0.451."""
+    """softmax(s / τ) over the experts, (…, E) -> (…, E). For cosines at τ = 1 no weight passes e/(e + 9/e) = 0.451."""
     return (similarity / temperature).softmax(-1)
 
 

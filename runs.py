@@ -429,12 +429,12 @@ def check_room(task, s, run):
     """UserError, before training, where the disk has no room for this stage's checkpoints and its result."""
     trained = 4 * sum(p.numel() for p in task.parameters())
     have, there = shutil.disk_usage(run).free, len(states(run, task.stage))
-    checkpoints = max(1, min(s.keep + 1, -(-s.steps // s.save_every)) - there)  # the oldest goes once a new one is there
+    checkpoints = max(1, min(s.keep + 1, -(-s.steps // s.save_every)) - there)  # the oldest goes last
     need = 3 * trained * checkpoints + trained
     if need > have:
         raise UserError(f"{run}: its disk has {in_words(have)} free, and {task.stage} needs {in_words(need)} more: "
-                        f"{checkpoints} checkpoint(s) of {in_words(3 * trained)} and its result. Free some, lower --keep, "
-                        "or give a --run on another disk")
+                        f"{checkpoints} checkpoint(s) of {in_words(3 * trained)} and its result. Free some, lower "
+                        "--keep, or give a --run on another disk")
 
 
 def in_words(n):

@@ -184,7 +184,8 @@ class Task:
 
     def __init__(self, stage, model=None, router=None, s=None):
         self.stage, self.model, self.router, self.s = stage, model, router, s
-        self.rank, self.world_size = place() if stage != "pretrain" else (0, 1)  # tiny's base is made by the first process
+        # tiny's base is made by the first process alone
+        self.rank, self.world_size = place() if stage != "pretrain" else (0, 1)
         groups = []
         if stage == "pretrain":
             groups.append({"params": list(model.parameters()), "lr": s.lr})
@@ -411,8 +412,8 @@ def memory_advice(task, error):
     said = " ".join(str(error).split())[:150]
     advice = (f"the device's memory is full ({said}). "
               + (f"The frozen base takes {in_words(frozen)}, what trains " if frozen > 0 else "What trains takes ")
-              + f"{in_words(16 * trained)} (values, gradients, two moments) and a micro-batch of {task.s.tokens} tokens "
-              f"about {in_words(kept)}. --tokens {max(1, task.s.tokens // 2)} with --overwrite halves the last")
+              + f"{in_words(16 * trained)} (values, gradients, two moments) and a micro-batch of {task.s.tokens} "
+              f"tokens about {in_words(kept)}. --tokens {max(1, task.s.tokens // 2)} with --overwrite halves the last")
     if if_recomputed < kept:
         advice += f"; --recompute, with --resume too, leaves {in_words(if_recomputed)} of it, at a third more time"
     if task.model is not None and task.stage != "pretrain":

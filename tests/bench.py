@@ -480,7 +480,8 @@ NO_CEILING = ("load", "data", "memory", "growth")
 
 
 def main(argv=None):
-    parser = Parser(description=for_users(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=for_users(__doc__), allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="model folders; else random weights")
     parser.add_argument("--shape", choices=CONFIGS, help="SmolLM2-135M; router: Qwen2.5-0.5B; gpu: Llama-3.1-8B")

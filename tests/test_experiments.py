@@ -24,7 +24,8 @@ import runs
 import train
 from batches import Example
 from eval import Measured, bootstrap, one_hot
-from experiments import cases, compared, losses, ratings, read_items, reply_states, show_table, steered, update_gram, variant
+from experiments import cases, compared, losses, ratings, read_items, reply_states, show_table, steered, update_gram
+from experiments import variant
 from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
 from model import Config, Transformer, UserError
 from router import gates_under, persona_gate

@@ -83,7 +83,8 @@ def test_memory_that_is_full_says_what_reduces_it_and_by_how_much(tmp_path, monk
     assert "--tokens 250 " in said and "--recompute" in said and "\n" not in said
     assert ("--rank 2" in said) == (stage != "router")
     trained = 16 * sum(p.numel() for p in task.parameters())
-    assert (f"What trains takes {in_words(trained)} " if stage == "router" else f"what trains {in_words(trained)} ") in said
+    frozen = "what trains" if stage != "router" else "What trains takes"  # nothing is frozen in the router stage
+    assert f"{frozen} {in_words(trained)} " in said
     assert [p.stem for p in (tmp_path / "state").iterdir()] == [f"{stage}-0000002"]
 
 

@@ -87,7 +87,7 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("some", [1, 3, 4096])
 def test_records_are_encoded_as_one_by_one(kind, some, tmp_path, monkeypatch):
     chat = Chat.from_dir(make_folder(tmp_path, kind))
-    monkeypatch.setattr(batching.tokenised, "__defaults__", (*batching.tokenised.__defaults__[:-1], some))
+    monkeypatch.setattr(batching, "AT_ONCE", some)
     rows, long = examples(RECORDS, chat, chat.tokenizer)
     assert long == 0
     for record, row in zip(RECORDS, rows, strict=True):
