@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -580,8 +581,11 @@ def shared_prefix(prompts):
 
 def pad(rows, device="cpu"):
     """Lists (or arrays) of ids -> (ids (B, T) filled up with 0 on the right, lengths (B,))."""
-    ids = nn.utils.rnn.pad_sequence([torch.as_tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-    return send(ids, device), send([len(row) for row in rows], device)
+    lengths = [len(row) for row in rows]
+    ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # by numpy: a tensor a row takes ten times as long
+    for line, row in zip(ids, rows):
+        line[:len(row)] = row
+    return send(ids, device), send(lengths, device)
 
 
 def send(values, device):

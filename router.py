@@ -35,15 +35,15 @@ def active_experts(traits):
     {"openness": 1, "extraversion": -1}  ->  [1, 0,  0, 0,  0, 1,  0, 0,  0, 0]
     ValueError for an unknown trait or another value.
     """
-    active = torch.zeros(len(EXPERTS))
+    active = [0.0] * len(EXPERTS)
     for trait, value in traits.items():
         if trait not in TRAITS:
             raise ValueError(f"unknown trait {trait!r}, expected one of {', '.join(TRAITS)}")
         if isinstance(value, bool) or value not in (-1, 0, 1):
             raise ValueError(f"{trait} is {value!r}, expected -1, 0 or 1")
         if value:
-            active[2 * TRAITS.index(trait) + (value < 0)] = 1
-    return active
+            active[2 * TRAITS.index(trait) + (value < 0)] = 1.0
+    return torch.tensor(active)
 
 
 def softmax_gate(similarity, temperature):
