@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# tests are small: a second thread, here or in a process that a test starts, would only wait for the first
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-
-torch.set_num_threads(1)  # tests are small: a second thread would only wait for the first
 
 
 def pytest_configure(config):

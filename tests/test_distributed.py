@@ -26,7 +26,7 @@ def trained(stage):
 
 def torchrun(*command, cwd):
     """Run a script in two processes -> CompletedProcess. Without the "--" torchrun takes --run for an option of its own."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                            "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--", *map(str, command)],
                           cwd=cwd, env=env, capture_output=True, text=True, timeout=300)

@@ -30,9 +30,7 @@ linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 @pytest.fixture(scope="module")
 def server():
-    env = {k: v for k, v in os.environ.items()} | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, small.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               env=env, text=True)
+    process = subprocess.Popen([sys.executable, small.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(cwd, *argv, **how):
         process.stdin.write(json.dumps({"cwd": str(cwd), "argv": argv, **how}) + "\n")
