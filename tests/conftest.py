@@ -5,6 +5,7 @@ through $PERSONAFUSE_WEIGHTS, the public benchmarks' data through $PERSONAFUSE_B
 them skip and say so. Nothing here uses the network.
 """
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 # tests are small: a second thread, here or in a process that a test starts, would only wait for the first
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -30,7 +30,8 @@ linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 @pytest.fixture(scope="module")
 def server():
-    process = subprocess.Popen([sys.executable, small.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, small.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True)
 
     def start(cwd, *argv, **how):
         process.stdin.write(json.dumps({"cwd": str(cwd), "argv": argv, **how}) + "\n")
