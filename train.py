@@ -160,7 +160,7 @@ def token_losses(model, hidden, targets, chunk=None):
 
 def row_losses(model, rows, gate=None):
     """Summed loss of each row's reply, in nats: -> (B,), fp32. gate: (B, E) or None."""
-    ids, _ = pad([row.ids for row in rows], model.device)
+    ids, _ = pad([row.ids[:-1] for row in rows], model.device)  # nothing is predicted from the last token
     # Position t predicts token t + 1: reply tokens prompt … len−1 are predicted from prompt−1 … len−2. Worked out here,
     # on the host: a search on the device would have to be waited for
     T = ids.shape[1]

@@ -242,7 +242,7 @@ def export(args):
         export_mixture(run.model, gate, out, run.setup.base)
     else:
         write_model(run, gate, out, args.shard_gb * 1e9)
-    print(f"{out}: {args.as_}, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e9:.2f} GB"
+    print(f"{out}: {args.as_}, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:,.0f} MB"
           + ("" if gate is None else f", for the gate\n{bars(gate[0])}"))
 
 

@@ -130,9 +130,9 @@ def test_operations_that_a_step_needs():
     gate, batch = torch.full((3, 10), 0.1), rows_of(c, 3, 16, 9)
     with FlopCounterMode(display=False) as counter:
         our_step(model, batch, torch.optim.AdamW(parameters), gate)()
-    in_place = c.n_layers * 2 * 80 * sum(out for _, out in linears(c)) * 3 * 17
-    attention = c.n_layers * 7 * c.n_heads * c.head_dim * 3 * 17**2  # 2 products forward and 5 backward, half of each
-    assert counter.get_total_flops() + in_place + attention == step_flops(c, [17] * 3, 3 * 8)
+    in_place = c.n_layers * 2 * 80 * sum(out for _, out in linears(c)) * 3 * 16
+    attention = c.n_layers * 7 * c.n_heads * c.head_dim * 3 * 16**2  # 2 products forward and 5 backward, half of each
+    assert counter.get_total_flops() + in_place + attention == step_flops(c, [16] * 3, 3 * 8)
     assert token_bytes(model) - token_bytes(model, experts=False) == sum(p.nbytes for p in parameters)
 
 
