@@ -517,7 +517,8 @@ class Cache:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # no NaN under the mask
         self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens stored per row
         self.longest, self.prefix = max(lengths), prefix
-        self.at = self.mask = None  # after the prompts: where each row writes (B,), and what it sees (B, 1, 1, S)
+        # after the prompts: each row's number and where it writes, both (B,), and what it sees (B, 1, 1, S)
+        self.rows = self.at = self.mask = None
 
     def advance(self, tokens):
         """The positions of the tokens that come now, (1 or B, T). Called once a pass, before any layer."""
@@ -583,7 +584,7 @@ def shared_prefix(prompts):
 def pad(rows, device="cpu"):
     """Lists (or arrays) of ids -> (ids (B, T) filled up with 0 on the right, lengths (B,))."""
     lengths = [len(row) for row in rows]
-    ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # by numpy: a tensor a row takes ten times as long
+    ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # by numpy: a tensor a row takes several times as long
     for line, row in zip(ids, rows):
         line[:len(row)] = row
     return send(ids, device), send(lengths, device)

@@ -667,7 +667,7 @@ def start(server, queries, out, *more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def until(true, process=None, seconds=240):
+def until(true, process=None, seconds=60):
     """Look again and again, with a deadline."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -678,14 +678,14 @@ def until(true, process=None, seconds=240):
 def test_two_processes_on_one_file_refuse_each_other_and_ctrl_c_keeps_what_is_finished(asked, tmp_path):
     out = tmp_path / "o.jsonl"
     with serving(lambda n, a: good(n, a) if n < 8 else "hang") as server:
-        process = start(server, asked, out, "--timeout", 600)
+        process = start(server, asked, out, "--timeout", 60)
         until(lambda: len(lines(out)) == 8, process)
         before = out.read_bytes()
         with pytest.raises(UserError, match="another process is writing to it"):
             synth.main(http_command(server, asked, out))
         assert out.read_bytes() == before
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)  # the request that hangs would take 600
+        _, said = process.communicate(timeout=30)  # the request that hangs would take 60
         assert process.returncode == 130 and "is saved" in said and "Trace" not in said
     assert sorted(ids(out)) == [f"q{i}" for i in range(8)]
     with serving(good) as server:  # the lock went with the process
@@ -694,21 +694,19 @@ def test_two_processes_on_one_file_refuse_each_other_and_ctrl_c_keeps_what_is_fi
 
 
 def test_ctrl_c_ends_within_two_seconds_with_everything_finished_on_disk(asked, tmp_path):
-    """While a request hangs. The best of three; on a busy machine within half the time that the start took."""
-    took = []  # as a share of what is allowed
-    while len(took) < 3 and min(took, default=1) >= 1:
+    """While a request hangs. The best of three, since a busy machine takes longer to end any process."""
+    took = []
+    while len(took) < 3 and min(took, default=2) >= 2:
         out = tmp_path / f"o{len(took)}.jsonl"
-        began = time.monotonic()
         with serving(lambda n, a: good(n, a) if n < 8 else "hang") as server:
-            process = start(server, asked, out, "--timeout", 600)
+            process = start(server, asked, out, "--timeout", 60)
             until(lambda: len(lines(out)) == 8, process)
-            allowed = max(2, (time.monotonic() - began) / 2)
             began = time.monotonic()
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=120)
-            took.append((time.monotonic() - began) / allowed)
+            _, said = process.communicate(timeout=30)
+            took.append(time.monotonic() - began)
         assert process.returncode == 130 and "is saved" in said and "Trace" not in said and len(ids(out)) == 8
-    assert min(took) < 1, took
+    assert min(took) < 2, took
 
 
 def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched_it(asked, tmp_path, monkeypatch):
