@@ -8,6 +8,8 @@ What is notable:
 import argparse
 import ast
 import inspect
+import io
+import os
 import sys
 import textwrap
 import typing
@@ -98,6 +100,12 @@ def fail(message):
 
 def run_command(main):
     """Run a program's main(); an error of the user's becomes one line on standard error and exit status 2."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us: `… >&-`
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
@@ -110,7 +118,9 @@ def run_command(main):
         sys.exit(141)
     except OSError as error:  # a disk that is full, a folder that may not be read
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # a CPU's is no class of its own
+            raise
         fail(f"memory is full ({' '.join(str(error).split())[:150]}): lower --tokens, or take a smaller model, a "
              "device with more memory or --dtype bfloat16, which takes half of float32")
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import typing
@@ -93,7 +94,6 @@ class Measured:
         if not (run / "config.json").exists():
             raise UserError(f"{run}: no config.json, so there is no run here; python train.py --preset tiny makes one")
         found, self.args = read_run(run), args
-        self.content = found.get("content", {})
         own = found["setup"] | {k: getattr(args, k, None) or Setup.inside(found["setup"][k], run)
                                 for k in ("base", "encoder", "data")}
         device = pick_device(args.device)
@@ -115,18 +115,24 @@ class Measured:
                             f"--preset {self.setup.preset} --stage {stage or first} --run {self.setup.run}")
         return folder
 
-    def same(self, role):
-        """UserError if the base or the encoder is not what the run was trained on: --base may name any folder."""
-        folder = getattr(self.setup, role)
-        if self.content.get(role) and fingerprint(folder) != self.content[role]:
-            raise UserError(f"{folder}: not the {role} that {self.setup.run} was trained on: config.json, tokenizer or "
+    def same(self, role, part):
+        """UserError if the base or the encoder is not what experts or router were trained on: --base may name any
+        folder. Of --experts and --router a run's own say what that was; what PEFT trained doesn't."""
+        folder, given = getattr(self.setup, role), getattr(self.args, part)
+        run = Path(given).resolve().parent.parent if given else self.setup.run  # RUN/STAGE/experts
+        try:
+            known = read_run(run).get("content", {}).get(role)
+        except UserError:
+            known = None  # not a run's
+        if known and fingerprint(folder) != known:
+            raise UserError(f"{folder}: not the {role} that {given or run} was trained on: config.json, tokenizer or "
                             f"tensors are others. --{role} names the folder, if it has moved")
 
     @cached_property
     def model(self):
-        if not self.args.experts:  # those from elsewhere may be another base's
-            self.same("base")
-        return self.setup.load_base(self.folder("experts"))
+        folder = self.folder("experts")
+        self.same("base", "experts")
+        return self.setup.load_base(folder)
 
     @cached_property
     def chat(self):
@@ -135,9 +141,9 @@ class Measured:
 
     @cached_property
     def router(self):
-        if not self.args.router:
-            self.same("encoder")
-        return self.setup.load_router(self.folder("router"))
+        folder = self.folder("router")
+        self.same("encoder", "router")
+        return self.setup.load_router(folder)
 
     def rows(self, records):
         """Records as rows for the router alone."""
@@ -388,6 +394,7 @@ class Subjects:
             raise UserError("which model? --run with a run folder, or --base with a model folder to measure it alone")
         self.args, self.run, self.routed = args, Measured(replace(args, data=None)) if args.run else None, {}
         self.base = self.run.setup.base if self.run else args.base
+        self.dtype = pick_dtype(args.dtype, pick_device(args.device))
         fused = "by hand" if args.persona or args.gate else "PersonaFuse"
         self.names = ["base"] if not self.run or args.only == "base" else [fused] if args.only else ["base", fused]
 
@@ -395,8 +402,7 @@ class Subjects:
     def model(self):
         if self.names != ["base"]:
             return self.run.model
-        device = pick_device(self.args.device)
-        return Transformer.from_pretrained(self.base, pick_dtype(self.args.dtype, device), device)
+        return Transformer.from_pretrained(self.base, self.dtype, pick_device(self.args.device))
 
     @cached_property
     def chat(self):
@@ -404,16 +410,23 @@ class Subjects:
 
     def settings(self, name):
         """What says which model this is, wherever its run folder is: a resumed run must share it."""
+        read_json(Path(self.base) / "config.json")  # fingerprint would take a folder without one for data
+        found = {"base": Path(self.base).name, "content": fingerprint(self.base),
+                 "dtype": str(self.dtype).removeprefix("torch."), "gate": "base"}
         if name == "base":
-            return {"base": Path(self.base).name, "gate": "base"}
-        found = {"base": Path(self.base).name, "gate": self.args.persona or self.args.gate or "learned",
-                 "tau": self.run.setup.tau}
-        files = {"experts": self.run.folder("experts") / EXPERTS[0] / "adapter_model.safetensors"}
+            return found
+        found |= {"gate": self.args.persona or self.args.gate or "learned", "tau": self.run.setup.tau,
+                  "alpha": self.run.setup.alpha}
+        files = {"experts": [self.run.folder("experts") / e / "adapter_model.safetensors" for e in EXPERTS]}
         if found["gate"] == "learned":
-            files["router"] = self.run.folder("router") / "model.safetensors"
-        for part, file in files.items():
-            with open(file, "rb") as content:
-                found[part] = hashlib.file_digest(content, "sha256").hexdigest()
+            found["encoder"] = fingerprint(self.run.setup.encoder)
+            files["router"] = [self.run.folder("router") / "model.safetensors"]
+        for part, names in files.items():
+            digest = hashlib.sha256()
+            for file in names:
+                with open(file, "rb") as content:
+                    digest.update(hashlib.file_digest(content, "sha256").digest())
+            found[part] = digest.hexdigest()
         return found
 
     def gates(self, name):
@@ -502,16 +515,21 @@ def open_replies(folder, settings, bench, rows):
     """Begin or go on with a folder of replies -> {id: {try: reply}} so far. UserError if they were made differently."""
     file, replies = folder / "replies.jsonl", {}
     if (folder / "config.json").exists():
-        differ = differences(read_json(folder / "config.json"), settings)
+        was = dict.fromkeys(settings, "unknown") | read_json(folder / "config.json")
+        differ = differences(was, settings)
         if differ:
             raise UserError(f"{folder} holds replies made with other settings: {differ}. Choose another --out")
+    if file.exists():
+        text, begins = file.read_bytes(), b'{"id": "", "try": '
+        if torn := len(text) - text.rfind(b"\n") - 1:  # it was stopped in the middle of a line
+            first = re.sub(rb'^({"id": ")[^"]*', rb"\1", text.split(b"\n")[0])[:len(begins)]
+            if not begins.startswith(first):
+                raise UserError(f"{file}, line 1: not a reply; expected {{\"id\", \"try\", \"output\", …}}. Remove the "
+                                "file, or choose another --out")
+            os.truncate(file, len(text) - torn)
+        replies = read_replies(file, bench, rows)
     with atomic(folder / "config.json") as part:
         part.write_text(json.dumps(settings, indent=2) + "\n")
-    if file.exists():
-        text = file.read_bytes()
-        if not text.endswith(b"\n"):  # it was stopped in the middle of a line
-            file.write_bytes(text[:text.rfind(b"\n") + 1])
-        replies = read_replies(file, bench, rows)
     for item in bench.ask(rows, {}):
         if replies.get(item.id, {}).get(item.n, {}).get("prompt_sha256", item.sha256) != item.sha256:
             raise UserError(f"{file}: {item.id} was asked in other words (prompt_sha256). Choose another --out")

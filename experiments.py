@@ -27,9 +27,9 @@ import train
 from batches import Example, cost, examples, micro_batches
 from eval import Common, Measured, OnRecords, bootstrap, one_hot, pole_losses, show, subsets
 from lora import EXPERTS, SHORT, TRAITS, expert_layers, save_experts
-from model import UserError, atomic, encode, load_tokenizer, pad, read_json
+from model import UserError, atomic, encode, load_tokenizer, pad, read_json, short
 from router import gate_report, gates_under, persona_gate, query_ids, save_router, softmax_gate
-from runs import STAGES, Setup, read_log
+from runs import STAGES, Setup, read_log, read_run
 from synth import load_data, read_table, write_records
 from train import heldout, similarities
 
@@ -71,7 +71,7 @@ def variant(args, source, name, stages, fresh=(), data=None, **changes):
                 if (source / linked).is_dir() and not (part / linked).exists():
                     (part / linked).symlink_to(os.path.relpath((source / linked).resolve(), folder.resolve()))
             (part / "config.json").write_text(json.dumps(found | {"setup": setup, "stages": settings}, indent=2))
-    was = read_json(folder / "config.json")["stages"]
+    was = read_run(folder)["stages"]
     if any(was.get(stage) != s for stage, s in settings.items()):
         raise UserError(f"{folder} was made from other stages than {source} has now: remove it to train it anew")
     setup = opened(args, folder).setup
@@ -89,7 +89,8 @@ def variant(args, source, name, stages, fresh=(), data=None, **changes):
                        if v is not None and v is not False], close=False):
             raise KeyboardInterrupt
         if not done:
-            (folder / stage / "seconds.json").write_text(json.dumps({"seconds": time.perf_counter() - began}))
+            with atomic(folder / stage / "seconds.json") as part:
+                part.write_text(json.dumps({"seconds": time.perf_counter() - began}))
     return folder
 
 
@@ -262,6 +263,15 @@ def joint_loss(args, folder, c, rule="learned"):
     return losses(opened(args, folder, "joint"), c, [rule])[rule]
 
 
+def seconds_of(folder):
+    """What a variant's stage took; NaN if a kill came between its result and the note of it."""
+    file = folder / "seconds.json"
+    seconds = read_json(file).get("seconds") if file.exists() else math.nan
+    if not isinstance(seconds, (int, float)):
+        raise UserError(f"{file}: seconds is {short(seconds)}, expected a number; remove the file")
+    return seconds
+
+
 def rank_tables(args, run):
     """What a larger rank costs and brings, α/r kept as it is."""
     tests, rows = cases(run, "test", args.records), []
@@ -273,8 +283,7 @@ def rank_tables(args, run):
             for stage in ("warmup", "joint"):
                 m = opened(args, folder, stage)
                 found[stage].append(losses(m, tests, ["learned"])["learned"].sum() / tests.counts.sum())
-                file = folder / stage / "seconds.json"  # not there if a kill came between the result and it
-                found["seconds"].append(read_json(file)["seconds"] if file.exists() else math.nan)
+                found["seconds"].append(seconds_of(folder / stage))
             size = sum(layer.A.numel() + layer.B.numel() for layer in expert_layers(m.model).values())
         rows.append([str(rank), size, f"{sum(found['seconds']) / len(found['joint']):.0f}",
                      spread(found["warmup"]), spread(found["joint"])])
@@ -439,6 +448,7 @@ def baselines_tables(args, run):
              "rows": compared(found, c["test"], "PersonaFuse", seed=args.seed)}]
 
 
+NOT_WRITTEN_BY_US = LookupError, TypeError, ValueError, ArithmeticError, AttributeError  # what using such JSON raises
 EXPERIMENTS = {"routing": routing_tables, "temperature": temperature_tables, "rank": rank_tables,
                "domain": domain_tables, "stages": stages_tables, "baselines": baselines_tables}
 
@@ -465,9 +475,13 @@ def experiment(args):
             with atomic(file) as part:
                 part.write_text(json.dumps(found, indent=1) + "\n")
         print("\n" + textwrap.fill(f"{name}: {EXPERIMENTS[name].__doc__}", 80))
-        for table in found["tables"]:
-            show_table(table)
-        print(f"\n{file}: {found['seconds']:.0f} s of this start")
+        try:
+            for table in found["tables"]:
+                show_table(table)
+            print(f"\n{file}: {found['seconds']:.0f} s of this start")
+        except NOT_WRITTEN_BY_US as error:
+            raise UserError(f"{file}: not what this experiment writes ({type(error).__name__}: {error}); --again "
+                            "measures anew") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -571,6 +585,43 @@ class Plot(OnRecords):
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"  # Okabe and Ito's, which colour-blind people tell apart
 
 
+def curves(run):
+    """log.jsonl -> {stage: (N, 3 or 14)}: step, loss, learning rate; with a router the gate's entropy and ten mean
+    weights. UserError names a line that has others."""
+    found, file = defaultdict(list), run / "log.jsonl"
+    for line, entry in read_log(run):
+        try:
+            gate = [entry["entropy"], *entry["usage"]] if "entropy" in entry else []
+            row = [float(x) for x in (entry["step"], entry["loss"], entry["lr"], *gate)]
+            rows = found[entry["stage"]]
+            rows.append(row)
+            if len(row) not in (3, 4 + len(EXPERTS)) or len(row) != len(rows[0]):
+                raise ValueError(f"{len(row)} numbers")
+        except NOT_WRITTEN_BY_US as error:
+            number = file.read_bytes().splitlines().index(line) + 1
+            raise UserError(f"{file}, line {number}: not what training logs ({type(error).__name__}: {error}); remove "
+                            "the line, and the others are drawn") from None
+    return {stage: np.array(rows) for stage, rows in found.items()}
+
+
+def sweep(file):
+    """The temperature experiment's results.json -> {when: (5, T)}: tau, test loss and its spread, entropy, loss of
+    single experts."""
+    try:
+        found, (*tables, poles) = {}, read_json(file)["tables"][:len(LENGTHS) + 1]
+        for when, table in zip(LENGTHS, tables, strict=True):
+            rows = [dict(zip(table["head"], row)) for row in table["rows"]]
+            single = [row[3] for row in poles["rows"] if row[0] == when]
+            found[when] = np.array([[row["tau"], *row["test"], row["entropy"], loss]
+                                    for row, loss in zip(rows, single, strict=True)], dtype=float).T
+            if len(found[when]) != 5 or not np.isfinite(found[when]).all() or (found[when][[0, 2]] < 0).any():
+                raise ValueError(f"{when}: not five numbers for each tau")
+        return found
+    except NOT_WRITTEN_BY_US as error:
+        raise UserError(f"{file}: not what the experiment writes ({type(error).__name__}: {error}); python eval.py "
+                        "experiment temperature --again measures anew") from None
+
+
 def plot(args):
     """Pictures of a run as RUN/plots/*.png: losses, gates, experts, the temperature sweep. Needs matplotlib."""
     try:
@@ -580,10 +631,10 @@ def plot(args):
     except ImportError:
         raise UserError("plot needs matplotlib, which is optional: pip install matplotlib") from None
     run = Measured(args)
-    folder, log = run.setup.run / "plots", defaultdict(list)
+    folder, log, file = run.setup.run / "plots", curves(run.setup.run), \
+        run.setup.run / "experiments" / "temperature" / "results.json"
+    taus = sweep(file) if file.exists() else None
     folder.mkdir(exist_ok=True)
-    for _, entry in read_log(run.setup.run):
-        log[entry["stage"]].append(entry)
 
     def save(name, figure):
         figure.savefig(folder / f"{name}.png", dpi=130)
@@ -591,7 +642,6 @@ def plot(args):
         print(folder / f"{name}.png")
 
     def smooth(values):  # mean of the last ten steps
-        values = np.array(values, dtype=float)
         return np.array([values[max(0, i - 9):i + 1].mean(0) for i in range(len(values))])
 
     def table(values, rows, columns, figure_size, label, text=None):
@@ -605,27 +655,30 @@ def plot(args):
             axes.text(x, y, word, ha="center", va="center", fontsize=8, color="white" if dark else "black")
         return figure
 
-    figure, axes = pyplot.subplots(2, len(log), figsize=(3.2 * len(log), 5), layout="constrained", squeeze=False)
-    for (stage, entries), (above, below) in zip(log.items(), axes.T):
-        steps = [entry["step"] for entry in entries]
-        above.plot(steps, [entry["loss"] for entry in entries], color="#BBBBBB", label="each step")
-        above.plot(steps, smooth([entry["loss"] for entry in entries]), color=COLOURS[0], label="mean of ten")
-        below.plot(steps, [entry["lr"] for entry in entries], color=COLOURS[1])
-        above.set(title=stage, ylabel="loss (contrastive)" if stage == "router" else "loss, nats/token")
-        below.set(xlabel="step", ylabel="learning rate")
-    axes[0, 0].legend()
-    save("training", figure)
+    if log:
+        figure, axes = pyplot.subplots(2, len(log), figsize=(3.2 * len(log), 5), layout="constrained", squeeze=False)
+        for (stage, found), (above, below) in zip(log.items(), axes.T):
+            steps, loss, lr = found[:, :3].T
+            above.plot(steps, loss, color="#BBBBBB", label="each step")
+            above.plot(steps, smooth(loss), color=COLOURS[0], label="mean of ten")
+            below.plot(steps, lr, color=COLOURS[1])
+            above.set(title=stage, ylabel="loss (contrastive)" if stage == "router" else "loss, nats/token")
+            below.set(xlabel="step", ylabel="learning rate")
+        axes[0, 0].legend()
+        save("training", figure)
+    else:
+        print(f"{run.setup.run / 'log.jsonl'}: no step is logged yet, so there are no curves to draw")
 
-    gated = {stage: entries for stage, entries in log.items() if "entropy" in entries[0]}
+    gated = {stage: found for stage, found in log.items() if found.shape[1] > 3}
     if gated:
         figure, axes = pyplot.subplots(2, len(gated), figsize=(4.5 * len(gated) + 2, 6.5), layout="constrained",
                                        squeeze=False)
-        for (stage, entries), (above, below) in zip(gated.items(), axes.T):
-            steps = [entry["step"] for entry in entries]
-            above.plot(steps, [entry["entropy"] for entry in entries], color=COLOURS[0])
+        for (stage, found), (above, below) in zip(gated.items(), axes.T):
+            steps = found[:, 0]
+            above.plot(steps, found[:, 3], color=COLOURS[0])
             above.axhline(math.log(len(EXPERTS)), color="black", linestyle=":")
             above.set(title=stage, ylabel="entropy of the gate, nats (dotted: uniform)")
-            for e, values in enumerate(smooth([entry["usage"] for entry in entries]).T):
+            for e, values in enumerate(smooth(found[:, 4:]).T):
                 colour = COLOURS[e // 2 % len(COLOURS)]
                 below.plot(steps, values, "-" if e % 2 == 0 else "--", color=colour, label=EXPERTS[e])
             below.set(xlabel="step", ylabel="mean weight (mean of ten steps)")
@@ -649,21 +702,18 @@ def plot(args):
         figure.axes[0].set(xlabel="pole that the records call for", ylabel="warm-up expert, alone")
         save("experts", figure)
 
-    file = run.setup.run / "experiments" / "temperature" / "results.json"
-    if not file.exists():
+    if taus is None:
         print(f"no temperature sweep yet: python eval.py experiment temperature --run {args.run}")
         return
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    tables = read_json(file)["tables"]
-    for when, found, colour, marker in zip(LENGTHS, tables, COLOURS, "os^"):
-        columns = dict(zip(found["head"], zip(*found["rows"])))
-        taus, style = [float(tau) for tau in columns["tau"]], {"color": colour, "marker": marker, "label": when}
-        axes[0].errorbar(taus, [mean for mean, _ in columns["test"]], [sd for _, sd in columns["test"]], **style)
-        axes[1].plot(taus, columns["entropy"], **style)
-        axes[2].plot(taus, [row[3] for row in tables[len(LENGTHS)]["rows"] if row[0] == when], **style)
+    for (when, (tau, loss, sd, entropy, single)), colour, marker in zip(taus.items(), COLOURS, "os^"):
+        style = {"color": colour, "marker": marker, "label": when}
+        axes[0].errorbar(tau, loss, sd, **style)
+        axes[1].plot(tau, entropy, **style)
+        axes[2].plot(tau, single, **style)
     for axis, label in zip(axes, ("test loss, nats/token", "entropy of the gate, nats",
                                   "loss of single experts, nats/token")):
-        axis.set(xscale="log", xlabel="tau", ylabel=label, xticks=taus, xticklabels=[f"{tau:g}" for tau in taus])
+        axis.set(xscale="log", xlabel="tau", ylabel=label, xticks=tau, xticklabels=[f"{x:g}" for x in tau])
         axis.minorticks_off()
     axes[0].legend()
     save("temperature", figure)

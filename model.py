@@ -14,6 +14,7 @@ Read it from the top: Config, Transformer and its parts, the loader, generation,
 Shapes: B rows, T tokens, S tokens in the cache, D width, H query heads, K key/value heads, d head width, V vocabulary,
 E experts.
 """
+import errno
 import json
 import math
 import os
@@ -61,15 +62,17 @@ def atomic(path):
     UserError if it cannot be written: a full disk, a folder that may only be read.
     """
     path = Path(path)
-    part, old = (path.with_name(path.name + end) for end in (".part", ".old"))
+    part, old = (path.with_name(path.name + end) for end in (".~part", ".~old"))  # no names that a person gives
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if old.exists() and not path.exists():  # a kill came between the two renames below
             os.replace(old, path)
         remove(part, old)
         yield part
-        if path.is_dir():  # a folder cannot be renamed onto one that has files in it
-            os.replace(path, old)
+        if path.is_dir():
+            if not part.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder is there, and a file is to be")
+            os.replace(path, old)  # a folder cannot be renamed onto one that has files in it
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         remove(part)  # on a full disk, what was written of it is in the way

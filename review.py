@@ -212,6 +212,11 @@ def review(args):
         raise UserError(f"--out is {out}, expected a file named .csv")
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} is there already, perhaps filled in; --overwrite replaces it")
+    beside = out.with_suffix(".records.jsonl")
+    if beside.exists() and beside.samefile(args.file[0]):
+        raise UserError(f"{beside}, the records to draw from, would be replaced by the sample's; give another --out")
+    if beside.exists() and not args.overwrite:
+        raise UserError(f"{beside} is there already; --overwrite replaces it, another --out leaves it")
     sample, extra = stratified(records, args.sample, args.seed), ("domain", "culture", "history")
     texts = ["id", *(key for key in extra if any(r.get(key) for r in sample)), "query", "response"]
     columns = [*texts, *TRAITS, "comment", *(f"teacher_{trait}" for trait in TRAITS if args.show_labels)]
@@ -222,7 +227,7 @@ def review(args):
             said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in r.get("history") or [])
             table.writerow({key: cell(r.get(key)) for key in texts} | {"history": cell(said)}
                            | {f"teacher_{trait}": r["traits"].get(trait, 0) for trait in TRAITS})
-    write_records(out.with_suffix(".records.jsonl"), sample)
+    write_records(beside, sample)
     counts = sum(active_experts(r["traits"]) for r in sample).int().tolist()
     print(f"{out}: {len(sample)} of {len(records)} records ({', '.join(f'{n} {s}' for n, s in zip(counts, SHORT))}).\n"
           "Give each annotator a copy, to fill the traits' columns with 1 (high), -1 (low),\n"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,13 @@ import torch
 from safetensors.torch import save_file
 
 from command import MOST, pick_device, pick_dtype
-from lora import add_experts, load_experts
-from model import Transformer, UserError, atomic, finite, open_safetensors, read_json, remove, short, weight_files
+from lora import EXPERTS, TARGETS, add_experts, load_experts
+from model import Config, Transformer, UserError, atomic, finite, open_safetensors, read_json, remove, short
+from model import weight_files
 from router import Router, load_router
-from synth import SPLITS, load_data, read_bytes, template_records, write_records
+from synth import SPLITS, load_data, read_bytes, record_lines, template_records, write_records
 
-VERSION = 1  # of the run folder's format
+VERSION = 2  # of the run folder's format
 STAGES = ("warmup", "router", "joint")
 
 # What each preset is made of, and each stage's sizes: optimiser steps, rows a step, learning rates (all ours). "tokens"
@@ -79,7 +81,11 @@ class Setup:
     @staticmethod
     def inside(path, run):
         """A path as config.json has it -> as it is now that the run folder is `run`."""
-        return path and path.replace(Setup.RUN, f"{run}/")
+        return f"{run}/{path.removeprefix(Setup.RUN)}" if path and path.startswith(Setup.RUN) else path
+
+    def relative(self, path):
+        """The reverse of `inside`."""
+        return Setup.RUN + path.removeprefix(f"{self.run}/") if path and path.startswith(f"{self.run}/") else path
 
     def load_base(self, experts=None):
         """The frozen base with ten experts, fresh ones from the seed or those saved in the folder `experts`."""
@@ -109,9 +115,12 @@ class Setup:
                 torn = [len(records) for records in load_data(self.data)[0].values()] != list(counts)
             except UserError:
                 torn = True
-            if torn:
-                for name, count in zip(SPLITS, counts):
-                    write_records(self.run / "data" / f"{name}.jsonl", template_records(name, count, self.seed))
+            for name, count in zip(SPLITS, counts) if torn else ():
+                file, records = self.run / "data" / f"{name}.jsonl", template_records(name, count, self.seed)
+                if file.exists() and not record_lines(records).startswith(read_bytes(file)):
+                    raise UserError(f"{file}: neither the template teacher's records of seed {self.seed} nor a part of "
+                                    "them. Remove it to have them made again; records of your own go in with --data")
+                write_records(file, records)
         splits, zero = load_data(self.data, self.seed, need_response)
         if zero:
             print(f"{self.data}: left out {zero} records whose traits are all zero")
@@ -126,7 +135,7 @@ class Setup:
 def resolve(args, stages):
     """The Setup that the arguments ask for. One UserError names everything that is missing, and how to get it."""
     preset, problems = PRESETS[args.preset], []
-    run = Path(args.run or f"runs/{args.preset}")
+    run = Path(f"runs/{args.preset}" if args.run is None else args.run)
 
     def model_folder(given, choices, role):
         if args.preset == "tiny" and given is None:
@@ -176,7 +185,28 @@ def stage_settings(args, stage):
 # ----------------------------------------------------------------------------------------------------------------------
 # Begin, continue or refuse
 
-HARMLESS = ("save_every", "keep", "log_every", "recompute", "compile")  # may change from one part of a run to the next
+@contextmanager
+def held(run):
+    """Keep a run folder to this process: a second one that trains in it would write over the first one's files."""
+    folder = None
+    with suppress(ImportError):  # without such locks, on Windows, it goes unnoticed
+        import fcntl
+        folder = os.open(run, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise UserError(f"{run}: another process trains here; wait for it, or give another --run") from None
+        except OSError:  # a file system without them
+            pass
+    try:
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+HARMLESS = ("save_every", "keep", "log_every", "recompute")  # may change from one part of a run to the next
 
 
 def differences(was, now):
@@ -192,23 +222,25 @@ def is_path(value):
 KINDS = {  # what the setup in a run's config.json holds
     "preset": lambda v: isinstance(v, str) and v in PRESETS, "data": is_path,
     "base": lambda v: v is None or is_path(v), "encoder": lambda v: v is None or is_path(v),
-    "seed": lambda v: type(v) is int and 0 <= v < 2**31, "rank": lambda v: type(v) is int and 1 <= v <= MOST["rank"],
-    "alpha": lambda v: type(v) in (int, float) and 0 < v < 2**31}
+    "seed": lambda v: type(v) is int and 0 <= v <= 2**31, "rank": lambda v: type(v) is int and 1 <= v <= MOST["rank"],
+    "alpha": lambda v: type(v) in (int, float) and 0 < v <= 2**31}
 
 
 def read_run(run):
     """A run folder's config.json -> dict. UserError for what another version, or a hand, has made of it."""
     file = Path(run) / "config.json"
     found = read_json(file)
-    if found.get("version") != VERSION or not all(isinstance(found.get(k), dict) for k in ("setup", "stages")):
-        raise UserError(f"{file}: format {short(found.get('version'))}, expected {VERSION}: made by another version")
+    if "version" not in found:
+        raise UserError(f"{file}: not a run's, it has no version; give --run a folder that train.py made")
+    if found["version"] != VERSION or not all(isinstance(found.get(k), dict) for k in ("setup", "stages")):
+        raise UserError(f"{file}: format {short(found['version'])}, expected {VERSION}: made by another version")
     setup, stages = found["setup"], found["stages"]
     for key in sorted(setup.keys() | KINDS):
         if key not in KINDS or not KINDS[key](setup.get(key)):
             raise UserError(f"{file}: {key} of setup is {short(setup.get(key))}, which no run has. Was it edited?")
     for stage, settings in stages.items():
         tau = settings.get("tau", 1.0) if isinstance(settings, dict) else None
-        if stage not in STAGES or type(tau) not in (int, float) or not 1e-9 <= tau < 2**31:
+        if stage not in STAGES or type(tau) not in (int, float) or not 1e-9 <= tau <= 2**31:
             raise UserError(f"{file}: stage {short(stage)} is {short(settings)}, which no run has. Was it edited?")
     if not isinstance(found.get("content", {}), dict):
         raise UserError(f"{file}: content is {short(found['content'])}, expected an object")
@@ -216,16 +248,17 @@ def read_run(run):
 
 
 def fingerprint(path):
-    """What a model folder or data hold, as a short text: a hash of config.json, the tokenizer and a sample of every
-    tensor (the same for one file and for shards); or of the records."""
+    """What a model folder or data hold, as a short text: a hash of config.json, tokenizer, chat template and a
+    sample of every tensor (the same for one file and for shards); or of the records."""
     path, digest = Path(path), hashlib.sha256()
     if not (path / "config.json").exists():
         for file in [path / f"{split}.jsonl" for split in SPLITS] if path.is_dir() else [path]:
             digest.update(hashlib.sha256(read_bytes(file)).digest())
         return digest.hexdigest()[:16]
     digest.update(json.dumps(read_json(path / "config.json"), sort_keys=True).encode())
-    if (path / "tokenizer.json").exists():
-        digest.update(read_bytes(path / "tokenizer.json"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (path / name).exists():
+            digest.update(hashlib.sha256(read_bytes(path / name)).digest())
     samples = {}
     for file, names in weight_files(path).items():
         with open_safetensors(file) as tensors:
@@ -239,17 +272,37 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-def content(setup):
-    """Fingerprints of what the run takes from outside its folder; what is inside was made from the seed."""
-    paths = {key: getattr(setup, key) for key in ("base", "encoder", "data")}
-    return {key: fingerprint(path) for key, path in paths.items() if path and not path.startswith(f"{setup.run}/")}
+def same_content(setup, was, inside):
+    """What config.json holds of fingerprints, and those of what the run takes from outside its folder; or of what is
+    inside, which the run makes from the seed -> both. UserError if what is there is not what was."""
+    paths = {key: path for key in ("base", "encoder", "data") if (path := getattr(setup, key))}
+    found = {key: fingerprint(path) for key, path in paths.items() if path.startswith(f"{setup.run}/") == inside}
+    for key in found.keys() & was.keys():
+        if found[key] != was[key]:
+            raise UserError(f"{paths[key]}: not the {key} that {setup.run} was begun with: what is in it has changed "
+                            f"(its fingerprint was {short(was[key])}, now {found[key]!r}). Put back what was there, or "
+                            "give another --run")
+    return was | found
+
+
+def note_content(setup):
+    """The same for models and data inside the run folder, once they are made; config.json takes a note of them."""
+    found = read_run(setup.run)
+    noted = same_content(setup, found.get("content", {}), inside=True)
+    if noted != found.get("content"):
+        write_config(setup.run, found | {"content": noted})
+
+
+def write_config(run, config):
+    with atomic(run / "config.json") as part:
+        part.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def open_run(setup, settings, args):
     """Begin, continue or refuse a run folder; write its config.json -> the stages that are still to be trained."""
     run, file = setup.run, setup.run / "config.json"
     own = {k: getattr(setup, k) for k in Setup.AGREE}
-    own |= {k: own[k].replace(f"{run}/", Setup.RUN) for k in ("base", "encoder", "data") if own[k]}
+    own |= {k: setup.relative(own[k]) for k in ("base", "encoder", "data")}
     if "joint" in settings and (args.overwrite or not (run / "joint").is_dir()):
         for stage in ("warmup", "router"):
             if stage not in settings and not (run / stage).is_dir():
@@ -260,7 +313,7 @@ def open_run(setup, settings, args):
             raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is begun here")
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise UserError(f"{run} is there already and holds no run: choose another --run, or remove it")
-        found = {"version": VERSION, "setup": own, "stages": {}, "content": content(setup)}
+        found = {"version": VERSION, "setup": own, "stages": {}, "content": same_content(setup, {}, inside=False)}
     else:
         found = read_run(run)
         # later stages were built on the first one that is trained anew
@@ -270,14 +323,7 @@ def open_run(setup, settings, args):
         if differ:
             raise UserError(f"{run} was begun with other arguments: {differ}. Give the same or another --run")
         was = found.get("content", {}) if found["stages"] or not args.overwrite else {}
-        found["content"] = was | content(setup)
-        for key in was:
-            if found["content"][key] != was[key]:
-                raise UserError(f"{getattr(setup, key)}: not the {key} that {run} was begun with: what is in it has "
-                                f"changed (its fingerprint was {short(was[key])}, now {found['content'][key]!r}). "
-                                "Put back what was there, or give another --run")
-        if args.overwrite:
-            clear(run, anew if found["stages"] else (*anew, "pretrain", "models", "data", "tokens"))
+        found["content"] = same_content(setup, was, inside=False)
         found["setup"] = own if not found["stages"] and args.overwrite else found["setup"] | {
             k: v for k, v in own.items() if v is not None}
     begun = [stage for stage in settings if stage in found["stages"]]
@@ -290,17 +336,23 @@ def open_run(setup, settings, args):
     if begun and to_do and not args.resume:
         raise UserError(f"{run} holds a run (begun: {', '.join(begun)}; not done: {', '.join(to_do)}): --resume goes "
                         "on with it, --overwrite trains anew")
-    found["stages"] |= settings
-    with atomic(file) as part:
-        part.write_text(json.dumps(found, indent=2) + "\n")
+    if args.overwrite and file.exists():
+        set_aside(run, anew if found["stages"] else (*anew, "pretrain", "models", "data", "tokens"))
+    try:
+        write_config(run, found | {"stages": found["stages"] | settings})
+    except UserError:
+        put_back(run)
+        raise
     return remaining(setup, settings)
 
 
 def unbegin(run, stages, config):
-    """Leave a run as it was, if an error came before anything of it was trained: config is what config.json held."""
-    logged = (run / "log.jsonl").is_file() and (run / "log.jsonl").stat().st_size
+    """Leave a run as it was, if an error came before anything of it was saved: config is what config.json held."""
     if any(states(run, stage) or (run / stage).exists() for stage in stages):
         return
+    if (run / REPLACED).exists():
+        return put_back(run)
+    logged = (run / "log.jsonl").is_file() and (run / "log.jsonl").stat().st_size
     if config is not None:
         with atomic(run / "config.json") as part:
             part.write_bytes(config)
@@ -315,14 +367,33 @@ def remaining(setup, settings):
     return [stage for stage in settings if not (setup.run / stage).is_dir()]
 
 
-def clear(run, names):
-    """Remove stages' (or other) folders and checkpoints, and their lines of the log."""
+REPLACED = "replaced"  # where what --overwrite replaces is kept until the first checkpoint of what replaces it
+
+
+def set_aside(run, names):
+    """Move stages' (or other) folders and checkpoints to replaced/, and their lines out of the log."""
+    aside = run / REPLACED
+    put_back(run)  # where a kill came before the first checkpoint
+    (aside / "state").mkdir(parents=True)
+    for name in ("config.json", "log.jsonl"):
+        if (run / name).is_file():
+            shutil.copy2(run / name, aside)
     for name in names:
-        shutil.rmtree(run / name, ignore_errors=True)
-        for file in states(run, name):
-            file.unlink()
+        for path in (run / name, *states(run, name)):
+            if path.exists():
+                os.replace(path, aside / path.relative_to(run))
         if (run / "log.jsonl").exists():
             rewind_log(run, name, 0).close()
+
+
+def put_back(run):
+    """The reverse of set_aside, where it was done."""
+    aside = run / REPLACED
+    for path in [*aside.glob("state/*"), *(path for path in aside.glob("*") if path.name != "state")]:
+        there = run / path.relative_to(aside)
+        remove(there)
+        os.replace(path, there)
+    remove(aside, *(run / "state").glob("*.~part") if aside.exists() else ())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -382,6 +453,8 @@ def save_state(task, step, s, run):
             os.fsync(file.fileno())
     for old in states(run, task.stage)[:-s.keep]:
         old.unlink()
+    if task.stage != "pretrain":  # tiny's base; what trains on it can still fail
+        remove(run / REPLACED)
 
 
 @torch.no_grad()
@@ -389,7 +462,7 @@ def restore(task, run):
     """Fill parameters and optimiser from the last checkpoint -> the step it was made after; 0 without one."""
     files = states(run, task.stage)
     if task.rank == 0:
-        remove(*(run / "state").glob(f"{task.stage}-*.part"))  # what a kill has left of one
+        remove(*(run / "state").glob(f"{task.stage}-*.~part"))  # what a kill has left of one
     if not files:
         return 0
     try:
@@ -425,16 +498,31 @@ def restore_from(file, task):
     return int(step)
 
 
-def check_room(task, s, run):
-    """UserError, before training, where the disk has no room for this stage's checkpoints and its result."""
+def room_for(setup, stage, s):
+    """Bytes that a stage's checkpoints and its result will take, about, from the shapes alone."""
+    trained = 0
+    with torch.device("meta"):
+        if stage != "router":
+            layers = Transformer(Config.from_dir(setup.base)).named_modules()
+            trained += sum(setup.rank * len(EXPERTS) * (layer.in_features + layer.out_features)
+                           for name, layer in layers if name.rpartition(".")[2] in TARGETS)
+        if stage != "warmup":
+            trained += sum(p.numel() for p in Transformer(Config.from_dir(setup.encoder)).parameters())
+    return 4 * trained * (3 * min(s["keep"], -(-s["steps"] // s["save_every"])) + 1)
+
+
+def check_room(task, s, run, later=0):
+    """UserError, before training, where the disk has no room for this stage's checkpoints and its result, and for the
+    `later` bytes of the stages after it."""
     trained = 4 * sum(p.numel() for p in task.parameters())
     have, there = shutil.disk_usage(run).free, len(states(run, task.stage))
     checkpoints = max(1, min(s.keep + 1, -(-s.steps // s.save_every)) - there)  # the oldest goes last
     need = 3 * trained * checkpoints + trained
-    if need > have:
+    if need + later > have:
         raise UserError(f"{run}: its disk has {in_words(have)} free, and {task.stage} needs {in_words(need)} more: "
-                        f"{checkpoints} checkpoint(s) of {in_words(3 * trained)} and its result. Free some, lower "
-                        "--keep, or give a --run on another disk")
+                        f"{checkpoints} checkpoint(s) of {in_words(3 * trained)} and its result"
+                        + (f"; the stages after it about {in_words(later)}" if later else "")
+                        + ". Free some, lower --keep, or give a --run on another disk")
 
 
 def in_words(n):

@@ -119,10 +119,15 @@ def read_records(path, need_response=True):
     return records
 
 
+def record_lines(records):
+    """Records as the bytes of a .jsonl file."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
 def write_records(path, records):
     """Write records to a .jsonl file, all or nothing."""
     with atomic(path) as part:
-        part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+        part.write_bytes(record_lines(records))
 
 
 def fold(text):

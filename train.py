@@ -29,7 +29,7 @@ import threading
 import time
 import typing
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -44,8 +44,8 @@ from command import parse, run_command
 from lora import EXPERTS, expert_layers, save_experts
 from model import Chat, Transformer, UserError, atomic, generate, load_tokenizer, pad, read_json, send
 from router import RULES, bars, contrastive_loss, gate_report, gates_under, save_router
-from runs import STAGES, append, check_room, in_words, open_run, remaining, resolve, restore, rewind_log, save_state
-from runs import stage_settings, states, unbegin
+from runs import STAGES, append, check_room, held, in_words, note_content, open_run, read_log, remaining, resolve
+from runs import restore, rewind_log, room_for, save_state, stage_settings, states, unbegin
 from synth import make_tiny, template_records
 
 
@@ -343,6 +343,10 @@ def fit(task, rows, s, run, stop=lambda: False):
     order = supervised(rows, batches(lengths, s.batch, [s.seed, *task.stage.encode()]), task, skipped)
     done, first = restore(task, run), task.rank == 0  # the first process writes
     log = rewind_log(run, task.stage, done) if first else None
+    lost = done - len({entry["step"] for _, entry in read_log(run) if entry["stage"] == task.stage}) if first else 0
+    if lost:
+        print(f"{task.stage}: {run}/log.jsonl lacks {lost} of the {done} steps that are done: a crash of the machine, or "
+              "an edit", file=sys.stderr)
     pending, real, began = [], 0, time.perf_counter()
     bar = tqdm(total=s.steps, initial=done, desc=task.stage, unit="step", disable=not (first and sys.stderr.isatty()),
                dynamic_ncols=True)
@@ -367,7 +371,7 @@ def fit(task, rows, s, run, stop=lambda: False):
                     raise UserError(f"{task.stage}, step {at}: the {bad} is {report[bad]}, so training ends here"
                                     + f"; {kept[0] if kept else 'no checkpoint'} is kept. Try a lower --lr or "
                                     "--router-lr with --overwrite, or look at this step's records: "
-                                    + ", ".join(row.id for row in rows_then))
+                                    + ", ".join(row.id if row.id.isprintable() else repr(row.id) for row in rows_then))
                 report["tokens_per_s"] = real / (time.perf_counter() - began)
                 if first:
                     append(log, report)
@@ -378,6 +382,7 @@ def fit(task, rows, s, run, stop=lambda: False):
             bar.write(log_line(report, s.steps), file=sys.stdout)
             sys.stdout.flush()
         if save and first:
+            os.fsync(log.fileno())  # no checkpoint without its lines
             save_state(task, step, s, run)
         if stopping and step < s.steps:
             bar.close()
@@ -503,8 +508,8 @@ def compile_layers(model):
         block.compile(dynamic=True, fullgraph=True)
 
 
-def train_stage(stage, setup, s, stop):
-    """Load what one stage needs, train it, write its result."""
+def train_stage(stage, setup, s, stop, later=0):
+    """Load what one stage needs, train it, write its result. later: bytes that the stages after it will write."""
     records = setup.load_data(need_response=stage != "router")["train"]
     model = router = chat = tokenizer = None
     if stage != "router":
@@ -513,6 +518,8 @@ def train_stage(stage, setup, s, stop):
     if stage != "warmup":
         router = setup.load_router(setup.run / "router" / "router" if stage == "joint" else None)
         router.encoder.recompute, tokenizer = s.recompute, load_tokenizer(setup.encoder)
+    if place()[0] == 0:
+        note_content(setup)
     limit = min(s.tokens, model.context or s.tokens) if model else s.tokens
     rows, long = examples(records, chat, tokenizer, limit, setup.run / "tokens")
     if long:
@@ -529,7 +536,7 @@ def train_stage(stage, setup, s, stop):
     for decoder in decoders(task) if s.compile else ():
         compile_layers(decoder)
     if task.rank == 0:
-        check_room(task, s, setup.run)
+        check_room(task, s, setup.run, later)
     fit(task, rows, s, setup.run, stop)
     if task.rank == 0:
         with atomic(setup.run / stage) as part:
@@ -622,11 +629,11 @@ def main(argv=None, close=True):
     stages = STAGES if args.stage == "all" else (args.stage,)
     setup = resolve(args, stages)
     settings = {stage: stage_settings(args, stage) for stage in stages}
+    for stage in settings.keys() - {"router"}:  # which is fp32 everywhere
+        settings[stage]["dtype"] = str(setup.dtype).removeprefix("torch.")
     rank, config = join(setup, settings), setup.run / "config.json"
     before = config.read_bytes() if config.is_file() else None
-    if rank == 0:
-        to_do = open_run(setup, settings, args)
-    stop = threading.Event()
+    to_do, alone, stop = [], ExitStack(), threading.Event()
 
     def ask_to_stop(*_):  # the step is finished and saved; a second signal ends at once, but torchrun always sends one
         stop.set()
@@ -635,6 +642,13 @@ def main(argv=None, close=True):
 
     was = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if rank == 0:
+            new = not setup.run.is_dir()
+            if not new:
+                alone.enter_context(held(setup.run))
+            to_do = open_run(setup, settings, args)
+            if new:
+                alone.enter_context(held(setup.run))
         if setup.preset == "tiny" and rank == 0:
             prepare(setup, SimpleNamespace(**stage_settings(Args(preset="tiny", seed=args.seed), "pretrain")),
                     stop.is_set)
@@ -645,17 +659,19 @@ def main(argv=None, close=True):
             if rank:
                 to_do = remaining(setup, settings)
             dist.barrier()
-        for stage in to_do:
-            train_stage(stage, setup, SimpleNamespace(**settings[stage]), stop.is_set)
-    except UserError:
-        if rank == 0 and not args.overwrite:
-            unbegin(setup.run, to_do, before)
-        raise
+        for i, stage in enumerate(to_do):
+            later = sum(room_for(setup, after, settings[after]) for after in to_do[i + 1:])
+            train_stage(stage, setup, SimpleNamespace(**settings[stage]), stop.is_set, later)
     except Stopped as stopped:
         if rank == 0:
             print(f"{stopped}. Go on with the same command and --resume", file=sys.stderr)
         return 130
+    except BaseException:
+        if rank == 0 and to_do:
+            unbegin(setup.run, to_do, before)
+        raise
     finally:
+        alone.close()
         for number, handler in was.items():
             signal.signal(number, handler)
     if dist.is_initialized():

@@ -4,7 +4,7 @@ Every table comes from interleaved runs (A B A B …): absolute times are noise,
 medians, the ratio to the table's first row (median over the rounds, and the middle half of them in brackets), and what
 share of the machine's ceiling a row reaches: matrix products or bytes from memory, both measured on the spot.
 
-    python tests/bench.py step                       # a training step beside peft, one adapter and ten
+    python tests/bench.py step [--compile]           # a training step beside peft, one adapter and ten
     python tests/bench.py generate                   # decoding beside transformers, and what experts cost in it
     python tests/bench.py teacher --weights weights/SmolLM2-135M-Instruct [--natural]
     python tests/bench.py router                     # the router stage beside a plain loop over padded batches
@@ -75,18 +75,26 @@ def step(args):
             adam.zero_grad()
         return run
 
+    def our_steps(batch):
+        plain = our_step(ours, batch, optimizer, gate)
+
+        def compiled():
+            compile_blocks(ours, True)  # finds what was compiled before
+            plain()
+            compile_blocks(ours, False)
+        return {"PersonaFuse, ten experts": plain} | ({"the same, --compile": compiled} if args.compile else {})
+
     for prompt, share in ((1, "all"), (length * 2 // 3 + 1, "a third")):
         batch = rows_of(ours.config, rows, length, prompt)
-        runs = {"peft, one adapter": their_step(batch, EXPERTS[0]),
-                "PersonaFuse, ten experts": our_step(ours, batch, optimizer, gate)}
-        work = {"PersonaFuse, ten experts": step_flops(ours.config, [length] * rows, rows * (length + 1 - prompt))}
+        runs = our_steps(batch)
+        work = step_flops(ours.config, [length] * rows, rows * (length + 1 - prompt))
         table(f"Training step, {rows} x {length} tokens, {share} of them supervised",
-              interleaved(runs, args.rounds, args.device), work=work, rate=args.flops)
+              interleaved({"peft, one adapter": their_step(batch, EXPERTS[0])} | runs, args.rounds, args.device),
+              work=dict.fromkeys(runs, work), rate=args.flops)
     for name in EXPERTS[1:]:
         theirs.add_adapter(name, settings)
     batch = rows_of(ours.config, rows, length)
-    runs = {"PersonaFuse, ten experts": our_step(ours, batch, optimizer, gate),
-            "peft, ten adapters": their_step(batch, list(EXPERTS))}
+    runs = our_steps(batch) | {"peft, ten adapters": their_step(batch, list(EXPERTS))}
     table("The same, all supervised, beside ten adapters", interleaved(runs, max(1, args.rounds // 2), args.device))
 
 
@@ -491,6 +499,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="new tokens of generate, teacher and gpu; steps a round of router")
     parser.add_argument("--tokens", type=int, default=PRESETS["paper"]["tokens"], help="gpu: tokens a micro-batch")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns, after one to warm up (5)")
+    parser.add_argument("--compile", action="store_true", help="step: with torch.compile as well")
     parser.add_argument("--natural", action="store_true", help="teacher: replies end where they end")
     parser.add_argument("--queries", help="router, teacher: a file of real queries, .txt, .jsonl or .csv")
     parser.add_argument("--count", type=int, default=100_000, help="data: records")

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import benchmarks
 import eval as evaluation
 from benchmarks import BENCHMARKS, GPQA, EmoBench, EQBench, SafetyBench, ToMBench, lenient_letter
-from lora import add_experts, expert_layers
+from lora import EXPERTS, add_experts, expert_layers
 from model import Config, Prefix, Transformer, UserError, encode, generate, pad, shared_prefix
 from test_commands import reduced, run_folder  # noqa: F401: fixtures
 
@@ -585,6 +586,69 @@ def test_a_run_resumes_and_compares(made_up, run_folder, tmp_path, monkeypatch):
     assert len(stored(tmp_path / "emobench" / "by-hand")) == 6
 
 
+def test_replies_of_other_models_are_never_mixed(made_up, run_folder, tmp_path):
+    """Another base of the same folder name, dtype, or any one expert: refused, and nothing is changed."""
+    def altered(folder, file):
+        state = load_file(folder / file)
+        save_file({name: t + 1e-3 for name, t in state.items()}, folder / file, metadata={"format": "pt"})
+        return folder
+    run, last = shutil.copytree(run_folder, tmp_path / "run"), f"joint/experts/{EXPERTS[-1]}/adapter_model.safetensors"
+    few = ["emobench", "--data", made_up / "emobench", "--out", tmp_path / "out", "--mode", "logits", "--part", "EA/en/1",
+           "--rows", "1"]
+    base = [*few, "--base", shutil.copytree(run / "models" / "base", tmp_path / "a" / "m")]
+    fused = [*few, "--run", run, "--only", "personafuse"]
+    command(*base), command(*base), command(*fused), command(*fused)
+    config = tmp_path / "out" / "emobench" / "base" / "config.json"
+    text = config.read_text()
+    assert json.loads(text)["dtype"] == "float32"
+    other = altered(shutil.copytree(tmp_path / "a" / "m", tmp_path / "b" / "m"), "model.safetensors")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.json*")}
+    for words, why in (([*few, "--base", other], "other settings: content was '[0-9a-f]+' and is now '[0-9a-f]+'. Choose"),
+                       ([*base, "--dtype", "bfloat16"], "other settings: dtype was 'float32' and is now 'bfloat16'. Cho"),
+                       ([*fused, "--router", run / "router" / "router"], "other settings: router was")):
+        with pytest.raises(UserError, match=why):
+            command(*words)
+    altered(run, last)
+    with pytest.raises(UserError, match="other settings: experts was"):
+        command(*fused)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.json*")} == before
+    config.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "content"}))  # as it once was
+    with pytest.raises(UserError, match="other settings: content was 'unknown' and is now"):
+        command(*base)
+
+
+def reply(i):
+    return json.dumps({"id": f"EA/en/{i}", "try": 0, "output": f"“{i}”"}, ensure_ascii=False) + "\n"
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_torn_reply_is_cut_off_without_writing_the_others_again(made_up, tmp_path, monkeypatch, n):
+    """At whatever byte it was torn; what would be written again is lost on a full disk or in a kill."""
+    bench, file, whole = EmoBench(), tmp_path / "replies.jsonl", "".join(map(reply, range(1, n + 1))).encode()
+    rows, torn = bench.load(made_up / "emobench"), reply(n + 1).encode()
+
+    def full(path, data):
+        open(path, "wb").close()
+        raise OSError(28, "No space left on device")
+    for length in range(len(torn)):
+        file.write_bytes(whole + torn[:length])
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            found = evaluation.open_replies(tmp_path, {}, bench, rows)
+        assert list(found) == [f"EA/en/{i}" for i in range(1, n + 1)] and file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", [
+    "some notes", "some notes\nand more", '{"id": "r1", "query": "Hi"}', '{"id": "r1", "query": "Hi"}\n{"id": "r2", "que',
+    '[1]\n{"id": "EA/en/1", "tr', '{"answer": "A"}', '{"id": 5, "try": 0', "some notes\n", '{"id": "r1"}\n'])
+def test_a_file_that_holds_no_replies_is_left_as_it_is(made_up, tmp_path, text):
+    bench, file = EmoBench(), tmp_path / "replies.jsonl"
+    file.write_text(text)
+    with pytest.raises(UserError, match="replies.jsonl, line 1: not ") as error:
+        evaluation.open_replies(tmp_path, {}, bench, bench.load(made_up / "emobench"))
+    assert "\n" not in str(error.value) and [*tmp_path.iterdir()] == [file] and file.read_text() == text
+
+
 def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, monkeypatch):
     """Shared prefixes or not, one gate or one each: the letter is the argmax of the plain model's log-probabilities. A
     prefix is shared by a category's questions, but not under gates of their own."""
@@ -706,6 +770,10 @@ def test_a_base_needs_no_run(made_up, run_folder, tmp_path):
                      "--mode", "logits")
     replies = [json.loads(reply["output"]) for reply in stored(tmp_path / "emobench" / "base")]
     assert {tuple(reply) for reply in replies} == {("answer",), ("answer_q1", "answer_q2")} and "EmoBench, base" in out
+    base = shutil.copytree(base, tmp_path / "base")
+    (base / "config.json").unlink()
+    with pytest.raises(UserError, match="base/config.json: no such file"):
+        command("emobench", "--data", made_up / "emobench", "--base", base, "--out", tmp_path / "new")
 
 
 @pytest.mark.parametrize("words, problem", [

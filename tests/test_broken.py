@@ -207,6 +207,7 @@ WARMUP = [*small.TRAIN, "--stage", "warmup", "--run", "new"]
 ROUTER = [*small.TRAIN, "--stage", "router", "--run", "new"]
 ASK = ["ask", "--run", "run", "Hi", "--max-new-tokens", "2"]
 AGAIN = [*small.TRAIN, "--resume"]
+ANEW = [*small.TRAIN, "--overwrite"]
 JOINT = [*AGAIN, "--stage", "joint"]
 MODEL, ADAPTER = "base/model.safetensors", f"run/joint/experts/{FIRST}/adapter_model.safetensors"
 ADAPTED, DATA, RUN = f"run/joint/experts/{FIRST}/adapter_config.json", "data/train.jsonl", "run/config.json"
@@ -352,11 +353,28 @@ TABLE = {  # name: (program, arguments, file or folder, how it is broken, words 
     "a run that is none": (evaluation, ASK, RUN, gone, "run: no config.json"),
     "resume without a run": (train, [*AGAIN, "--run", "none"], "base", lambda path: None, "no run to resume"),
     "a run's config cut": (train, AGAIN, RUN, cut(.5), f"{RUN}: not readable as JSON"),
-    "another version's run": (train, AGAIN, RUN, config(version=2), f"{RUN}: format 2, expected 1"),
-    "another version's run, measured": (evaluation, ASK, RUN, config(version=2), f"{RUN}: format 2, expected 1"),
+    "another version's run": (train, AGAIN, RUN, config(version=99), f"{RUN}: format 99, expected 2"),
+    "another version's run, measured": (evaluation, ASK, RUN, config(version=99), f"{RUN}: format 99, expected 2"),
     "a setup of strings": (evaluation, ASK, RUN, config(setup={"preset": "tiny"}), f"{RUN}: alpha of setup is None"),
     "a stage that is a list": (evaluation, ASK, RUN, config(stages={"joint": []}), f"{RUN}: stage 'joint' is []"),
     "another base than before": (train, AGAIN, "base", other_base, "base: not the base that run was begun with"),
+    "another chat template than before": (train, AGAIN, "base/tokenizer_config.json", config(chat_template="x"),
+                                          "base: not the base that run was begun with"),
+    "a model folder for a run": (evaluation, ["ask", "--run", "base", "Hi"], "base", lambda path: None,
+                                 "base/config.json: not a run's"),
+    "another dtype than before": (train, [*AGAIN, "--dtype", "bfloat16"], "run/joint", gone,
+                                  "begun with other settings: dtype was 'float32' and is now 'bfloat16'"),
+    "overwriting by torn data": (train, ANEW, DATA, lambda path: path.write_bytes(path.read_bytes()[:-20]),
+                                 f"{DATA}, line 40: not JSON|torn"),
+    "overwriting by NaN in a weight": (train, ANEW, MODEL, tensor(Q, at(3, torch.nan)), f"{Q} has values that are NaN"),
+    "overwriting by a rank beyond the width": (train, [*ANEW, "--rank", "999"], "base", lambda path: None,
+                                               "--rank is 999, expected at"),
+    "overwriting by no tokens": (train, [*ANEW, "--tokens", "5"], "base", lambda path: None, "no record is short"),
+    "overwriting by a run that ends in NaN": (train, [*ANEW, "--lr", "1e9", "--clip", "1e9"], "base",
+                                              lambda path: None, "training ends here; no checkpoint is kept"),
+    "records over a folder": (synth, ["--teacher", "template", "--count", "20", "--out", "o.jsonl", "--overwrite"], "o.jsonl",
+                              lambda path: (path.mkdir(), (path / "x").touch()),
+                              "o.jsonl: cannot be written (a folder is there"),
     "other data than before": (train, AGAIN, DATA, record(response="Never."), "data: not the data that run was begun"),
     "a checkpoint cut": (train, JOINT, "run/joint", checkpoint(cut(.5)),
                          f"{STATE}: not a whole|goes on from joint-0000002"),
@@ -435,7 +453,7 @@ def test_a_kill_between_the_renames_of_a_folder_loses_neither(tmp_path):
         with atomic(tmp_path / "folder") as part:
             part.mkdir()
             (part / content).touch()
-    (tmp_path / "folder").rename(tmp_path / "folder.old")
+    (tmp_path / "folder").rename(tmp_path / "folder.~old")
     with pytest.raises(UserError, match="folder: cannot be written .No space.*what was there before is kept"):
         with atomic(tmp_path / "folder") as part:
             part.mkdir()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import command
 import eval as evaluation
@@ -267,11 +267,54 @@ def test_a_run_of_another_format_is_refused(run_folder, here):
     file.parent.mkdir(parents=True)
     for text in ('{"version": 99, "stages": {}, "setup": {}}', '{"version": 1}', "{}"):
         file.write_text(text)
-        with pytest.raises(UserError, match="config.json: format .*made by another version"):
+        with pytest.raises(UserError, match="config.json: (format .*made by another version|not a run's)"):
             tiny()
     file.write_text("{")
     with pytest.raises(UserError, match="config.json: not readable as JSON"):
         tiny()
+
+
+def test_what_is_inside_the_run_folder_is_what_it_was_begun_with(run_folder, here, no_closing):
+    """The models and data that tiny makes for itself, changed by hand: refused, and left as they are."""
+    def other_weights(file):
+        state = load_file(file)
+        state["model.norm.weight"] *= 1.01
+        save_file(state, file)
+
+    def other_response(file):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text(json.dumps(json.loads(lines[0]) | {"response": "No."}) + "\n" + "".join(lines[1:]))
+
+    def own_records(file):
+        write_records(file, read_records(file)[::2])
+    for name, change, words in (
+            ("models/base/model.safetensors", other_weights, "not the base that runs/tiny was begun with"),
+            ("data/train.jsonl", other_response, "not the data that runs/tiny was begun with"),
+            ("data/train.jsonl", own_records, "neither the template teacher's records of seed 0 nor a part of them")):
+        run = undone(run_folder, here, "joint")
+        change(run / name)
+        before = contents(run, ("models", "data", "state", "config.json", "log.jsonl"))
+        with pytest.raises(UserError, match=words):
+            tiny("--resume")
+        assert contents(run, ("models", "data", "state", "config.json", "log.jsonl")) == before
+        shutil.rmtree(run)
+
+
+def test_a_runs_name_may_be_a_part_of_others(here):
+    """--run s with --base weights/b is not inside s, though "s/" is in it."""
+    setup = runs.Setup(Path("s"), "tiny", "weights/b", "s/models/encoder", "s/data", *[None] * 8)
+    kept = [setup.relative(path) for path in (setup.base, setup.encoder, setup.data)]
+    assert kept == ["weights/b", "{run}/models/encoder", "{run}/data"]
+    assert [runs.Setup.inside(path, "t/s") for path in kept] == ["weights/b", "t/s/models/encoder", "t/s/data"]
+
+
+def test_every_number_that_is_taken_makes_a_run_that_can_be_opened(here, no_closing, monkeypatch):
+    monkeypatch.setattr(train, "train_stage", lambda *_: None)
+    monkeypatch.setattr(train, "prepare", lambda *_: None)
+    monkeypatch.setattr(train, "room_for", lambda *_: 0)
+    most = str(2**31)
+    assert tiny("--seed", most, "--alpha", most, "--tau", most) is None
+    assert runs.read_run(here / RUN)["setup"]["seed"] == 2**31
 
 
 # ----------------------------------------------------------------------------------------------------------------------

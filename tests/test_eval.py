@@ -2,13 +2,16 @@
 the small run that test_commands.py makes.
 """
 import functools
+import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
@@ -18,6 +21,7 @@ from eval import average_precision, bootstrap, heat_map, recall_at_k, subsets
 from lora import EXPERTS, SHORT
 from model import UserError, generate, load_tokenizer, pad
 from router import RULES, active_experts, bars, gates_under, oracle_gate, persona_gate, query_ids, raw_gate
+from runs import fingerprint
 from synth import SPLITS, lab, read_records, signatures, template_records, write_records
 from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
@@ -499,6 +503,33 @@ def test_the_temperature_is_that_of_joint_training_unless_given(run_folder, here
     for given, wanted in ((None, 0.3), (0.7, 0.7)):
         m = evaluation.Measured(use.Ask(queries=["x"], run=str(RUN), tau=given))
         assert m.setup.tau == wanted and m.router.temperature == wanted
+
+
+def test_experts_or_a_router_of_another_runs_models_are_refused(run_folder, here):  # noqa: F811
+    """Of the same shape, so that nothing else shows it. --base and --encoder make it right; what PEFT trained, in no
+    run, cannot be known."""
+    copy(run_folder, here)
+    other = Path(shutil.copytree(RUN, "other"))
+    for role in ("base", "encoder"):
+        file = other / "models" / role / "model.safetensors"
+        save_file({name: t + 1e-3 for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    for folder in (RUN, other):
+        config = json.loads((folder / "config.json").read_text())
+        config["content"] = {role: fingerprint(folder / "models" / role) for role in ("base", "encoder")}
+        (folder / "config.json").write_text(json.dumps(config))
+    shutil.copytree("other/joint/experts", "elsewhere")
+
+    def opened(**more):
+        return evaluation.Measured(use.Ask(queries=["x"], run=str(RUN), **more))
+    for role, part, loaded in (("base", "experts", "model"), ("encoder", "router", "router")):
+        theirs = f"other/joint/{part}"
+        with pytest.raises(UserError, match=f"models/{role}: not the {role} that {theirs} was trained on.*--{role} names"
+                           ) as error:
+            getattr(opened(**{part: theirs}), loaded)
+        assert "\n" not in str(error.value)
+        getattr(opened(**{part: theirs, role: f"other/models/{role}"}), loaded)
+        getattr(opened(**{part: f"{RUN}/joint/{part}"}), loaded)
+    assert opened(experts="elsewhere").model
 
 
 @pytest.mark.parametrize("command", ["routing", "ablate", "ask Hello"])

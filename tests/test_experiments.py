@@ -30,7 +30,7 @@ from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
 from model import Config, Transformer, UserError
 from router import gates_under, persona_gate
 from synth import read_records, template_records, write_records
-from test_commands import REDUCED, RUN, copy, here, reduced, run_folder  # noqa: F401 (fixtures)
+from test_commands import REDUCED, RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
 HEALTHY = REDUCED | dict(
     records=(400, 40, 60), pretrain=dict(steps=10, batch=6, lr=4e-3), warmup=dict(steps=44, batch=8, lr=1e-2),
@@ -462,6 +462,86 @@ def test_plots_are_pictures_of_what_is_there(run_folder, here, capsys):  # noqa:
     names = ["training", "gate", "heatmap", "experts", "temperature"]
     assert [Path(line).stem for line in out.splitlines()] == names
     assert all((run / "plots" / f"{n}.png").read_bytes().startswith(b"\x89PNG") for n in names)
+
+
+LINE = {"step": 1, "stage": "joint", "loss": 2.0, "lr": 1e-3, "entropy": 1.0, "usage": [0.1] * 10}
+
+
+@pytest.mark.parametrize("change", [
+    {"loss": None}, {"loss": "x"}, {"loss": [1]}, {"lr": {}}, {"lr": 10**400}, {"usage": 5}, {"usage": [0.1] * 9},
+    {"usage": [0.1] * 9 + ["x"]}, {"entropy": "high"}, {"loss": ...}, {"lr": ...}, {"usage": ...}, {"entropy": ...}])
+def test_a_log_that_training_did_not_write_is_one_line(run_folder, here, change):  # noqa: F811
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
+    run = copy(run_folder, here)
+    odd = {k: v for k, v in (LINE | change).items() if v is not ...}
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (LINE, LINE | {"step": 2}, odd)))
+    with pytest.raises(UserError, match=r"runs/tiny/log.jsonl, line 3: not what training logs \(.*; remove the line"
+                       ) as error:
+        evaluation.main(["plot", "--run", str(RUN)])
+    assert "\n" not in str(error.value) and not (run / "plots").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_step_has_nothing_to_draw(run_folder, here, capsys):  # noqa: F811
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
+    run = undone(run_folder, here, "warmup", "router", "joint")
+    for torn in ("", '{"step": 1, "st'):
+        (run / "log.jsonl").write_text(torn)
+        status, out = shown(capsys, f"plot --run {RUN}")
+        assert not status and out == (
+            "runs/tiny/log.jsonl: no step is logged yet, so there are no curves to draw\n"
+            "no temperature sweep yet: python eval.py experiment temperature --run runs/tiny\n")
+
+
+SWEPT = {"title": "", "head": ["tau", "entropy", "test"], "rows": [["1", 1.0, [4.0, .1]]]}
+POLES = {"title": "", "head": ["experts", "tau", "router", "single", "persona"],
+         "rows": [[when, "1", 1., 2., 3.] for when in experiments.LENGTHS]}
+
+
+@pytest.mark.parametrize("tables", [
+    5, None, [], {}, [SWEPT] * 3, [SWEPT] * 2 + [POLES], [5] * 4, [SWEPT] * 3 + [SWEPT],
+    [SWEPT | {"rows": []}] * 3 + [POLES], [SWEPT | {"rows": [["1", 1.0]]}] * 3 + [POLES],
+    [SWEPT | {"rows": [["1", "x", [4.0, .1]]]}] * 3 + [POLES], [SWEPT | {"rows": [["1", 1.0, 4.0]]}] * 3 + [POLES],
+    [SWEPT | {"rows": [["1", None, [4.0, .1]]]}] * 3 + [POLES], [SWEPT | {"head": 5}] * 3 + [POLES],
+    [SWEPT | {"rows": [["1", 1.0, [4.0, -.1]]]}] * 3 + [POLES]])
+def test_results_that_no_experiment_wrote_are_one_line(run_folder, here, monkeypatch, capsys, tables):  # noqa: F811
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
+    run, file = copy(run_folder, here), RUN / "experiments" / "temperature" / "results.json"
+    monkeypatch.setitem(experiments.EXPERIMENTS, "temperature", lambda args, run: [SWEPT] * 3 + [POLES])
+    evaluation.main(["experiment", "temperature", "--run", str(RUN)])
+    experiments.sweep(file)
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in (found | {"tables": tables}).items() if v is not None}))
+    with pytest.raises(UserError, match=r"temperature/results.json: not what .*--again measures anew") as error:
+        evaluation.main(["plot", "--run", str(RUN)])
+    assert "\n" not in str(error.value) and not (run / "plots").exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"tables": 5}, {"tables": [5]}, {"tables": [{}]}, {"tables": [SWEPT | {"title": 5}]}, {"seconds": "x"},
+    {"tables": [SWEPT | {"rows": [["1"]]}]}, {"tables": [SWEPT | {"rows": [["1", [1.0], 2]]}]}, {"seconds": None},
+    {"tables": [SWEPT | {"rows": [["1", ["a", "b"], 2]]}]}, {"tables": [SWEPT | {"head": []}]}, {"tables": None}])
+def test_results_to_be_shown_again_are_checked(run_folder, here, monkeypatch, capsys, change):  # noqa: F811
+    copy(run_folder, here)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "rank", lambda args, run: [SWEPT])
+    command, file = ["experiment", "rank", "--run", str(RUN)], RUN / "experiments" / "rank" / "results.json"
+    evaluation.main(command)
+    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | change).items() if v is not None}))
+    with pytest.raises(UserError, match="rank/results.json: not what this experiment writes .*--again measures") as error:
+        evaluation.main(command)
+    assert "\n" not in str(error.value)
+    evaluation.main([*command, "--again"])
+
+
+def test_the_note_of_a_stages_seconds_is_checked(tmp_path):
+    assert np.isnan(experiments.seconds_of(tmp_path))
+    for text, seconds in (('{"seconds": 2.5}', 2.5), ("{}", None), ('{"seconds": "x"}', None), ("[1]", None),
+                          ('{"sec', None)):
+        (tmp_path / "seconds.json").write_text(text)
+        if seconds:
+            assert experiments.seconds_of(tmp_path) == seconds
+        else:
+            with pytest.raises(UserError, match="seconds.json: "):
+                experiments.seconds_of(tmp_path)
 
 
 def test_without_matplotlib_a_plot_says_what_to_do(run_folder, here, monkeypatch):  # noqa: F811

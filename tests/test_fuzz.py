@@ -102,7 +102,7 @@ def targets(tmp_path_factory):
     s = settings(steps=2, batch=2, tokens=64)
     rows, _ = examples(small.records(6), tokenizer=load_tokenizer(world / "encoder"))
     train.fit(train.Task("router", None, Router(router.encoder), s), rows, s, at / "run")
-    config = {"version": 1, "stages": {"router": {"steps": 2}, "joint": {"tau": 1.0}}, "content": {}, "setup": {
+    config = {"version": runs.VERSION, "stages": {"router": {"steps": 2}, "joint": {"tau": 1.0}}, "content": {}, "setup": {
         "preset": "tiny", "base": "{run}/base", "encoder": "{run}/encoder", "data": "{run}/data", "seed": 0,
         "rank": 8, "alpha": 16.0}}
     (at / "run" / "config.json").write_text(json.dumps(config))

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def fresh(whole, folder):
 def assert_no_half_file(run):
     """Under final names, every file is whole; what is being written has another name."""
     for file in run.rglob("*"):
-        if file.is_dir() or any(part.endswith((".part", ".old")) for part in file.relative_to(run).parts):
+        if file.is_dir() or any(part.endswith((".~part", ".~old")) for part in file.relative_to(run).parts):
             continue
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
@@ -107,7 +108,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(serve
             assert done["status"] == -signal.SIGKILL, done
             killed += 1
             run = here / "run"
-            writing += any(run.rglob("*.part"))
+            writing += any(run.rglob("*.~part"))
             assert_no_half_file(here / "run") if run.exists() else None
             if (run / "config.json").exists():  # else nothing was begun
                 argv = [*small.TRAIN, "--resume"]
@@ -120,11 +121,11 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_no_checkpoint(server, whole,
     found = fresh(whole, tmp_path / "run")
     done = server(found, *small.TRAIN, slow=True, half="router-0000004")
     assert done["status"] == -signal.SIGKILL
-    half = (found / "run/state/router-0000004.safetensors.part").stat().st_size
+    half = (found / "run/state/router-0000004.safetensors.~part").stat().st_size
     assert half < (whole[0] / "run/state/router-0000004.safetensors").stat().st_size
     assert_no_half_file(found / "run")
     assert (found / "run/state/router-0000002.safetensors").exists()
-    (found / "run/state/router-0000003.safetensors.part").write_bytes(b"of a step that will not be saved again")
+    (found / "run/state/router-0000003.safetensors.~part").write_bytes(b"of a step that will not be saved again")
     done = server(found, *small.TRAIN, "--resume")
     assert done["status"] == 0, done
     assert_same_run(found / "run", whole[0] / "run")
@@ -190,7 +191,7 @@ def test_a_full_disk_is_one_message_and_the_last_checkpoint_stays(here, size, na
     assert status == 2 and f"run/{name}: cannot be written" in said, said
     assert "is kept" in said and said.count("\n") == 1
     assert_no_half_file(here / "run") if (here / "run").exists() else None
-    assert not list(here.rglob("*.part"))
+    assert not list(here.rglob("*.~part"))
 
 
 @linux
@@ -218,6 +219,28 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_training(here, monke
     status, _, said = small.run_quietly(train, *small.TRAIN)
     assert status == 2 and "run: its disk has 0.0 MiB free, and warmup needs" in said and "lower --keep" in said, said
     assert not (here / "run").exists()
+
+
+def test_room_that_only_a_later_stage_lacks_is_told_before_the_first(here, monkeypatch):
+    needs = []
+    whole = runs.in_words
+    monkeypatch.setattr(runs, "in_words", lambda n: needs.append(n) or whole(n))
+    monkeypatch.setattr(train.Task, "step", lambda *_: pytest.fail("a step was taken"))
+    for free in (0, 1):  # none; then what warm-up alone would need
+        monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: type("", (), {"free": needs[1] if free else 0}))
+        status, _, said = small.run_quietly(train, *small.TRAIN)
+        assert status == 2 and "; the stages after it about " in said and not (here / "run").exists(), said
+    assert small.run_quietly(train, *small.TRAIN, "--stage", "joint")[0] == 2
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(train, "closing", lambda setup: None)
+    assert small.run_quietly(train, *small.TRAIN)[0] == 0
+    setup = runs.Setup(here / "run", "tiny", "base", "encoder", "data", None, None, 0, 1.0, 2, 16.0, 150, 4)
+    for stage in runs.STAGES:
+        files = [file for part in (f"state/{stage}-*.safetensors", f"{stage}/**/*.safetensors")
+                 for file in (here / "run").glob(part)]
+        taken = sum(t.nbytes for file in files for t in load_file(file).values())
+        assert 0.7 * taken < runs.room_for(setup, stage, {"steps": 4, "save_every": 2, "keep": 2}) < 1.4 * taken
 
 
 @pytest.mark.parametrize("save_every", [1, 100])
@@ -251,6 +274,50 @@ def test_a_log_that_cannot_grow_ends_the_run_and_is_continued(here, whole, monke
         status, _, said = small.run_quietly(train, *small.TRAIN)
     assert status == 2 and "run/log.jsonl: cannot be written (No space left on device); the last check" in said, said
     assert small.run_quietly(train, *small.TRAIN)[0] == 0
+    assert_same_run(here / "run", whole[0] / "run")
+
+
+@linux
+def test_lines_of_the_log_that_a_crash_has_lost_are_told(here, monkeypatch):
+    assert small.run_quietly(train, *small.TRAIN, "--stage", "warmup")[0] == 0
+    shutil.rmtree(here / "run/warmup")
+    lines = (here / "run/log.jsonl").read_bytes().splitlines(keepends=True)
+    (here / "run/log.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:20])
+    status, _, said = small.run_quietly(train, *small.TRAIN, "--stage", "warmup", "--resume")
+    assert status == 0 and "run/log.jsonl lacks 2 of the 4 steps that are done" in said, said
+
+
+@linux
+def test_two_processes_do_not_train_in_one_folder(here):
+    assert small.run_quietly(train, *small.TRAIN, "--stage", "warmup")[0] == 0
+    before = small.contents(here / "run")
+    with runs.held(here / "run"):
+        for more in (["--resume"], ["--overwrite"]):
+            status, _, said = small.run_quietly(train, *small.TRAIN, *more)
+            assert status == 2 and "run: another process trains here" in said and said.count("\n") == 1, said
+    assert small.contents(here / "run") == before
+    assert small.run_quietly(train, *small.TRAIN, "--resume")[0] == 0
+
+
+@linux
+def test_what_overwrite_replaces_stays_until_the_first_checkpoint_of_what_replaces_it(server, whole, here):
+    """Killed before it, a run that then cannot go on is the old run again; after it, the new one goes on."""
+    assert small.run_quietly(train, *small.TRAIN)[0] == 0
+    before, other = small.contents(here / "run"), [*small.TRAIN, "--seed", "5"]
+    done = server(here, *other, "--overwrite", slow=True, half="warmup-0000002")
+    assert done["status"] == -signal.SIGKILL and small.contents(here / "run") != before
+    data = (here / "data").resolve()
+    (here / "data").unlink()
+    (here / "data").mkdir()
+    assert small.run_quietly(train, *other, "--resume")[0] == 2  # nothing is changed by what is refused at once
+    (here / "data").rmdir()
+    (here / "data").symlink_to(data)
+    assert small.run_quietly(train, *other, "--overwrite", "--tokens", "5")[0] == 2
+    assert small.contents(here / "run") == before
+    done = server(here, *other, "--overwrite", slow=True, half="warmup-0000004")
+    assert done["status"] == -signal.SIGKILL and not (here / "run/replaced").exists()
+    assert small.run_quietly(train, *other, "--resume")[0] == 0
+    assert json.loads((here / "run/config.json").read_text())["setup"]["seed"] == 5
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
@@ -265,5 +332,5 @@ def test_a_folder_that_may_only_be_read_is_told_before_training(here, monkeypatc
     finally:
         os.seteuid(user)
         here.chmod(mode)
-    assert status == 2 and "cannot be written" in said or "ermission denied" in said, said
+    assert status == 2 and ("cannot be written" in said or "ermission denied" in said), said
     assert not (here / "run").exists()

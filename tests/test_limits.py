@@ -5,6 +5,7 @@
 - gates of one expert, prompts of one token and of the whole context, 20,000 steps
 """
 import contextlib
+import io
 import json
 import resource
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import command
 import small
 import synth
 import train
@@ -118,10 +120,29 @@ def test_the_memory_that_the_advice_speaks_of_is_what_the_forward_pass_keeps(sha
 def test_memory_that_is_full_outside_of_training_is_one_line_too(monkeypatch):
     def main(argv):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB\nmore")
-    monkeypatch.setattr(train, "main", main)
-    status, _, said = small.run_quietly(train)
-    assert status == 2 and said.startswith("train.py: error: memory is full (CUDA out") and said.count("\n") == 1
-    assert "--dtype bfloat16" in said
+    for run, words in ((main, "CUDA out"), (lambda argv: torch.empty(2**45), "")):  # the second: 140 TB on the CPU
+        monkeypatch.setattr(train, "main", run)
+        status, _, said = small.run_quietly(train)
+        assert status == 2 and said.startswith(f"train.py: error: memory is full ({words}") and said.count("\n") == 1
+        assert "--dtype bfloat16" in said
+
+
+def test_streams_that_are_closed_or_lack_a_character_stop_nothing(monkeypatch):
+    """`python train.py >&-`, and a terminal that is said to be ASCII."""
+    def main():
+        print("τ", file=sys.stdout)
+        print("τ", file=sys.stderr)
+        return len(sys.stdin.read())
+    for streams in (dict.fromkeys(("stdin", "stdout", "stderr")), {
+            "stdin": io.StringIO("12"), "stdout": io.TextIOWrapper(io.BytesIO(), "ascii"),
+            "stderr": io.TextIOWrapper(io.BytesIO(), "ascii")}):
+        for name, stream in streams.items():
+            monkeypatch.setattr(sys, name, stream)
+        with pytest.raises(SystemExit) as left:
+            command.run_command(main)
+        assert left.value.code == (0 if streams["stdin"] is None else 2)
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"\\u03c4\n"
 
 
 def test_a_batch_without_supervised_tokens_is_skipped_and_counted(tmp_path, capsys):

@@ -205,6 +205,26 @@ def test_a_sample_takes_from_each_pole_alike_and_hides_the_labels(drawn):
         synth.main(["review", str(folder / "o.jsonl"), "--out", str(folder / "review.csv")])
 
 
+@pytest.mark.parametrize("argv, why", [
+    ("mine.records.jsonl --out mine.csv", "mine.records.jsonl, the records to draw from, would be replaced"),
+    ("mine.records.jsonl --out mine.csv --overwrite", "mine.records.jsonl, the records to draw from, would be replaced"),
+    ("link.jsonl --out ../{}/mine.csv --overwrite", "mine.records.jsonl, the records to draw from, would be replaced"),
+    ("mine.records.jsonl --out filled.csv", "filled.csv is there already, perhaps filled in"),
+    ("o.jsonl --out mine.csv", "mine.records.jsonl is there already; --overwrite replaces it, another --out")])
+def test_a_sample_replaces_no_records_unasked(drawn, monkeypatch, argv, why):
+    folder, _ = drawn
+    monkeypatch.chdir(folder)
+    (folder / "mine.records.jsonl").write_bytes((folder / "o.jsonl").read_bytes())
+    (folder / "link.jsonl").symlink_to("mine.records.jsonl")
+    (folder / "filled.csv").write_text("filled in")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(UserError, match=re.escape(why)) as error:
+        synth.main(["review", *argv.format(folder.name).split(), "--sample", "5"])
+    assert "\n" not in str(error.value) and {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    synth.main("review o.jsonl --out mine.csv --sample 5 --overwrite".split())
+    assert len(read_records(folder / "mine.records.jsonl")) == 5
+
+
 def test_a_rare_pole_is_taken_whole_and_the_rest_filled_up():
     records = [record(i, {"openness": 1}) for i in range(90)] + [record(i, {"neuroticism": -1}) for i in range(90, 93)]
     sample = review.stratified(records, 21, 0)

@@ -144,7 +144,7 @@ def test_other_texts_tokenizers_or_formats_are_tokenised_anew(what, tmp_path, as
     assert len(asked) == 3  # the new ones are kept
 
 
-@pytest.mark.parametrize("torn", ["cut", "empty", "another byte", "no tokens", "a folder"])
+@pytest.mark.parametrize("torn", ["cut", "empty", "another byte", "no tokens"])
 def test_a_torn_file_of_tokens_is_made_anew_in_silence(torn, tmp_path, asked, capsys):
     chat, file = Chat.from_dir(make_folder(tmp_path / "model", "llama")), tmp_path / "tokens" / "base.safetensors"
     plain = contents(examples(RECORDS, chat, None, None, file.parent)[0])

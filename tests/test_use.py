@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import model as M
+import runs
 import use
 from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
 from model import Chat, Transformer, UserError, generate
@@ -32,6 +33,13 @@ def run(run_folder):  # noqa: F811
     return run_folder
 
 
+def note(folder):
+    """The run takes its changed base for the one that it was begun with."""
+    config = json.loads((folder / "config.json").read_text())
+    config["content"]["base"] = runs.fingerprint(folder / "models" / "base")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture
 def strong(run_folder, here):  # noqa: F811
     """A copy of the run whose models say something: after a few steps all replies are full stops, and B near zero."""
@@ -40,6 +48,7 @@ def strong(run_folder, here):  # noqa: F811
     file = folder / "models" / "base" / "model.safetensors"
     save_file({name: t if t.dim() < 2 else 0.2 * torch.randn_like(t) for name, t in load_file(file).items()}, file,
               metadata={"format": "pt"})
+    note(folder)
     for file in sorted((folder / "joint" / "experts").glob("*/adapter_model.safetensors")):
         state = {name: t if "lora_A" in name else 0.1 * torch.randn_like(t) for name, t in load_file(file).items()}
         save_file(state, file, metadata={"format": "pt"})
@@ -317,6 +326,7 @@ def test_merged_is_rounded_once_to_the_dtype_asked_for(strong, here, capsys):  #
     assert json.loads(Path("b/config.json").read_text())["torch_dtype"] == "bfloat16"
     file = Path(m.setup.base) / "model.safetensors"
     save_file({n: t.half() for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    note(strong)
     says(capsys, "export", "--run", strong, "--as", "merged", "--persona", "A+", "--out", "h")
     assert {t.dtype for t in load_file("h/model.safetensors").values()} == {torch.float16}
 
