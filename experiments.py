@@ -62,6 +62,7 @@ def variant(args, source, name, stages, fresh=(), data=None, **changes):
     settings = {stage: s for stage, s in found["stages"].items() if stage not in (*stages, *fresh, "joint")}
     if not (folder / "config.json").exists():
         setup = found["setup"] | {k: v for k, v in changes.items() if k in Setup.AGREE}
+        content = {k: v for k, v in found.get("content", {}).items() if k != "data" or not data}
         with atomic(folder) as part:
             part.mkdir()
             for split, records in (data or {}).items():
@@ -70,7 +71,8 @@ def variant(args, source, name, stages, fresh=(), data=None, **changes):
             for linked in ("models", "data", "records", *settings):
                 if (source / linked).is_dir() and not (part / linked).exists():
                     (part / linked).symlink_to(os.path.relpath((source / linked).resolve(), folder.resolve()))
-            (part / "config.json").write_text(json.dumps(found | {"setup": setup, "stages": settings}, indent=2))
+            (part / "config.json").write_text(json.dumps(found | {"setup": setup, "stages": settings, "content": content},
+                                                           indent=2))
     was = read_run(folder)["stages"]
     if any(was.get(stage) != s for stage, s in settings.items()):
         raise UserError(f"{folder} was made from other stages than {source} has now: remove it to train it anew")
