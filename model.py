@@ -14,7 +14,6 @@ Read it from the top: Config, Transformer and its parts, the loader, generation,
 Shapes: B rows, T tokens, S tokens in the cache, D width, H query heads, K key/value heads, d head width, V vocabulary,
 E experts.
 """
-import errno
 import json
 import math
 import os
@@ -71,7 +70,8 @@ def atomic(path):
         yield part
         if path.is_dir():
             if not part.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "a folder is there, and a file is to be")
+                remove(part)
+                raise UserError(f"{path} is a folder, expected a file to write: move it away, or give another name")
             os.replace(path, old)  # a folder cannot be renamed onto one that has files in it
         os.replace(part, path)
     except (OSError, SafetensorError) as error:

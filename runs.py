@@ -168,13 +168,15 @@ def resolve(args, stages):
                  args.alpha, args.tokens or preset["tokens"], args.eval_records or preset["eval_records"])
 
 
-def stage_settings(args, stage):
-    """What a stage trains with: the command line's values, else the preset's."""
+def stage_settings(args, stage, dtype=None):
+    """What a stage trains with: the command line's values, else the preset's. dtype: the base's."""
     s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"]}
     s |= {k: v for k in ("steps", "batch", "lr", "router_lr", "tokens")
           if (v := getattr(args, k)) is not None and k in s}
     for key in ("seed", "clip", "lr_warmup", "save_every", "keep", "log_every", "recompute", "compile"):
         s[key] = getattr(args, key)
+    if stage in ("warmup", "joint"):
+        s["dtype"] = str(dtype).removeprefix("torch.")
     if stage in ("router", "joint"):
         s["contrastive_tau"] = args.contrastive_tau
     if stage == "joint":

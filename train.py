@@ -628,9 +628,7 @@ def main(argv=None, close=True):
     check(args)
     stages = STAGES if args.stage == "all" else (args.stage,)
     setup = resolve(args, stages)
-    settings = {stage: stage_settings(args, stage) for stage in stages}
-    for stage in settings.keys() - {"router"}:  # which is fp32 everywhere
-        settings[stage]["dtype"] = str(setup.dtype).removeprefix("torch.")
+    settings = {stage: stage_settings(args, stage, setup.dtype) for stage in stages}
     rank, config = join(setup, settings), setup.run / "config.json"
     before = config.read_bytes() if config.is_file() else None
     to_do, alone, stop = [], ExitStack(), threading.Event()

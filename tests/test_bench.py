@@ -38,8 +38,8 @@ def shown(command):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("step --rounds 1 --layers 1 --length 12 --compile", "the same, --compile"),
-    ("generate --rounds 1 --steps 3 --batch 3", "merged for one gate"),
+    pytest.param("step --rounds 1 --layers 1 --length 12 --compile", "the same, --compile", marks=pytest.mark.slow),
+    pytest.param("generate --rounds 1 --steps 3 --batch 3", "merged for one gate", marks=pytest.mark.slow),
     ("router --rounds 1 --batch 3 --steps 2", "padded batches")])
 def test_runs_on_random_weights(command, words, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)  # which takes a minute
@@ -80,6 +80,7 @@ def test_gpu_runs_on_a_cpu(compiler, monkeypatch):
     assert "Decoding, 2 x 2 tokens" in out and "out of memory" not in out
 
 
+@pytest.mark.slow
 def test_growth_is_a_table_and_a_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is in requirements-dev.txt")
     monkeypatch.chdir(tmp_path)

@@ -374,7 +374,7 @@ TABLE = {  # name: (program, arguments, file or folder, how it is broken, words 
                                               lambda path: None, "training ends here; no checkpoint is kept"),
     "records over a folder": (synth, ["--teacher", "template", "--count", "20", "--out", "o.jsonl", "--overwrite"], "o.jsonl",
                               lambda path: (path.mkdir(), (path / "x").touch()),
-                              "o.jsonl: cannot be written (a folder is there"),
+                              "o.jsonl is a folder, expected a file"),
     "other data than before": (train, AGAIN, DATA, record(response="Never."), "data: not the data that run was begun"),
     "a checkpoint cut": (train, JOINT, "run/joint", checkpoint(cut(.5)),
                          f"{STATE}: not a whole|goes on from joint-0000002"),

@@ -32,6 +32,7 @@ def torchrun(*command, cwd):
                           cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path):
     done = torchrun(__file__, tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
