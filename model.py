@@ -194,14 +194,16 @@ CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-FEW_ROWS, BLOCKS = 16, 8  # measured: from 32 rows on there is nothing to gain, and more blocks gain no more
+# Measured: on AMD's processors BLAS leaves a product with one row to one thread, on Intel's to all
+AMD = "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+FEW_ROWS, BLOCKS = 16 if AMD else 0, 8  # from 32 rows on there is nothing to gain, and more blocks gain no more
 
 
 def linear(x, weight, bias=None):
     """F.linear: x (…, in), weight (out, in) -> (…, out).
 
-    A few rows on a CPU (decoding) are multiplied block by block of the weight, each block by a thread: BLAS leaves a
-    product with one row to one thread, and takes twice as long as that for two. See tests/bench.py generate.
+    A few rows on an AMD CPU (decoding) are multiplied block by block of the weight, each block by a thread, which takes
+    half as long with two; on an Intel CPU it would take twice as long. See tests/bench.py generate.
     """
     if (torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or weight.numel() < 2**18
             or len(weight) % BLOCKS or x.numel() > FEW_ROWS * x.shape[-1]):  # last: else a compiled block is bound to it
@@ -429,16 +431,18 @@ class Transformer(nn.Module):
                     if not finite(min(state[name], found, key=torch.Tensor.element_size)):
                         raise UserError(f"{file}: {name} has values that are NaN or infinite as {str(dtype)[6:]}: a "
                                         "training that went wrong, or a broken download")
-        if config.tied and not torch.equal(state.pop("lm_head.weight", state["model.embed_tokens.weight"]),
-                                           state["model.embed_tokens.weight"]):
+        head = state.pop("lm_head.weight", None) if config.tied else None
+        if head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
             raise UserError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
         model.load_state_dict(state, strict=True, assign=True)
         return model
 
 
 def finite(tensor):
-    """Whether no value is NaN or infinite; in one pass and without a copy."""
-    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+    """Whether no value is NaN or infinite; without a copy."""
+    tensor = tensor.detach()
+    # A sum is finite of finite values only, and takes half as long as the extremes. It can overflow: then they decide
+    return bool(tensor.sum().isfinite()) or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def context_length(path):
@@ -520,24 +524,24 @@ class Cache:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # no NaN under the mask
         self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens stored per row
         self.longest, self.prefix = max(lengths), prefix
-        # after the prompts: each row's number and where it writes, both (B,), and what it sees (B, 1, 1, S)
-        self.rows = self.at = self.mask = None
+        self.prefill = self.mask = None
 
     def advance(self, tokens):
         """The positions of the tokens that come now, (1 or B, T). Called once a pass, before any layer."""
         device = self.lengths.device
-        self.prefill = self.at is None
+        self.prefill = self.prefill is None  # the first pass only
         if self.prefill:
-            self.at = self.lengths  # from the next pass on
             if self.prefix is None:
                 return torch.arange(tokens, device=device)[None]
             positions = self.prefix.advance(tokens)
             self.mask = self.prefix.mask
             return positions
-        self.at, self.lengths, self.longest = self.lengths, self.lengths + 1, self.longest + 1
-        self.mask = (torch.arange(self.longest, device=device) <= self.at[:, None])[:, None, None]
-        self.rows = torch.arange(len(self.at), device=device)
-        return self.at[:, None]
+        positions, self.lengths, self.longest = self.lengths[:, None], self.lengths + 1, self.longest + 1
+        # once for all layers: where each row writes, (B, K, 1, d), and what is added to its scores, (B, 1, 1, S)
+        self.at = positions[:, :, None, None].expand(-1, self.k.shape[2], 1, self.k.shape[4])
+        beyond = torch.arange(self.longest, device=device) > positions
+        self.mask = self.k.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)[:, None, None]
+        return positions
 
     def update(self, layer, k, v):
         """Store k and v (B, K, T, d) of one layer; return the keys and values to attend to, (B, K, T or S, d)."""
@@ -545,7 +549,8 @@ class Cache:
             k, v = (k, v) if self.prefix is None else self.prefix.update(layer, k, v)
             self.k[layer, :, :, :k.shape[2]], self.v[layer, :, :, :v.shape[2]] = k, v
             return k, v
-        self.k[layer][self.rows, :, self.at], self.v[layer][self.rows, :, self.at] = k[:, :, 0], v[:, :, 0]
+        self.k[layer].scatter_(2, self.at, k)
+        self.v[layer].scatter_(2, self.at, v)
         return self.k[layer, :, :, :self.longest], self.v[layer, :, :, :self.longest]
 
     def keep(self, rows):

@@ -315,19 +315,32 @@ def ready():
     transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.Qwen2ForCausalLM
 
 
+def drop_cached(folders):
+    """Have the system forget what it keeps of these models' files in memory."""
+    for file in (file for folder in folders for file in weight_files(folder)):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def load(args):
-    """Start-up of --preset small: both models in memory, beside reading their files once (from the page cache)."""
+    """Start-up of --preset small: both models in memory, beside reading their files once, from memory (the system's page
+    cache) and from the disk."""
     given = folders(args, 2), args.dtype
     runs = {"reading the files once": read_once, "PersonaFuse": load_ours, "transformers": load_theirs}
-    found = {name: [] for name in runs}
-    for _ in range(args.rounds + 1):
-        for name, run in runs.items():
-            found[name].append(alone(run, *given, ready=ready))
-    found = {name: all[1:] for name, all in found.items()}
-    table("Loading both models of --preset small", {n: [seconds for _, seconds, _ in all] for n, all in found.items()})
+    peaks = {}
+    for place in ("the page cache", "the disk"):
+        found = {name: [] for name in runs}
+        for turn in range(args.rounds + 1):
+            for name, run in runs.items():
+                if place == "the disk":
+                    drop_cached(given[0])
+                size, seconds, peak = alone(run, *given, ready=ready)
+                peaks[name] = size, max(peak, peaks.get(name, (0, 0))[1])
+                found[name] += [seconds] if turn else []
+        table(f"Loading both models of --preset small from {place}", found)
     show("Memory of it, in GB", ["", "result", "peak above the start", "ratio"],
-         [[name, f"{all[0][0] / 1e9:.2f}", f"{(most := max(peak for _, _, peak in all)) / 1e9:.2f}",
-           f"{most / all[0][0]:.2f}"] for name, all in found.items()])
+         [[name, f"{size / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{peak / size:.2f}"] for name, (size, peak) in peaks.items()])
 
 
 def data_path(file, folders, cache):

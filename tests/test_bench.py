@@ -64,7 +64,8 @@ def test_runs_on_model_folders(folders, tmp_path):
 
 @pytest.mark.slow
 def test_runs_in_processes_of_their_own(folders):
-    assert "reading the files once" in shown(f"load --weights {folders} --rounds 1")
+    printed = shown(f"load --weights {folders} --rounds 1")
+    assert "from the page cache" in printed and "from the disk" in printed and "Memory of it" in printed
     assert "300 records, again" in shown(f"data --weights {folders} --count 300")
 
 

@@ -10,6 +10,7 @@ The reference is optional: without `transformers` its tests skip and the others 
 """
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -385,11 +386,14 @@ def test_a_gate_without_experts_is_an_error(ours):
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (16, 1), (3, 5), (17, 1)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_few_rows_are_multiplied_block_by_block_to_the_same_result(shape, bias):
+@pytest.mark.parametrize("few", [0, 16])  # what an Intel and an AMD CPU do
+def test_a_few_rows_are_multiplied_block_by_block_to_the_same_result(shape, bias, few, monkeypatch):
+    monkeypatch.setattr(M, "FEW_ROWS", few)
     x, weight, b = torch.randn(*shape, 512), torch.randn(768, 512), torch.randn(768) if bias else None
     wanted = F.linear(x.double(), weight.double(), None if b is None else b.double())
     with torch.no_grad():
-        found = M.linear(x, weight, b)
+        found, whole = M.linear(x, weight, b), F.linear(x, weight, b)
+    assert few or torch.equal(found, whole)
     assert found.shape == wanted.shape and (found - wanted).abs().max() < 2e-4  # |sum of 512| is about 23, fp32
     assert M.linear(x, weight.requires_grad_(), b).requires_grad
 
@@ -725,6 +729,16 @@ def test_a_tied_head_may_be_stored_a_second_time(shards, tmp_path):
         index["weight_map"]["lm_head.weight"] = file.name
         write_json(tmp_path / "model.safetensors.index.json", index)
     assert same_state(load(tmp_path), state)
+
+
+@pytest.mark.parametrize("dtype, largest", [(torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float16, 6e4),
+                                            (torch.float64, 1e308)])
+def test_values_are_finite_even_where_their_sum_is_not(dtype, largest):
+    large = torch.full((3, 100), largest, dtype=dtype)
+    assert M.finite(large) and M.finite(torch.zeros(0, 3, dtype=dtype))
+    for bad in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]):
+        large[2, 98:98 + len(bad)] = torch.tensor(bad, dtype=dtype)
+        assert not M.finite(large) and not M.finite(large[2, 98:])
 
 
 FILE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00002.safetensors"

@@ -121,7 +121,7 @@ def test_opposite_personas_swap_the_two_poles_and_nothing_else(trait):
     plus, minus = (persona_gate(f"{letter}{sign}:0.7", 0.5) for sign in "+-")
     order = list(range(10))
     order[2 * trait], order[2 * trait + 1] = 2 * trait + 1, 2 * trait
-    assert torch.equal(plus[order], minus)
+    assert error(plus[order], minus) <= 1e-7  # wide vectors add in an order that hangs on where a number stands
     assert plus[2 * trait] > plus[(2 * trait + 2) % 10] > plus[2 * trait + 1]
 
 

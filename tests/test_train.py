@@ -372,7 +372,8 @@ def test_a_step_asks_the_device_for_no_number(stage, monkeypatch):
 
 def test_a_loss_that_is_not_finite_ends_training_and_saves_nothing(tmp_path):
     model = base(random_B=True)
-    next(iter(expert_layers(model).values())).weight.data[0, 0] = torch.nan
+    # behind the attention: some of its kernels take scores that are NaN for masked ones, and their gradients alone are NaN
+    [*expert_layers(model).values()][-1].weight.data[0, 0] = torch.nan
     s = SimpleNamespace(**vars(settings()) | dict(steps=3, batch=3, seed=0, lr_warmup=0, log_every=1, save_every=1, keep=2))
     with pytest.raises(UserError, match="step 1: the loss is nan.*r0"):
         fit(Task("warmup", model, s=s), some_rows(3), s, tmp_path)
