@@ -218,6 +218,10 @@ def linear(x, weight, bias=None):
 class Linear(nn.Linear):
     """A linear layer that is handed the gate and has no experts to spend it on. lora.ExpertLinear takes its place."""
 
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # to draw nothing takes a tenth of a second a model
+            super().reset_parameters()
+
     def forward(self, x, gate=None):
         if gate is not None:
             raise ValueError("a gate was given but this model has no experts: call lora.add_experts(model) first")

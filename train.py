@@ -122,19 +122,27 @@ class Args:
 
 class FrozenHeadLoss(torch.autograd.Function):
     """Cross-entropy through a head that does not train. Its gradient is worked out on the way forward, a chunk of
-    positions at a time, so that no more than a chunk of logits exists at once and none is computed twice."""
+    positions at a time, so that no more than a chunk of logits exists at once and none is computed twice. All chunks
+    use the same memory, and the softmax happens in it: on a CPU, new memory takes longer than what is done to it.
+
+    With m the largest logit l of a position, e = exp(l − m) and z = Σ e, the loss is ln z + m − l_target.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
         losses, grads = [], []
         count = max(1, round(len(targets) / chunk))  # of equal size: a small one would read the head for little
-        for h, t in zip(hidden.tensor_split(count), targets[:, None].tensor_split(count)):
-            logits = F.linear(h, weight)  # (n, V), then in fp32 at least
-            p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            losses.append(-p.gather(1, t)[:, 0])
+        size = max(1, -(-len(targets) // count))
+        logits = hidden.new_empty(size, len(weight))  # (n, V)
+        for h, t in zip(hidden.split(size), targets[:, None].split(size)):
+            l = torch.mm(h, weight.T, out=logits[:len(h)])
+            l = l.to(torch.promote_types(l.dtype, torch.float32))  # the same memory, unless it is narrower
+            m, at_target = l.amax(-1, keepdim=True), l.gather(1, t)  # (n, 1)
+            e = l.sub_(m).exp_()
+            z = e.sum(-1, keepdim=True)
+            losses.append((z.log() + m - at_target)[:, 0])
             if ctx.needs_input_grad[0]:  # d loss / d logits is softmax minus one-hot
-                p = p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=p.dtype))
-                grads.append(p.to(h.dtype) @ weight)
+                grads.append(e.div_(z).scatter_add_(1, t, -torch.ones_like(z)).to(h.dtype) @ weight)
         ctx.save_for_backward(torch.cat(grads) if grads else None)
         return torch.cat(losses)
 
@@ -148,13 +156,12 @@ def token_losses(model, hidden, targets, chunk=None):
     """Cross-entropy of every supervised position: hidden (N, D), targets (N,) -> (N,), fp32 (or wider).
 
     In chunks of about `chunk` positions: 4,096 rows of fp32 logits over Llama's 128,256 words would be 2.1 GB. As a rule
-    as many as make 32 MiB of logits on a CPU (more is slower: memory of that size is asked of the system each time), and
-    512 MiB on a GPU.
+    as many as make 64 MiB of logits on a CPU and 512 MiB on a GPU: fewer positions use the head's matrix less well.
     """
     weight = model.head_weight
     if weight.requires_grad:  # tiny's base, made from nothing
         return F.cross_entropy(model.head(hidden), targets, reduction="none")
-    chunk = chunk or max(1, (2**23 if hidden.device.type == "cpu" else 2**27) // len(weight))
+    chunk = chunk or max(1, (2**24 if hidden.device.type == "cpu" else 2**27) // len(weight))
     return FrozenHeadLoss.apply(hidden, weight, targets, chunk)
 
 

@@ -294,24 +294,28 @@ def memory(args):
 # load, data: in processes of their own, so that peak memory is true
 
 def read_once(folders, dtype):
-    return sum(len(file.read_bytes()) for folder in folders for file in weight_files(folder))
+    return [np.frombuffer(file.read_bytes(), np.uint8) for folder in folders for file in weight_files(folder)]
 
 
 def load_ours(folders, dtype):
-    """As train.py --preset small --stage joint does it -> bytes of the parameters."""
+    """As train.py --preset small --stage joint does it."""
     setup = Setup(Path(), "small", *folders, None, torch.device("cpu"), dtype, 0, 1.0, 8, 16.0, 2048, 100)
-    return sum(p.nbytes for model in (setup.load_base(), setup.load_router()) for p in model.parameters())
+    return [*setup.load_base().parameters(), *setup.load_router().parameters()]
 
 
 def load_theirs(folders, dtype):
     from transformers import AutoModelForCausalLM
-    loaded = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for folder in folders]
-    return sum(p.nbytes for model in loaded for p in model.parameters())
+    return [p for folder in folders for p in AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).parameters()]
+
+
+def bytes_of(arrays):
+    return sum(array.nbytes for array in arrays)
 
 
 def ready():
     """Imports that are not to be counted as loading."""
     import transformers
+    transformers.utils.logging.disable_progress_bar()
     transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.Qwen2ForCausalLM
 
 
@@ -335,7 +339,7 @@ def load(args):
             for name, run in runs.items():
                 if place == "the disk":
                     drop_cached(given[0])
-                size, seconds, peak = alone(run, *given, ready=ready)
+                size, seconds, peak = alone(run, *given, ready=ready, measure=bytes_of)
                 peaks[name] = size, max(peak, peaks.get(name, (0, 0))[1])
                 found[name] += [seconds] if turn else []
         table(f"Loading both models of --preset small from {place}", found)

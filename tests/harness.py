@@ -93,18 +93,20 @@ def peak(run, device):
     return int(np.cumsum(sizes).max()), max(sizes)
 
 
-def alone(function, *args, ready=None):
-    """function(*args) in a fresh process -> (its result, seconds, peak bytes above those at its start)."""
+def alone(function, *args, ready=None, measure=None):
+    """function(*args) in a fresh process -> (its result, or measure(it), seconds, peak bytes above those at its
+    start). The result is there until the clock has stopped, so that to free it is not counted."""
     with ProcessPoolExecutor(1, get_context("spawn"), ready) as pool:
-        return pool.submit(timed, function, *args).result()
+        return pool.submit(timed, measure, function, *args).result()
 
 
-def timed(function, *args):
+def timed(measure, function, *args):
     def resident(which):  # Linux
         return int(Path("/proc/self/status").read_text().split(which)[1].split()[0]) * 1024
     before, began = resident("VmRSS:"), time.perf_counter()
     result = function(*args)
-    return result, time.perf_counter() - began, resident("VmHWM:") - before
+    seconds = time.perf_counter() - began
+    return measure(result) if measure else result, seconds, resident("VmHWM:") - before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
