@@ -14,6 +14,7 @@ Read it from the top: Config, Transformer and its parts, the loader, generation,
 Shapes: B rows, T tokens, S tokens in the cache, D width, H query heads, K key/value heads, d head width, V vocabulary,
 E experts.
 """
+import importlib.util
 import json
 import math
 import os
@@ -332,6 +333,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.recompute = config, False
         self.context = None  # most tokens that it can read and write, where the model folder says so
+        self.decode = self.kept = None  # a compiled decoding step and its cache's memory, see compile_decoding
         self.model = nn.Module()  # the public names start with "model."
         table = torch.empty(config.vocab_size, config.dim)
         if not table.is_meta:  # on the meta device, drawing numbers would import half of PyTorch's compiler: 2 s
@@ -523,12 +525,22 @@ class Cache:
     writes its next token at its own length, over the padding that stood there, and sees nothing beyond it.
     """
 
-    def __init__(self, config, lengths, size, dtype, device, prefix=None):
+    def __init__(self, k, v, lengths, longest, prefill=None, prefix=None):
+        self.k, self.v, self.lengths = k, v, lengths  # lengths: (B,) tokens stored per row
+        self.longest, self.prefill, self.prefix, self.mask = longest, prefill, prefix, None
+
+    @classmethod
+    def empty(cls, config, lengths, size, dtype, device, prefix=None, kept=None):
+        """kept: a dict in which the memory stays, for the next cache of this shape: a CUDA graph is bound to it."""
         shape = (config.n_layers, len(lengths), config.n_kv_heads, size, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # no NaN under the mask
-        self.lengths = torch.tensor(lengths, device=device)  # (B,) tokens stored per row
-        self.longest, self.prefix = max(lengths), prefix
-        self.prefill = self.mask = None
+        k, v = (kept or {}).get(shape) or (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # no NaN
+        if kept is not None and shape not in kept:
+            kept.clear()
+            kept[shape] = k, v
+            for tensor in (k, v):
+                torch._dynamo.mark_static_address(tensor, guard=False)  # a graph is not to copy it
+                torch._dynamo.mark_static(tensor, (0, 2, 4))  # only rows and room vary
+        return cls(k, v, torch.tensor(lengths, device=device), max(lengths), prefix=prefix)
 
     def advance(self, tokens):
         """The positions of the tokens that come now, (1 or B, T). Called once a pass, before any layer."""
@@ -623,6 +635,30 @@ def sample(logits, temperature, top_p, u):
 
 
 LONG_PREFIX = 32  # tokens: fewer are not worth a pass of their own
+ROOM = 256  # a compiled step's cache has a multiple of this: on a GPU a graph is recorded for every size
+
+
+def check_compiler(device):
+    """UserError if torch.compile finds nothing to compile with."""
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        raise UserError("--compile needs Triton on a GPU: pip install triton, or leave --compile out")
+    if device.type != "cuda" and not any(map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"])):
+        raise UserError("--compile needs a C++ compiler on a CPU, and there is neither g++ nor clang++: install one, "
+                        "or leave --compile out")
+
+
+def compile_decoding(model):
+    """Let torch.compile have a decoding step whole, for `generate`; on a GPU it becomes a CUDA graph. By itself a step
+    is some thousand small operations, which take longer to start than to compute. The first step compiles, which takes
+    minutes, once for one row and once for several, whatever their number, and anew with a gate or without one."""
+    check_compiler(model.device)
+    def decode(ids, gate, k, v, lengths):
+        """A step as a function of tensors: ids (B, 1), gate (B, E) or None, keys and values, which it extends, and
+        the rows' lengths (B,) -> logits (B, V)."""
+        cache = Cache(k, v, lengths, k.shape[3] - 1, prefill=False)
+        return model.head(model.hidden(ids, gate, cache)[:, 0])
+    cuda, model.kept = model.device.type == "cuda", {}
+    model.decode = torch.compile(decode, fullgraph=True, dynamic=True, mode="reduce-overhead" if cuda else "default")
 
 
 @torch.inference_mode()  # a twentieth to a tenth faster than no_grad: a token is some thousand small operations
@@ -648,25 +684,36 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
     shared = shared_prefix(prompts) if len(prompts) > 1 and (gate is None or len(gate) == 1) else 0
     shared = shared if shared >= LONG_PREFIX else 0
     prefix = Prefix(model, prompts[0][:shared], gate) if shared else None
-    gate = None if gate is None else gate.expand(len(prompts), -1)
-    cache = Cache(model.config, sizes, max(sizes) + max_new_tokens, model.dtype, model.device, prefix)
+    gate = None if gate is None else gate.expand(len(prompts), -1).clone()  # no view: a compiled step looks at its base
+    compiled, room = model.decode is not None, max(sizes) + max_new_tokens
+    cache = Cache.empty(model.config, sizes, -(-room // ROOM) * ROOM if compiled else room, model.dtype, model.device,
+                        prefix, model.kept)
     ids, lengths = pad([prompt[shared:] for prompt in prompts], model.device)
     replies, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows[i]: whose reply row i of the batch is
+
+    def ended(row):
+        reply = replies[row]
+        return len(reply) > 0 and (reply[-1] in stops or sizes[row] + len(reply) >= context)
+
     for step in range(max_new_tokens):
-        h = model.hidden(ids, gate, cache)  # (B, T, D), then (B, 1, D)
-        last = h[torch.arange(len(rows), device=h.device), lengths - 1] if step == 0 else h[:, 0]
+        if step and compiled:
+            logits = model.decode(ids, gate, cache.k, cache.v, cache.lengths)
+            cache.lengths = cache.lengths + 1
+        else:
+            h = model.hidden(ids, gate, cache)  # (B, T, D), then (B, 1, D)
+            logits = model.head(h[torch.arange(len(rows), device=h.device), lengths - 1] if step == 0 else h[:, 0])
         # numbers are drawn for every prompt, so that what one row gets does not depend on when others end
         u = torch.rand(len(prompts), generator=generator)[rows].to(h.device) if temperature else None
-        ids = sample(model.head(last), temperature, top_p, u)[:, None]  # (B, 1)
+        ids = sample(logits, temperature, top_p, u)[:, None]  # (B, 1)
         for row, token in zip(rows, ids[:, 0].tolist()):
-            replies[row].append(token)
-            if each is not None:
-                each(row, token)
-        alive = [i for i, row in enumerate(rows)
-                 if replies[row][-1] not in stops and sizes[row] + len(replies[row]) < context]
+            if not ended(row):
+                replies[row].append(token)
+                if each is not None:
+                    each(row, token)
+        alive = [i for i, row in enumerate(rows) if not ended(row)]
         if not alive:
             break
-        if len(alive) < len(rows):
+        if len(alive) < len(rows) and not compiled:  # a compiled step is bound to its number of rows
             cache.keep(alive)
             ids, gate, rows = ids[alive], None if gate is None else gate[alive], [rows[i] for i in alive]
     return replies

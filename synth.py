@@ -493,6 +493,9 @@ class Args:
     """local: cpu, cuda or cuda:N; a GPU if there is one."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
     """local: bfloat16 on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """local: let torch.compile have a decoding step whole. It takes minutes at the start and pays for many queries.
+    Needs Triton on a GPU and a C++ compiler on a CPU."""
     retry_rejected: bool = False
     """Try the queries of FILE.rejected.jsonl again; what succeeds moves to FILE.jsonl."""
 
@@ -519,11 +522,12 @@ def check(args):
     if not args.out:
         raise UserError("--out is missing: where should the records go?")
     needs = {"template": (), "local": ("queries", "model"), "http": ("queries", "model", "url")}[args.teacher]
-    for key in ("queries", "model", "url", "key_env", "retry_rejected"):
+    for key in ("queries", "model", "url", "key_env", "retry_rejected", "compile"):
         given = getattr(args, key)
         if key in needs and not given:
             raise UserError(f"--teacher {args.teacher} needs --{key}: {field_help(Args)[key]}")
-        if given and (args.teacher == "template" or args.teacher == "local" and key in ("url", "key_env")):
+        others = {"template": key, "local": ("url", "key_env"), "http": ("compile",)}[args.teacher]
+        if given and key in others:
             raise UserError(f"--{key.replace('_', '-')} has no meaning for --teacher {args.teacher}")
     if args.teacher == "template":
         return

@@ -29,7 +29,7 @@ import torch
 
 from command import pick_device, pick_dtype
 from lora import TRAITS
-from model import Chat, Transformer, UserError, generate, pad
+from model import Chat, Transformer, UserError, compile_decoding, generate, pad
 from synth import check_record
 
 
@@ -377,6 +377,8 @@ class Local:
         self.batch, self.limit, self.temperature = args.batch, args.max_new_tokens, args.temperature or 0.0
         device = pick_device(args.device)
         self.model = Transformer.from_pretrained(args.model, pick_dtype(args.dtype, device), device)
+        if args.compile:
+            compile_decoding(self.model)
         self.chat, self.name = Chat.from_dir(args.model), f"local:{Path(args.model).resolve().name}"
         self.longest = min(self.MOST_TOKENS, (self.model.context or 2**31) - 1)  # one token is left to write
         self.generator = torch.Generator().manual_seed(args.seed)

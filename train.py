@@ -19,10 +19,8 @@ What is notable:
 
 Shapes: B rows, T tokens, N supervised tokens, D width, V vocabulary, E experts.
 """
-import importlib.util
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -42,7 +40,7 @@ from tqdm import tqdm
 from batches import base_rows, batches, cost, examples, messages_of, micro_batches, per_pole, place
 from command import parse, run_command
 from lora import EXPERTS, expert_layers, save_experts
-from model import Chat, Transformer, UserError, atomic, generate, load_tokenizer, pad, read_json, send
+from model import Chat, Transformer, UserError, atomic, check_compiler, generate, load_tokenizer, pad, read_json, send
 from router import RULES, bars, contrastive_loss, gate_report, gates_under, save_router
 from runs import STAGES, append, check_room, held, in_words, note_content, open_run, read_log, remaining, resolve
 from runs import restore, rewind_log, room_for, save_state, stage_settings, states, unbegin
@@ -133,9 +131,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         losses, grads = [], []
         count = max(1, round(len(targets) / chunk))  # of equal size: a small one would read the head for little
         size = max(1, -(-len(targets) // count))
-        logits = hidden.new_empty(size, len(weight))  # (n, V)
+        logits = hidden.new_empty(len(weight), size)
         for h, t in zip(hidden.split(size), targets[:, None].split(size)):
-            l = torch.mm(h, weight.T, out=logits[:len(h)])
+            l = torch.mm(weight, h.T, out=logits[:, :len(h)]).T  # (n, V); the other way round takes a seventh longer
             l = l.to(torch.promote_types(l.dtype, torch.float32))  # the same memory, unless it is narrower
             m, at_target = l.amax(-1, keepdim=True), l.gather(1, t)  # (n, 1)
             e = l.sub_(m).exp_()
@@ -505,12 +503,7 @@ def prepare(setup, settings, stop):
 def compile_layers(model):
     """Let torch.compile have every layer of a model, without graph breaks and for sizes of all kinds at once. The first
     step compiles, and the first batch of a single row, for which PyTorch always makes a graph of its own."""
-    cuda = model.device.type == "cuda"
-    if cuda and not importlib.util.find_spec("triton"):
-        raise UserError("--compile needs Triton on a GPU: pip install triton, or leave --compile out")
-    if not cuda and not any(map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"])):
-        raise UserError("--compile needs a C++ compiler on a CPU, and there is neither g++ nor clang++: install one, "
-                        "or leave --compile out")
+    check_compiler(model.device)
     for block in model.model.layers:
         block.compile(dynamic=True, fullgraph=True)
 

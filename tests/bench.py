@@ -5,7 +5,7 @@ medians, the ratio to the table's first row (median over the rounds, and the mid
 share of the machine's ceiling a row reaches: matrix products or bytes from memory, both measured on the spot.
 
     python tests/bench.py step [--compile]           # a training step beside peft, one adapter and ten
-    python tests/bench.py generate                   # decoding beside transformers, and what experts cost in it
+    python tests/bench.py generate [--compile]       # decoding beside transformers, and what experts cost in it
     python tests/bench.py teacher --weights weights/SmolLM2-135M-Instruct [--natural]
     python tests/bench.py router                     # the router stage beside a plain loop over padded batches
     python tests/bench.py memory                     # what experts save for backward; the largest tensors of a step
@@ -41,7 +41,7 @@ from harness import show, stage, step_flops, table, token_bytes, with_experts
 from batches import Example, batches, cost, examples, micro_batches, per_pole
 from command import Parser, for_users, pick_device, pick_dtype, run_command
 from lora import EXPERTS, TARGETS, merged
-from model import CONFIGS, Chat, Transformer, UserError, generate, load_tokenizer, pad, weight_files
+from model import CONFIGS, Chat, Transformer, UserError, compile_decoding, generate, load_tokenizer, pad, weight_files
 from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
 from runs import PRESETS, Setup
 from synth import read_queries, read_records, template_records, write_records
@@ -117,9 +117,24 @@ def decode(args):
         if rows == 1:
             dense.load_state_dict(merged(ours, gate[0]), assign=True)
             runs["merged for one gate"] = lambda: generate(dense, prompts, None, new)
-        work = {name: new * token_bytes(ours, name == mixture) for name in runs}
+        if args.compile:
+            runs |= decoding_compiled(ours, {"no experts": (prompts, None, new),
+                                             mixture.partition(", ")[2]: (prompts, gate, new)})
+        work = {name: new * token_bytes(ours, "gate" in name and "merged" not in name) for name in runs}
         table(f"Generation, {rows} x {length} tokens of prompt, {new} new ones",
               interleaved(runs, args.rounds, args.device), rows * new, work=work, rate=args.bandwidth)
+
+
+def decoding_compiled(model, calls):
+    """{name: arguments of generate} -> runs of them with a compiled step, which is there for these runs only."""
+    compile_decoding(model)
+    made, model.decode, model.kept = (model.decode, model.kept), None, None
+
+    def run(given):
+        model.decode, model.kept = made
+        generate(model, *given)
+        model.decode = model.kept = None
+    return {f"compiled, {name}": partial(run, given) for name, given in calls.items()}
 
 
 def teacher(args):
@@ -438,7 +453,7 @@ def plot(times, most, file):
 
 def gpu(args):
     """The 8B's true shape with random weights: the three stages with and without recomputation and compilation, and
-    decoding, which is not compiled, against the bandwidth."""
+    decoding, as written and compiled, against the bandwidth."""
     config, encoder = shape(args, "Llama-3.1-8B"), CONFIGS["Qwen2.5-0.5B"]
     encoder = replace(encoder, n_layers=min(args.layers or encoder.n_layers, encoder.n_layers))
     lengths, on_off, rows = [args.length] if args.length else [2048, 512], (False, True), []
@@ -472,10 +487,11 @@ def gpu(args):
          ["stage", "tokens a row", "recompute", "compile", "tokens/s", "s a step", "peak"], rows)
     model, new = fresh(config, args), args.steps or 128
     with_experts(model)
-    for n in (1, args.batch or 16):  # as written: a compiled block would be compiled anew for every layer of the cache
+    for n in (1, args.batch or 16):
         prompts, gate = torch.randint(3, config.vocab_size, (n, 64)).tolist(), gates(n, args.device)
-        runs = {"no experts": lambda: generate(model, prompts, None, new),
-                f"{n} gate(s)": lambda: generate(model, prompts, gate, new)}
+        calls = {"no experts": (prompts, None, new), f"{n} gate(s)": (prompts, gate, new)}
+        runs = {name: partial(generate, model, *given) for name, given in calls.items()}
+        runs |= decoding_compiled(model, calls)
         table(f"Decoding, {n} x {new} tokens",
               interleaved(runs, args.rounds, args.device), n * new,
               {name: new * token_bytes(model, "gate" in name) for name in runs}, args.bandwidth)
@@ -516,7 +532,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="new tokens of generate, teacher and gpu; steps a round of router")
     parser.add_argument("--tokens", type=int, default=PRESETS["paper"]["tokens"], help="gpu: tokens a micro-batch")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns, after one to warm up (5)")
-    parser.add_argument("--compile", action="store_true", help="step: with torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="step, generate: with torch.compile as well")
     parser.add_argument("--natural", action="store_true", help="teacher: replies end where they end")
     parser.add_argument("--queries", help="router, teacher: a file of real queries, .txt, .jsonl or .csv")
     parser.add_argument("--count", type=int, default=100_000, help="data: records")

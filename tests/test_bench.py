@@ -29,6 +29,12 @@ def small(monkeypatch):
     monkeypatch.setattr(bench, "GROWTH", {"experts": (1, 3), "tokens a row": (8, 32)})
 
 
+def do_not_compile(monkeypatch):
+    """Which takes minutes."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+
+
 def shown(command):
     out = io.StringIO()
     with redirect_stdout(out):
@@ -39,10 +45,11 @@ def shown(command):
 
 @pytest.mark.parametrize("command, words", [
     pytest.param("step --rounds 1 --layers 1 --length 12 --compile", "the same, --compile", marks=pytest.mark.slow),
-    pytest.param("generate --rounds 1 --steps 3 --batch 3", "merged for one gate", marks=pytest.mark.slow),
+    pytest.param("generate --rounds 1 --steps 3 --batch 3 --compile", "compiled, 3 gates",
+                 marks=pytest.mark.slow),
     ("router --rounds 1 --batch 3 --steps 2", "padded batches")])
 def test_runs_on_random_weights(command, words, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)  # which takes a minute
+    do_not_compile(monkeypatch)
     assert words in shown(command)
 
 
@@ -73,12 +80,12 @@ def test_runs_in_processes_of_their_own(folders):
 @pytest.mark.parametrize("compiler", ["none", "inductor"])
 def test_gpu_runs_on_a_cpu(compiler, monkeypatch):
     if compiler == "none":
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
+        do_not_compile(monkeypatch)
     out = shown("gpu --device cpu --tokens 48 --rounds 1 --steps 2 --batch 2 --length 24")
     rows = [line.split()[:4] for line in out.splitlines() if line.split()[1:2] == ["24"]]
     assert rows == [[stage, "24", recompute, compiled] for stage in ("warmup", "router", "joint")
                     for compiled in ("no", "yes") for recompute in ("no", "yes")]
-    assert "Decoding, 2 x 2 tokens" in out and "out of memory" not in out
+    assert "Decoding, 2 x 2 tokens" in out and "compiled, 2 gate(s)" in out and "out of memory" not in out
 
 
 @pytest.mark.slow

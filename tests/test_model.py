@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import model as M
+from lora import add_experts
 from model import CONFIGS, Config, Transformer, UserError
 
 T = 512
@@ -506,6 +508,57 @@ def test_one_gate_serves_all_rows(free, monkeypatch):
     steps = watch(our, monkeypatch)
     assert M.generate(our, prompts, torch.arange(10)[None], max_new_tokens=N_NEW) == replies
     assert all(used.tolist() == [[*range(10)]] * rows for rows, used in steps)
+
+
+COMPILERS = [
+    "none", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(
+        not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")])]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_compiled_step_writes_the_same_and_is_not_compiled_again_for_other_sizes(compiler, monkeypatch):
+    """Prompts of several lengths with stops, gates, sampling and a shared prefix; then other numbers of rows and a cache
+    of another size, which find what was compiled. Without a compiler: the same step, as written."""
+    monkeypatch.setattr(M, "ROOM", 64)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    our = randomise(Transformer(SMALL["Llama-3.1"])).eval()
+    for tensor in add_experts(our):
+        torch.nn.init.normal_(tensor, std=0.05)
+    prompts = random_prompts(our.config, LENGTHS)
+    gate = torch.rand(len(prompts), 10).softmax(-1)
+    shared = [prompts[0] + prompts[0] * M.LONG_PREFIX + p for p in prompts]
+    stops = early_stops(M.generate(our, prompts, gate, max_new_tokens=N_NEW))
+    first = [(prompts, gate, N_NEW), (prompts, None, N_NEW), (prompts[:1], gate[:1], N_NEW)]
+    later = [(prompts[:3], gate[:3], 70), (shared, gate[:1], N_NEW), (prompts[1:2], gate[1:2], 70), (prompts, gate, 5)]
+
+    def written(calls):
+        return [[M.generate(our, *call, stops=s) for s in ((), stops)]
+                + [draw(our, call[0], gate=call[1], temperature=1.0)] for call in calls]
+    plain = written(first), written(later)
+    if compiler == "none":
+        monkeypatch.setattr(torch, "compile", lambda step, **how: step)
+    M.compile_decoding(our)
+    assert written(first) == plain[0]
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        assert written(later) == plain[1]
+    finally:
+        torch.compiler.set_stance("default")
+    assert [shape[3] for shape in our.kept] == [64]  # of the last call only
+
+
+def test_a_compiled_step_is_used(monkeypatch, free):
+    our, prompts, replies = free("Qwen2.5")
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda step, **how: lambda *given: calls.append(len(given[0])) or step(*given))
+    M.compile_decoding(our)
+    try:
+        assert M.generate(our, prompts, max_new_tokens=N_NEW, stops=early_stops(replies)) == [
+            cut(reply, early_stops(replies)) for reply in replies]
+    finally:
+        our.decode = our.kept = None
+    assert calls == [len(prompts)] * (N_NEW - 1)  # rows that have ended stay
 
 
 def test_no_new_tokens_are_no_new_tokens(free):

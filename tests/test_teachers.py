@@ -900,6 +900,8 @@ def test_ctrl_c_between_two_tokens_keeps_the_batches_before(folder, asked, tmp_p
     ("--teacher http --out o.jsonl --queries q.txt --model m", "--teacher http needs --url: http: the base"),
     ("--teacher local --out o.jsonl --queries q.txt", "--teacher local needs --model"),
     ("--teacher local --out o.jsonl --queries q.txt --model m --url x", "--url has no meaning for --teacher local"),
+    ("--teacher http --out o.jsonl --queries q.txt --model m --url http://x/v1 --compile",
+     "--compile has no meaning for --teacher http"),
     ("--out o.jsonl --queries q.txt", "--queries has no meaning for --teacher template"),
     ("--teacher local --out o --queries q.txt --model m", "--out is o, expected a file named .jsonl"),
     ("--teacher local --out o.jsonl --queries q.txt --model m --overwrite", "is never replaced"),
