@@ -519,7 +519,7 @@ def read_tensors(file, shapes, whose):
 # Generation
 
 class Cache:
-    """Keys and values of all layers, (n_layers, B, K, size, d), with every row at a position of its own.
+    """Keys and values, a tensor (B, K, size, d) for each layer, with every row at a position of its own.
 
     The first pass stores whole right-padded prompts, or what follows the `prefix` that they share. After it, row b
     writes its next token at its own length, over the padding that stood there, and sees nothing beyond it.
@@ -532,14 +532,15 @@ class Cache:
     @classmethod
     def empty(cls, config, lengths, size, dtype, device, prefix=None, kept=None):
         """kept: a dict in which the memory stays, for the next cache of this shape: a CUDA graph is bound to it."""
-        shape = (config.n_layers, len(lengths), config.n_kv_heads, size, config.head_dim)
-        k, v = (kept or {}).get(shape) or (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # no NaN
+        shape = (len(lengths), config.n_kv_heads, size, config.head_dim)
+        k, v = (kept or {}).get(shape) or ([torch.zeros(shape, dtype=dtype, device=device)  # no NaN under the mask
+                                            for _ in range(config.n_layers)] for _ in range(2))
         if kept is not None and shape not in kept:
             kept.clear()
             kept[shape] = k, v
-            for tensor in (k, v):
+            for tensor in (*k, *v):
                 torch._dynamo.mark_static_address(tensor, guard=False)  # a graph is not to copy it
-                torch._dynamo.mark_static(tensor, (0, 2, 4))  # only rows and room vary
+                torch._dynamo.mark_static(tensor, (1, 3))  # only rows and room vary
         return cls(k, v, torch.tensor(lengths, device=device), max(lengths), prefix=prefix)
 
     def advance(self, tokens):
@@ -553,25 +554,26 @@ class Cache:
             self.mask = self.prefix.mask
             return positions
         positions, self.lengths, self.longest = self.lengths[:, None], self.lengths + 1, self.longest + 1
-        # once for all layers: where each row writes, (B, K, 1, d), and what is added to its scores, (B, 1, 1, S)
-        self.at = positions[:, :, None, None].expand(-1, self.k.shape[2], 1, self.k.shape[4])
+        # once for all layers: where each row writes, and what is added to its scores, (B, 1, 1, S)
+        self.at = torch.arange(len(positions), device=device), positions[:, 0]  # (B,), (B,)
         beyond = torch.arange(self.longest, device=device) > positions
-        self.mask = self.k.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)[:, None, None]
+        self.mask = self.k[0].new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)[:, None, None]
         return positions
 
     def update(self, layer, k, v):
         """Store k and v (B, K, T, d) of one layer; return the keys and values to attend to, (B, K, T or S, d)."""
         if self.prefill:
             k, v = (k, v) if self.prefix is None else self.prefix.update(layer, k, v)
-            self.k[layer, :, :, :k.shape[2]], self.v[layer, :, :, :v.shape[2]] = k, v
+            self.k[layer][:, :, :k.shape[2]], self.v[layer][:, :, :v.shape[2]] = k, v
             return k, v
-        self.k[layer].scatter_(2, self.at, k)
-        self.v[layer].scatter_(2, self.at, v)
-        return self.k[layer, :, :, :self.longest], self.v[layer, :, :, :self.longest]
+        rows, at = self.at
+        self.k[layer][rows, :, at], self.v[layer][rows, :, at] = k[:, :, 0], v[:, :, 0]
+        return self.k[layer][:, :, :self.longest], self.v[layer][:, :, :self.longest]
 
     def keep(self, rows):
         """Go on with these rows only (indices into the current ones)."""
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        self.k, self.v = ([tensor[rows] for tensor in kept] for kept in (self.k, self.v))
+        self.lengths = self.lengths[rows]
 
 
 class Prefix:
@@ -652,11 +654,13 @@ def compile_decoding(model):
     is some thousand small operations, which take longer to start than to compute. The first step compiles, which takes
     minutes, once for one row and once for several, whatever their number, and anew with a gate or without one."""
     check_compiler(model.device)
+
     def decode(ids, gate, k, v, lengths):
-        """A step as a function of tensors: ids (B, 1), gate (B, E) or None, keys and values, which it extends, and
-        the rows' lengths (B,) -> logits (B, V)."""
-        cache = Cache(k, v, lengths, k.shape[3] - 1, prefill=False)
+        """A step as a function of tensors: ids (B, 1), gate (B, E) or None, each layer's keys and values, which it
+        extends, and the rows' lengths (B,) -> logits (B, V)."""
+        cache = Cache(k, v, lengths, k[0].shape[2] - 1, prefill=False)
         return model.head(model.hidden(ids, gate, cache)[:, 0])
+
     cuda, model.kept = model.device.type == "cuda", {}
     model.decode = torch.compile(decode, fullgraph=True, dynamic=True, mode="reduce-overhead" if cuda else "default")
 

@@ -517,8 +517,8 @@ COMPILERS = [
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_a_compiled_step_writes_the_same_and_is_not_compiled_again_for_other_sizes(compiler, monkeypatch):
-    """Prompts of several lengths with stops, gates, sampling and a shared prefix; then other numbers of rows and a cache
-    of another size, which find what was compiled. Without a compiler: the same step, as written."""
+    """Prompts of several lengths with stops, gates, sampling and a shared prefix; then other numbers of rows and a
+    cache of another size, which find what was compiled. Without a compiler: the same step, as written."""
     monkeypatch.setattr(M, "ROOM", 64)
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -545,13 +545,14 @@ def test_a_compiled_step_writes_the_same_and_is_not_compiled_again_for_other_siz
         assert written(later) == plain[1]
     finally:
         torch.compiler.set_stance("default")
-    assert [shape[3] for shape in our.kept] == [64]  # of the last call only
+    assert [shape[2] for shape in our.kept] == [64]  # of the last call only
 
 
 def test_a_compiled_step_is_used(monkeypatch, free):
     our, prompts, replies = free("Qwen2.5")
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda step, **how: lambda *given: calls.append(len(given[0])) or step(*given))
+    watched = lambda step, **how: lambda *given: calls.append(len(given[0])) or step(*given)
+    monkeypatch.setattr(torch, "compile", watched)
     M.compile_decoding(our)
     try:
         assert M.generate(our, prompts, max_new_tokens=N_NEW, stops=early_stops(replies)) == [
