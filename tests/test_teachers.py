@@ -816,6 +816,13 @@ def test_a_model_folder_writes_in_batches_of_neighbours_in_length_and_finished_r
     assert all(max(b) - min(b) < max(map(max, batches)) - min(map(min, batches)) for b in batches)
 
 
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_a_local_teacher_decodes_compiled_where_it_is_asked_to(asked_for, folder, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **how: step)  # which takes a minute
+    teacher = teachers.Local(parse(synth.Args, local_command(folder[0], "q", "o", *["--compile"] * asked_for)))
+    assert (teacher.model.decode is not None) == asked_for
+
+
 def test_a_choice_is_the_most_probable_whole_reply(folder):
     """Against each choice's log-probability, token by token, from the whole model's logits."""
     folder, _, chat = folder
