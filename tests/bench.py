@@ -9,7 +9,7 @@ share of the machine's ceiling a row reaches: matrix products or bytes from memo
     python tests/bench.py teacher --weights weights/SmolLM2-135M-Instruct [--natural]
     python tests/bench.py router                     # the router stage beside a plain loop over padded batches
     python tests/bench.py memory                     # what experts save for backward; the largest tensors of a step
-    python tests/bench.py memory --shape Llama-3.1-8B --layers 2 --length 32     # 8 GB
+    python tests/bench.py memory --shape Llama-3.1-8B --layers 2 --length 64     # 8 GB
     python tests/bench.py load --weights weights/SmolLM2-135M-Instruct weights/Qwen2.5-0.5B
     python tests/bench.py data --weights weights/SmolLM2-135M-Instruct weights/Qwen2.5-0.5B
     python tests/bench.py growth --layers 8 --out growth.png
