@@ -533,8 +533,11 @@ class Cache:
     def empty(cls, config, lengths, size, dtype, device, prefix=None, kept=None):
         """kept: a dict in which the memory stays, for the next cache of this shape: a CUDA graph is bound to it."""
         shape = (len(lengths), config.n_kv_heads, size, config.head_dim)
-        k, v = (kept or {}).get(shape) or ([torch.zeros(shape, dtype=dtype, device=device)  # no NaN under the mask
-                                            for _ in range(config.n_layers)] for _ in range(2))
+        if kept and shape in kept:
+            k, v = kept[shape]
+        else:
+            k, v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+                    for _ in range(2))  # no NaN under the mask
         if kept is not None and shape not in kept:
             kept.clear()
             kept[shape] = k, v
@@ -661,8 +664,8 @@ def compile_decoding(model):
         cache = Cache(k, v, lengths, k[0].shape[2] - 1, prefill=False)
         return model.head(model.hidden(ids, gate, cache)[:, 0])
 
-    cuda, model.kept = model.device.type == "cuda", {}
-    model.decode = torch.compile(decode, fullgraph=True, dynamic=True, mode="reduce-overhead" if cuda else "default")
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+    model.decode, model.kept = torch.compile(decode, fullgraph=True, dynamic=True, mode=mode), {}
 
 
 @torch.inference_mode()  # a twentieth to a tenth faster than no_grad: a token is some thousand small operations
@@ -674,8 +677,8 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
     greedy; else tokens are drawn from `generator` (a torch.Generator on the CPU, None: the global one). `each` is
     called with (row, id) as soon as an id is known.
     A batch gives the same greedy tokens as its rows one by one. What all prompts begin with is computed once, unless
-    rows have gates of their own. Finished rows leave the batch. A row ends with the model's context, too; UserError
-    for a prompt that leaves no room in it.
+    rows have gates of their own. Finished rows leave the batch, unless the step is compiled. A row ends with the
+    model's context, too; UserError for a prompt that leaves no room in it.
     """
     if not prompts or not all(prompts):
         raise ValueError(f"generate needs prompts of at least one token; lengths are {[len(p) for p in prompts]}")
@@ -697,7 +700,7 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
 
     def ended(row):
         reply = replies[row]
-        return len(reply) > 0 and (reply[-1] in stops or sizes[row] + len(reply) >= context)
+        return bool(reply) and (reply[-1] in stops or sizes[row] + len(reply) >= context)
 
     for step in range(max_new_tokens):
         if step and compiled:
@@ -707,7 +710,7 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
             h = model.hidden(ids, gate, cache)  # (B, T, D), then (B, 1, D)
             logits = model.head(h[torch.arange(len(rows), device=h.device), lengths - 1] if step == 0 else h[:, 0])
         # numbers are drawn for every prompt, so that what one row gets does not depend on when others end
-        u = torch.rand(len(prompts), generator=generator)[rows].to(h.device) if temperature else None
+        u = torch.rand(len(prompts), generator=generator)[rows].to(logits.device) if temperature else None
         ids = sample(logits, temperature, top_p, u)[:, None]  # (B, 1)
         for row, token in zip(rows, ids[:, 0].tolist()):
             if not ended(row):

@@ -522,11 +522,12 @@ def check(args):
     if not args.out:
         raise UserError("--out is missing: where should the records go?")
     needs = {"template": (), "local": ("queries", "model"), "http": ("queries", "model", "url")}[args.teacher]
-    for key in ("queries", "model", "url", "key_env", "retry_rejected", "compile"):
+    keys = ("queries", "model", "url", "key_env", "retry_rejected", "compile")
+    others = {"template": keys, "local": ("url", "key_env"), "http": ("compile",)}[args.teacher]
+    for key in keys:
         given = getattr(args, key)
         if key in needs and not given:
             raise UserError(f"--teacher {args.teacher} needs --{key}: {field_help(Args)[key]}")
-        others = {"template": key, "local": ("url", "key_env"), "http": ("compile",)}[args.teacher]
         if given and key in others:
             raise UserError(f"--{key.replace('_', '-')} has no meaning for --teacher {args.teacher}")
     if args.teacher == "template":

@@ -510,12 +510,8 @@ def test_one_gate_serves_all_rows(free, monkeypatch):
     assert all(used.tolist() == [[*range(10)]] * rows for rows, used in steps)
 
 
-COMPILERS = [
-    "none", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(
-        not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")])]
-
-
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", ["none", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")])])
 def test_a_compiled_step_writes_the_same_and_is_not_compiled_again_for_other_sizes(compiler, monkeypatch):
     """Prompts of several lengths with stops, gates, sampling and a shared prefix; then other numbers of rows and a
     cache of another size, which find what was compiled. Without a compiler: the same step, as written."""
