@@ -444,41 +444,47 @@ class Http:
                 or not args.url.isascii() or not args.url.isprintable() or " " in args.url:
             raise UserError("--url: expected the base of the server's addresses, such as http://localhost:8080/v1, "
                             "without user name, key or query")
-        self.tls, self.path = url.scheme == "https", url.path.rstrip("/") + "/chat/completions"
+        self.tls = ssl.create_default_context() if url.scheme == "https" else None
+        self.path = url.path.rstrip("/") + "/chat/completions"
         self.key = os.environ.get(args.key_env, "").strip() if args.key_env else ""
         if args.key_env and not (self.key.isascii() and self.key.isprintable() and self.key and " " not in self.key):
             raise UserError(f"the environment variable {args.key_env} (--key-env) holds no key")
         self.body = {"model": args.model, "max_tokens": args.max_new_tokens}
         self.body |= {} if args.temperature is None else {"temperature": args.temperature}
         self.name, self.args, self.reached, self.not_before = f"http:{args.model}", args, False, 0.0
-        self.finished = queue.SimpleQueue()
+        self.finished, self.over = queue.SimpleQueue(), threading.Event()
 
     def outcomes(self, queries):
-        lock = threading.Lock()
+        running, lock = self.args.workers, threading.Lock()
+        room = threading.Semaphore(2 * running)  # for what is asked or not yet written: all that a kill can lose
 
         def work():  # daemons: they end with the program, whatever they wait for
             try:
                 while True:
+                    room.acquire()
                     with lock:
                         query = next(queries, None)
-                    if query is None or self.stopped:
+                    if query is None or self.over.is_set():
                         return self.finished.put(None)
                     self.drive(query)
                     self.finished.put(query.outcome)
             except BaseException as error:
                 self.finished.put(error)
 
-        self.stopped, running = False, self.args.workers
         for _ in range(running):
             threading.Thread(target=work, daemon=True).start()
-        while running:
-            outcome = self.finished.get()
-            running -= outcome is None
-            if isinstance(outcome, BaseException):
-                self.stopped = True
-                raise outcome
-            if outcome:
-                yield [outcome]
+        try:
+            while running:
+                outcome = self.finished.get()
+                running -= outcome is None
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                if outcome:
+                    yield [outcome]
+                    room.release()
+        finally:  # after an error or Ctrl-C nobody waits any longer or asks again
+            self.over.set()
+            room.release(self.args.workers)
 
     def left(self):
         outcomes = []
@@ -489,8 +495,7 @@ class Http:
     def drive(self, query):
         """All requests of one query, with waits that double after every fault in a row, or as the server asks."""
         faults = 0
-        while not query.outcome:
-            time.sleep(max(0.0, self.not_before - time.monotonic()))
+        while not query.outcome and not self.over.wait(max(0.0, self.not_before - time.monotonic())):
             try:
                 reply, faults = self.request(query.ask[0]), 0
             except Fault as fault:
@@ -502,7 +507,7 @@ class Http:
                 if reply.wait is not None:  # for everybody: the server has said when
                     self.not_before = max(self.not_before, time.monotonic() + reply.wait)
                 else:
-                    time.sleep(min(60.0, self.args.backoff * 2 ** (faults - 1)) * random.uniform(0.5, 1))
+                    self.over.wait(min(60.0, self.args.backoff * 2 ** (faults - 1)) * random.uniform(0.5, 1))
             if isinstance(reply, Fault) and query.outcome and not self.reached:
                 raise UserError(f"{self.args.url}: {reply}; is the server running, and is this its address?")
 
@@ -511,9 +516,9 @@ class Http:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         deadline, body = time.monotonic() + self.args.timeout, bytearray()
-        kind = {"context": ssl.create_default_context()} if self.tls else {}
-        connection = (http.client.HTTPSConnection if self.tls else http.client.HTTPConnection)(
-            self.host, self.port, timeout=self.args.timeout, **kind)
+        where = {"host": self.host, "port": self.port, "timeout": self.args.timeout}
+        connection = http.client.HTTPSConnection(**where, context=self.tls) if self.tls \
+            else http.client.HTTPConnection(**where)
         try:
             connection.connect()
             self.reached, plug = True, connection.sock

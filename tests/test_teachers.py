@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -474,17 +475,18 @@ def test_what_the_server_will_never_accept_ends_the_run_in_its_own_words(asked, 
     assert not (tmp_path / "o.rejected.jsonl").exists()
 
 
-def test_after_an_answer_that_ends_the_run_nobody_asks_anything_more(asked, tmp_path):
+@pytest.mark.parametrize("later", [(200, reply(json.dumps(GOOD))), (500, b""), (429, b"", {"Retry-After": "60"})])
+def test_after_an_answer_that_ends_the_run_nobody_waits_or_asks_anything_more(asked, tmp_path, later):
     gate = threading.Event()
 
     def script(number, attempt):
-        return (401, b"no") if number == 0 else gate.wait(10) and good(number, attempt)
+        return (401, b"no") if number == 0 else gate.wait(10) and later
     with serving(script) as server:
         with pytest.raises(UserError, match="401"):
-            synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 3))
+            synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 3, "--backoff", 60))
         gate.set()
-        until(lambda: not any("(work)" in thread.name for thread in threading.enumerate()))
-        assert set(server.asked) <= {0, 1, 2}
+        until(lambda: not any("(work)" in thread.name for thread in threading.enumerate()), seconds=20)
+        assert set(server.asked) <= {0, 1, 2} and max(server.asked.values()) == 1
 
 
 def test_a_server_that_is_not_there_is_no_reason_to_reject_every_query(asked, tmp_path):
@@ -543,16 +545,23 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for_for_ever(tmp_
 
 
 def test_waits_double_and_retry_after_comes_first(tmp_path, monkeypatch):
-    """No test waits: time is a number here that sleeping moves on."""
+    """No test waits: time is a number here that waiting moves on, for this run's workers only."""
     now, slept = [1000.0], []
 
-    def sleep(seconds):
-        if seconds > 0:
-            slept.append(seconds)
-            now[0] += seconds
-    monkeypatch.setattr(teachers.time, "sleep", sleep)
-    monkeypatch.setattr(teachers.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(teachers.random, "uniform", lambda low, high: high)
+    class Over(threading.Event):
+        def wait(self, seconds):
+            if seconds > 0:
+                slept.append(seconds)
+                now[0] += seconds
+            return self.is_set()
+
+    class Http(teachers.Http):
+        def __init__(self, args):
+            super().__init__(args)
+            self.over = Over()
+    monkeypatch.setattr(teachers, "Http", Http)
+    monkeypatch.setattr(teachers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(teachers, "random", SimpleNamespace(uniform=lambda low, high: high))
     plan = iter([(500, b""), (502, b""), (429, b"", {"Retry-After": "7"}), (503, b""), (429, b"", {"Retry-After": "0"}),
                  (500, b""), *[(500, b"")] * 8])
     asked = write(tmp_path / "q.txt", "What now?")
@@ -720,13 +729,32 @@ def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched
     def add(sink, outcomes):
         whole(sink, outcomes)
         if len(ids(tmp_path / "o.jsonl")) == 1:
-            until(lambda: made[0].finished.qsize() == 11 + 4)  # the others, and four workers' good-byes
+            until(lambda: made[0].finished.qsize() == 11 + 12)  # the others, and twelve workers' good-byes
             raise KeyboardInterrupt
     monkeypatch.setattr(teachers, "Http", Http)
     monkeypatch.setattr(synth.Sink, "add", add)
     with serving(good) as server:
-        assert synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 4)) == 130
+        assert synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 12)) == 130
     assert sorted(ids(tmp_path / "o.jsonl")) == sorted(ids(asked))
+
+
+def test_no_more_is_asked_than_two_for_each_worker_ahead_of_what_is_written(asked, tmp_path, monkeypatch):
+    """Such as while a disk is slow: a kill loses no more than that."""
+    whole, written = synth.Sink.add, []
+
+    def add(sink, outcomes):
+        until(lambda: sum(server.asked.values()) >= len(written) + 6)
+        assert sum(server.asked.values()) == len(written) + 6
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        whole(sink, outcomes)
+        written.extend(outcomes)
+    with serving(good) as server, monkeypatch.context() as patched:
+        patched.setattr(synth.Sink, "add", add)
+        with pytest.raises(KeyboardInterrupt):  # the second, of what is left
+            synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 3))
+        until(lambda: not any("(work)" in thread.name for thread in threading.enumerate()), seconds=20)
+        assert sum(server.asked.values()) == 4 + 6
 
 
 KINDS = [None, "hang", (429, b"", {"Retry-After": "0"}), (500, b"oops"), (200, reply('{"situation": "They')),
