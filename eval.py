@@ -31,8 +31,8 @@ from batches import examples, micro_batches
 from benchmarks import BENCHMARKS, PROMPTS, grouped
 from command import Parser, add_fields, check_numbers, for_users, pick_device, pick_dtype, run_command
 from lora import EXPERTS, SHORT, adapter_shape
-from model import (Chat, Prefix, Transformer, UserError, atomic, encode, generate, load_tokenizer, pad, read_json,
-                   shared_prefix)
+from model import (Chat, Prefix, Transformer, UserError, atomic, encode, generate, last_positions, load_tokenizer, pad,
+                   read_json, shared_prefix)
 from router import RULES, gate_report, gates_under, persona_gate, raw_gate, softmax_gate
 from runs import Setup, differences, fingerprint, read_run
 from synth import read_lines, signatures
@@ -452,8 +452,7 @@ def choose(model, chat, items, prompts, gate, prefix):
         texts = [text + item.slots[slot][0] for text, item in zip(texts, items)]
         rows = [ids + encode(chat.tokenizer, text) for ids, text in zip(prompts, texts)]
         ids, lengths = pad([row[prefix.length if prefix else 0:] for row in rows], model.device)
-        hidden = model.hidden(ids, gate, prefix)  # (B, T, D)
-        logits = model.head(hidden[torch.arange(len(rows), device=ids.device), lengths - 1])  # (B, V)
+        logits = model.head(model.hidden(ids, gate, prefix, last_positions(ids, lengths)))  # (B, V)
         for i, item in enumerate(items):
             letters = item.slots[slot][1]
             texts[i] += letters[logits[i, [encode(chat.tokenizer, letter)[0] for letter in letters]].argmax().item()]

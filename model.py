@@ -14,6 +14,7 @@ Read it from the top: Config, Transformer and its parts, the loader, generation,
 Shapes: B rows, T tokens, S tokens in the cache, D width, H query heads, K key/value heads, d head width, V vocabulary,
 E experts.
 """
+import functools
 import importlib.util
 import json
 import math
@@ -321,8 +322,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, gate=None, cache=None, layer=0):
+    def forward(self, x, rope, gate=None, cache=None, layer=0, at=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, gate, cache, layer)
+        if at is not None:  # of the last layer, the only one to get it, no more is needed: three quarters of its work
+            gate = gate if gate is None or len(gate) == 1 else gate[at // x.shape[1]]  # (N, E), or one for all
+            x = x.flatten(0, 1)[at][:, None]                                           # (N, 1, D)
         return x + self.mlp(self.post_attention_layernorm(x), gate)
 
 
@@ -356,10 +360,12 @@ class Transformer(nn.Module):
     def head_weight(self):
         return (self.model.embed_tokens if self.config.tied else self.lm_head).weight  # (V, D)
 
-    def hidden(self, ids, gate=None, cache=None):
+    def hidden(self, ids, gate=None, cache=None, at=None):
         """Last hidden states, after the final norm: ids (B, T) -> (B, T, D).
 
-        gate: (B, E), one weight per row and expert, or None for the base model alone (bitwise, whatever the experts).
+        at: (N,), which of the B·T positions, counted row by row, are wanted (`last_positions`, for example): -> (N, D).
+        gate: (B, E), one weight per row and expert, or (1, E) for all rows, or None for the base model alone (bitwise,
+        whatever the experts).
         cache: a Cache (filled by the first call, extended by one token a row by every later one, T = 1) or a Prefix
         (any T tokens that follow it; itself unchanged).
         """
@@ -370,13 +376,15 @@ class Transformer(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # (1 or B, 1, T, d)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, block in enumerate(self.model.layers):
+            if at is not None and i == len(self.model.layers) - 1:
+                block = functools.partial(block, at=at)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, gate, use_reentrant=False)
             elif cache is None:  # without the layer's number, which a compiled block would be compiled anew for
                 x = block(x, rope, gate)
             else:
                 x = block(x, rope, gate, cache, i)
-        return self.model.norm(x)
+        return self.model.norm(x if at is None else x[:, 0])
 
     def head(self, hidden):
         """Logits for hidden states: (…, D) -> (…, V)."""
@@ -604,6 +612,11 @@ class Prefix:
         return tuple(torch.cat((old.expand(len(new), -1, -1, -1), new), 2) for old, new in zip(self.kv[layer], (k, v)))
 
 
+def last_positions(ids, lengths):
+    """The last position of each of B rows (B, T) of these lengths (B,), as `hidden` wants them: (B,)."""
+    return torch.arange(len(ids), device=ids.device) * ids.shape[1] + lengths - 1
+
+
 def shared_prefix(prompts):
     """How many ids all prompts begin with; at least one of each is left over."""
     first, last, n = min(prompts), max(prompts), min(map(len, prompts)) - 1
@@ -703,12 +716,13 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
         return bool(reply) and (reply[-1] in stops or sizes[row] + len(reply) >= context)
 
     for step in range(max_new_tokens):
-        if step and compiled:
+        if step == 0:
+            logits = model.head(model.hidden(ids, gate, cache, last_positions(ids, lengths)))  # (B, V)
+        elif compiled:
             logits = model.decode(ids, gate, cache.k, cache.v, cache.lengths)
             cache.lengths = cache.lengths + 1
         else:
-            h = model.hidden(ids, gate, cache)  # (B, T, D), then (B, 1, D)
-            logits = model.head(h[torch.arange(len(rows), device=h.device), lengths - 1] if step == 0 else h[:, 0])
+            logits = model.head(model.hidden(ids, gate, cache)[:, 0])
         # numbers are drawn for every prompt, so that what one row gets does not depend on when others end
         u = torch.rand(len(prompts), generator=generator)[rows].to(logits.device) if temperature else None
         ids = sample(logits, temperature, top_p, u)[:, None]  # (B, 1)

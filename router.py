@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora import EXPERTS, TRAITS
-from model import UserError, atomic, encode, read_json, read_tensors, short
+from model import UserError, atomic, encode, last_positions, read_json, read_tensors, short
 
 MAX_QUERY_TOKENS = 512  # ours: the router reads the end of what is longer
 
@@ -157,8 +157,7 @@ class Router(nn.Module):
 
     def embed(self, ids, lengths):
         """ids (B, T), padded on the right with anything, lengths (B,) -> h (B, D), the last real token's state."""
-        h = self.encoder.hidden(ids)  # (B, T, D)
-        return h[torch.arange(len(ids), device=h.device), lengths - 1]
+        return self.encoder.hidden(ids, at=last_positions(ids, lengths))
 
     def similarity(self, h):
         """h (B, D) -> cosines (B, E), fp32."""

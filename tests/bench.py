@@ -228,7 +228,7 @@ def router(args):
     runs = {"transformers, padded batches": run_theirs, "PersonaFuse": run_ours}
     table(f"Router stage, {len(rows)} queries of {min(lengths)} to {max(lengths)} tokens, {batch} a step",
           interleaved(runs, args.rounds, args.device), sum(lengths),
-          dict.fromkeys(runs, step_flops(config, lengths, 0, 0, frozen=False)), args.flops)
+          dict.fromkeys(runs, step_flops(config, lengths, len(rows), 0, frozen=False, head=False)), args.flops)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

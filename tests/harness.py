@@ -118,15 +118,17 @@ def linears(config):
     return [(c.dim, heads), *[(c.dim, kv)] * 2, (heads, c.dim), *[(c.dim, c.hidden_dim)] * 2, (c.hidden_dim, c.dim)]
 
 
-def step_flops(config, lengths, supervised, experts=10, rank=8, frozen=True):
+def step_flops(config, lengths, wanted, experts=10, rank=8, frozen=True, head=True):
     """FLOPs of a training step over rows of these lengths: 2 for each weight and token forward, 2 backward for the
-    input and, unless it is frozen, 2 for the weight; causal attention, 2 + 5; the head where tokens are supervised."""
+    input and, unless it is frozen, 2 for the weight; causal attention, 2 + 5. The last layer's MLP and the head work
+    on the `wanted` positions only: those that a loss is computed from."""
     c, tokens = config, sum(lengths)
-    weights = c.n_layers * sum(i * o for i, o in linears(c))
-    adapters = c.n_layers * sum(i + o for i, o in linears(c)) * experts * rank
+
+    def linear(shapes):  # per token
+        return sum((4 if frozen else 6) * i * o + 6 * (i + o) * experts * rank for i, o in shapes)
     attention = 7 * c.n_layers * c.n_heads * c.head_dim * sum(length**2 for length in lengths)
-    head = 4 * c.vocab_size * c.dim * supervised
-    return ((4 if frozen else 6) * weights + 6 * adapters) * tokens + attention + head
+    return (c.n_layers * linear(linears(c)) * tokens - linear(linears(c)[4:]) * (tokens - wanted) + attention
+            + head * 4 * c.vocab_size * c.dim * wanted)
 
 
 def token_bytes(model, experts=True):

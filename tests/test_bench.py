@@ -137,12 +137,12 @@ def test_operations_that_a_step_needs():
     model = Transformer(SHAPES["Llama-3.1-8B"])
     parameters, c = with_experts(model), model.config
     model.model.embed_tokens.register_forward_hook(lambda module, given, out: out.requires_grad_())
-    gate, batch = torch.full((3, 10), 0.1), rows_of(c, 3, 16, 9)
+    gate, batch = torch.full((4, 10), 0.1), rows_of(c, 4, 16, 9)  # 64 positions, 32 of them wanted
     with FlopCounterMode(display=False) as counter:
         our_step(model, batch, torch.optim.AdamW(parameters), gate)()
-    in_place = c.n_layers * 2 * 80 * sum(out for _, out in linears(c)) * 3 * 16
-    attention = c.n_layers * 7 * c.n_heads * c.head_dim * 3 * 16**2  # 2 products forward and 5 backward, half of each
-    assert counter.get_total_flops() + in_place + attention == step_flops(c, [16] * 3, 3 * 8)
+    in_place = 2 * 80 * (c.n_layers * sum(out for _, out in linears(c)) * 64 - sum(out for _, out in linears(c)[4:]) * 32)
+    attention = c.n_layers * 7 * c.n_heads * c.head_dim * 4 * 16**2  # 2 products forward and 5 backward, half of each
+    assert counter.get_total_flops() + in_place + attention == step_flops(c, [16] * 4, 32)
     assert token_bytes(model) - token_bytes(model, experts=False) == sum(p.nbytes for p in parameters)
 
 

@@ -377,6 +377,32 @@ def test_hidden_then_head_is_forward(ours):
     assert torch.equal(our.head(our.hidden(ids)), our(ids))
 
 
+@pytest.mark.parametrize("with_gate", [False, True])
+@pytest.mark.parametrize("after", ["nothing", "a prefix", "recompute"])
+def test_some_positions_are_what_they_are_among_all_and_the_last_mlp_works_on_them_alone(with_gate, after):
+    """With their gradients; each position under the gate of its own row."""
+    our, ids, at = Transformer(SMALL["SmolLM2"]), random_ids(SMALL["SmolLM2"], 3, 9), torch.tensor([0, 8, 9, 20, 26, 20])
+    our.recompute, gate = after == "recompute", None
+    with torch.no_grad():
+        trained = add_experts(randomise(our)) if with_gate else list(randomise(our).parameters())
+        our.double()
+        for B in trained[1::2] * with_gate:
+            B.normal_(std=0.1)
+    if with_gate:
+        gate = torch.rand(1 if after == "a prefix" else 3, 10).double().requires_grad_()  # one for all, or one a row
+    cache = M.Prefix(our, [5, 6, 7], gate) if after == "a prefix" else None
+    seen = [[] for _ in our.model.layers]
+    for shapes, layer in zip(seen, our.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda _, inputs, shapes=shapes: shapes.append(tuple(inputs[0].shape)))
+    wanted = [*trained, gate] if with_gate else trained
+    found = []
+    for h in (our.hidden(ids, gate, cache).flatten(0, 1)[at], our.hidden(ids, gate, cache, at)):
+        found.append((h, *torch.autograd.grad((h * torch.arange(6 * our.config.dim).view(6, -1)).sum(), wanted)))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-6) and b.abs().max() > 1e-3 for a, b in zip(*found))
+    D = our.config.dim
+    assert all(set(shapes) == {(3, 9, D)} for shapes in seen[:-1]) and set(seen[-1]) == {(3, 9, D), (6, 1, D)}
+
+
 def test_a_gate_without_experts_is_an_error(ours):
     """Never silently ignored: the answers would be the base model's, under the experts' name."""
     with pytest.raises(ValueError, match="experts"):
@@ -432,9 +458,9 @@ def watch(our, monkeypatch):
     """A list that will hold (rows, gate) of every step; the base model, which has no use for a gate, gets none."""
     steps, hidden = [], our.hidden
 
-    def watched(ids, gate, cache):
+    def watched(ids, gate, cache, at=None):
         steps.append((len(ids), gate))
-        return hidden(ids, None, cache)
+        return hidden(ids, None, cache, at)
 
     monkeypatch.setattr(our, "hidden", watched)
     return steps

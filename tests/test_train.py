@@ -288,7 +288,9 @@ def test_warm_up_of_ten_together_equals_each_apart():
 def test_compiled_layers_train_alike_and_are_not_compiled_again_for_other_lengths(recompute):
     """A step or two compile; then any number of rows, of any length, finds what it needs. The whole optimiser step is
     compared, in fp64, so that only the order of sums can differ."""
+    from torch._dynamo.utils import counters  # here, since it takes seconds
     torch.compiler.reset()
+    counters.clear()
     tasks = [Task("joint", base(random_B=True).double(), router().double(), settings(tokens=10_000)) for _ in range(2)]
     for part in (tasks[1].model, tasks[1].router.encoder):
         part.recompute = recompute
@@ -301,6 +303,7 @@ def test_compiled_layers_train_alike_and_are_not_compiled_again_for_other_length
             plain, compiled = (task.step(rows) for task in tasks)
             torch.compiler.set_stance("fail_on_recompile")
             assert compiled["loss"].item() == pytest.approx(plain["loss"].item(), rel=1e-6), n
+        assert counters["stats"]["unique_graphs"] >= 2, counters  # a decoder's layer and an encoder's
         apart = max((a - b).abs().max() for a, b in zip(*map(state, tasks)))
         assert apart < 1e-6, apart  # the router's cosines are fp32
     finally:
