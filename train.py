@@ -129,8 +129,8 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
         losses, grads, n = [], [], len(targets)
-        # Positions are filled up to a multiple of 16, for which products of matrices are fastest: on a CPU 171 take
-        # longer than 176, on a GPU rows of 16-bit numbers that begin at odd addresses can't be read well
+        # Positions are filled up to a multiple of 16: on a CPU, products of matrices with 171 take longer than with 176,
+        # and a GPU's tensor cores want rows that begin at multiples of 16 bytes
         hidden, targets = F.pad(hidden, (0, 0, 0, -n % 16)), F.pad(targets, (0, -n % 16))
         count = max(1, round(n / chunk))  # of equal size: a small one would read the head for little
         size = max(1, -(-len(targets) // (16 * count))) * 16
