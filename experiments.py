@@ -27,7 +27,7 @@ import train
 from batches import Example, cost, examples, micro_batches
 from eval import Common, Measured, OnRecords, bootstrap, one_hot, pole_losses, show, subsets
 from lora import EXPERTS, SHORT, TRAITS, expert_layers, save_experts
-from model import UserError, atomic, encode, load_tokenizer, pad, read_json, short
+from model import UserError, atomic, encode, gate_at, load_tokenizer, pad, read_json, short
 from router import gate_report, gates_under, persona_gate, query_ids, save_router, softmax_gate
 from runs import STAGES, Setup, read_log, read_run
 from synth import load_data, read_table, write_records
@@ -358,8 +358,12 @@ def steered(model, layer, vectors):
     """Activation steering: every state after block `layer` moves by gate @ vectors, (B, E) @ (E, D). The gate is the
     one that travels through the model; experts as initialised (B = 0) do nothing with it."""
     vectors = vectors.to(model.device, model.dtype)
-    hook = model.model.layers[layer].register_forward_hook(
-        lambda block, given, out: out + (given[2].to(out.dtype) @ vectors)[:, None])
+
+    def move(block, given, named, out):
+        (x, _, gate, *_), at = given, named.get("at")
+        gate = gate if at is None else gate_at(gate, at, x.shape[1])  # the last block has some positions only
+        return out + (gate.to(out.dtype) @ vectors)[:, None]
+    hook = model.model.layers[layer].register_forward_hook(move, with_kwargs=True)
     try:
         yield
     finally:

@@ -325,8 +325,7 @@ class Block(nn.Module):
     def forward(self, x, rope, gate=None, cache=None, layer=0, at=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, gate, cache, layer)
         if at is not None:  # of the last layer, the only one to get it, no more is needed: three quarters of its work
-            gate = gate if gate is None or len(gate) == 1 else gate[at // x.shape[1]]  # (N, E), or one for all
-            x = x.flatten(0, 1)[at][:, None]                                           # (N, 1, D)
+            x, gate = x.flatten(0, 1)[at][:, None], gate_at(gate, at, x.shape[1])  # (N, 1, D), (N, E)
         return x + self.mlp(self.post_attention_layernorm(x), gate)
 
 
@@ -610,6 +609,12 @@ class Prefix:
             self.kv.append((k, v))
             return k, v
         return tuple(torch.cat((old.expand(len(new), -1, -1, -1), new), 2) for old, new in zip(self.kv[layer], (k, v)))
+
+
+def gate_at(gate, at, tokens):
+    """A gate for each of the positions `at` (N,) of rows of that many tokens: (B, E) -> (N, E). What is for all rows,
+    (1, E) or None, stays."""
+    return gate if gate is None or len(gate) == 1 else gate[at // tokens]
 
 
 def last_positions(ids, lengths):

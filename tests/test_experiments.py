@@ -155,6 +155,11 @@ def test_steering_adds_the_gates_vectors_after_one_block_and_leaves_no_trace():
     hook.remove()
     assert torch.allclose(before - seen[-1][0], (gate @ vectors)[:, None].expand(-1, 7, -1), atol=1e-5)
     assert not torch.allclose(moved, plain) and torch.equal(model.hidden(ids, gate), plain)
+    at = torch.tensor([9, 3, 13])  # as a loss asks for them
+    for layer in (0, 1):
+        for some in (gate, gate[1:]):
+            with steered(model, layer, vectors):
+                assert torch.allclose(model.hidden(ids, some, at=at), model.hidden(ids, some).flatten(0, 1)[at], atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
