@@ -360,8 +360,9 @@ def steered(model, layer, vectors):
     vectors = vectors.to(model.device, model.dtype)
 
     def move(block, given, named, out):
-        (x, _, gate, *_), at = given, named.get("at")
-        gate = gate if at is None else gate_at(gate, at, x.shape[1])  # the last block has some positions only
+        x, _, gate = given[:3]
+        if "at" in named:  # the last block, of which some positions only are wanted
+            gate = gate_at(gate, named["at"], x.shape[1])
         return out + (gate.to(out.dtype) @ vectors)[:, None]
     hook = model.model.layers[layer].register_forward_hook(move, with_kwargs=True)
     try:

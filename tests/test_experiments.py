@@ -159,7 +159,8 @@ def test_steering_adds_the_gates_vectors_after_one_block_and_leaves_no_trace():
     for layer in (0, 1):
         for some in (gate, gate[1:]):
             with steered(model, layer, vectors):
-                assert torch.allclose(model.hidden(ids, some, at=at), model.hidden(ids, some).flatten(0, 1)[at], atol=1e-5)
+                every, found = model.hidden(ids, some), model.hidden(ids, some, at=at)
+            assert torch.allclose(found, every.flatten(0, 1)[at], atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
