@@ -483,6 +483,9 @@ def join(setup, settings):
     if setup.device.type == "cuda":
         setup.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(setup.device)
+    # PyTorch's optimisers import this module. Were it after the group is made, its functions would keep the group as a
+    # default value, whose threads outlive destroy_process_group then: they may abort the process while Python ends.
+    import torch.distributed.nn as _  # an alias: without one, torch would be a local name
     dist.init_process_group("cpu:gloo,cuda:nccl" if setup.device.type == "cuda" else "gloo")
     return place()[0]
 
@@ -635,7 +638,7 @@ def main(argv=None, close=True):
     settings = {stage: stage_settings(args, stage, setup.dtype) for stage in stages}
     rank, config = join(setup, settings), setup.run / "config.json"
     before = config.read_bytes() if config.is_file() else None
-    to_do, alone, stop = [], ExitStack(), threading.Event()
+    to_do, alone, stop, status = [], ExitStack(), threading.Event(), None
 
     def ask_to_stop(*_):  # the step is finished and saved; a second signal ends at once, but torchrun always sends one
         stop.set()
@@ -667,7 +670,7 @@ def main(argv=None, close=True):
     except Stopped as stopped:
         if rank == 0:
             print(f"{stopped}. Go on with the same command and --resume", file=sys.stderr)
-        return 130
+        status = 130
     except BaseException:
         if rank == 0 and to_do:
             unbegin(setup.run, to_do, before)
@@ -678,8 +681,8 @@ def main(argv=None, close=True):
             signal.signal(number, handler)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if rank or not close:
-        return
+    if rank or status or not close:
+        return status
     if not to_do:
         print(f"{setup.run} is complete")
     closing(setup)

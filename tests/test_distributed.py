@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT
 from test_commands import RUN, copy, here, reduced, run_folder  # noqa: F401 (fixtures)
 from test_train import base, router, settings, some_rows
-from train import Task, figures
+from train import Task, figures, join
 
 STEPS = [(2, 5), range(10), (2, 7)]  # experts that 5 rows are drawn from: of many, each has its rows on one process only
 
@@ -30,6 +32,11 @@ def torchrun(*command, cwd):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                            "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--", *map(str, command)],
                           cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def threads():
+    """Names of this process's threads, C++'s too (Linux)."""
+    return " ".join(file.read_text() for file in Path("/proc/self/task").glob("*/comm"))
 
 
 @pytest.mark.slow
@@ -75,11 +82,13 @@ def test_torchrun_trains_saves_stops_and_resumes_like_one_process(run_folder, he
 
 if __name__ == "__main__":  # what torchrun runs: each process writes what it has after each stage
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    join(SimpleNamespace(device=torch.device("cpu")), {})
     for stage in ("warmup", "router", "joint"):
         parameters, log = trained(stage)
         name = f"{sys.argv[1]}/{stage}-{torch.distributed.get_rank()}"
         save_file({i: p.contiguous() for i, p in parameters.items()}, f"{name}.safetensors")
         with open(f"{name}.json", "w") as file:
             json.dump(log, file)
+    assert "gloo" in threads()
     torch.distributed.destroy_process_group()
+    assert "gloo" not in threads()  # one that is left may abort the process while Python ends
