@@ -19,6 +19,7 @@ What is notable:
 
 Shapes: B rows, T tokens, N supervised tokens, D width, V vocabulary, E experts.
 """
+import ctypes
 import math
 import os
 import signal
@@ -27,7 +28,7 @@ import threading
 import time
 import typing
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -472,6 +473,16 @@ def check(args):
         raise UserError("--joint-gate is for --stage joint")
 
 
+def keep_memory():
+    """Have glibc's malloc keep what is freed. As a rule it hands memory back to the system, and the next step, which
+    needs as much, gets it page by page: in one with 512 tokens of SmolLM2 a hundred thousand pages, 5 % of its time on
+    two virtual cores. Other C libraries go on as they do."""
+    with suppress(AttributeError, TypeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the heap's end stays, up to 2 GiB
+        mallopt(-3, 2**25)      # M_MMAP_THRESHOLD: less than 32 MiB, glibc's maximum, comes from the heap
+
+
 def join(setup, settings):
     """Join the processes that torchrun started, each with a GPU of its own -> the number of this one, 0 if alone."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -637,6 +648,8 @@ def main(argv=None, close=True):
     setup = resolve(args, stages)
     settings = {stage: stage_settings(args, stage, setup.dtype) for stage in stages}
     rank, config = join(setup, settings), setup.run / "config.json"
+    if setup.device.type == "cpu":
+        keep_memory()
     before = config.read_bytes() if config.is_file() else None
     to_do, alone, stop, status = [], ExitStack(), threading.Event(), None
 

@@ -18,6 +18,7 @@ share of the machine's ceiling a row reaches: matrix products or bytes from memo
 Without --weights, weights are random and of the shape --shape. pytest does not collect this file.
 """
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -36,8 +37,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness import alone, ceiling, fresh, gates, interleaved, linears, our_step, pair, peak, reference, rows_of, shape
-from harness import show, stage, step_flops, table, token_bytes, with_experts
+from harness import alone, ceiling, elsewhere, fresh, gates, interleaved, linears, our_step, pair, peak, reference
+from harness import rows_of, shape, show, stage, step_flops, table, token_bytes, wait, with_experts
 from batches import Example, batches, cost, examples, micro_batches, per_pole
 from command import Parser, for_users, pick_device, pick_dtype, run_command
 from lora import EXPERTS, TARGETS, merged
@@ -46,56 +47,73 @@ from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
 from runs import PRESETS, Setup
 from synth import read_queries, read_records, template_records, write_records
 from teachers import Query
-from train import compile_layers, row_losses
+from train import compile_layers, keep_memory, row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # step, generate, teacher
 
 def step(args):
-    """A training step: forward, loss, backward, optimiser."""
-    import peft
-    ours, theirs = pair(args)
-    rows, length = args.batch or 4, args.length or 128  # 4 × 128 = 512 supervised tokens
-    optimizer = torch.optim.AdamW(with_experts(ours), fused=True)
-    gate = gates(rows, args.device).requires_grad_()
-    settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS))
-    theirs = peft.get_peft_model(theirs, settings, EXPERTS[0])
+    """A training step: forward, loss, backward, optimiser. Ours keeps freed memory, as train.py does; `peft` has a
+    process of its own, in which malloc is as a user finds it."""
+    rows, length = step_shape(args)
+    mixture = "PersonaFuse, ten experts"
+    with elsewhere(our_steps, args) as ours, elsewhere(their_steps, args) as theirs:
+        for prompt, share in ((1, "all"), (length * 2 // 3 + 1, "a third")):
+            runs = {mixture: partial(ours, prompt)} | (
+                {"the same, --compile": partial(ours, prompt, True)} if args.compile else {})
+            work = step_flops(shape(args), [length] * rows, rows * (length + 1 - prompt))
+            table(f"Training step, {rows} x {length} tokens, {share} of them supervised",
+                  interleaved({"peft, one adapter": partial(theirs, prompt)} | runs, args.rounds),
+                  work=dict.fromkeys(runs, work), rate=args.flops)
+        table("The same, all supervised, beside ten adapters",
+              interleaved({mixture: partial(ours, 1), "peft, ten adapters": partial(theirs, 1, len(EXPERTS))},
+                          max(1, args.rounds // 2)))
 
-    def their_step(batch, names):
-        theirs.base_model.set_adapter(names)
-        adam = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], fused=True)
+
+def step_shape(args):
+    return args.batch or 4, args.length or 128  # 4 × 128 = 512 supervised tokens
+
+
+def our_steps(args):
+    """-> a function that makes a step of the mixture: (tokens of a prompt, compiled or not)."""
+    if args.device.type == "cpu":
+        keep_memory()
+    model, (rows, length) = fresh(shape(args), args), step_shape(args)
+    optimizer = torch.optim.AdamW(with_experts(model), fused=True)
+    gate = gates(rows, args.device).requires_grad_()
+
+    def run(prompt, compiled=False):
+        compile_blocks(model, compiled)  # finds what was compiled before
+        our_step(model, rows_of(model.config, rows, length, prompt), optimizer, gate)()
+        wait(args.device)
+    return run
+
+
+def their_steps(args):
+    """-> a function that makes a step of `peft`: (tokens of a prompt, adapters)."""
+    import peft
+    (ours, theirs), (rows, length) = pair(args), step_shape(args)
+    settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS))
+    model, config = peft.get_peft_model(theirs, settings, EXPERTS[0]), ours.config
+
+    @functools.cache
+    def optimizer(adapters):
+        for name in EXPERTS[len(model.peft_config):adapters]:
+            model.add_adapter(name, settings)
+        model.base_model.set_adapter(list(EXPERTS[:adapters]))
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+    def run(prompt, adapters=1):
+        adam, batch = optimizer(adapters), rows_of(config, rows, length, prompt)
         ids = torch.tensor(np.stack([row.ids for row in batch]), device=args.device)
         labels = ids.clone()
-        labels[:, :batch[0].prompt] = -100
-
-        def run():
-            theirs(input_ids=ids, labels=labels).loss.backward()
-            adam.step()
-            adam.zero_grad()
-        return run
-
-    def our_steps(batch):
-        plain = our_step(ours, batch, optimizer, gate)
-
-        def compiled():
-            compile_blocks(ours, True)  # finds what was compiled before
-            plain()
-            compile_blocks(ours, False)
-        return {"PersonaFuse, ten experts": plain} | ({"the same, --compile": compiled} if args.compile else {})
-
-    for prompt, share in ((1, "all"), (length * 2 // 3 + 1, "a third")):
-        batch = rows_of(ours.config, rows, length, prompt)
-        runs = our_steps(batch)
-        work = step_flops(ours.config, [length] * rows, rows * (length + 1 - prompt))
-        table(f"Training step, {rows} x {length} tokens, {share} of them supervised",
-              interleaved({"peft, one adapter": their_step(batch, EXPERTS[0])} | runs, args.rounds, args.device),
-              work=dict.fromkeys(runs, work), rate=args.flops)
-    for name in EXPERTS[1:]:
-        theirs.add_adapter(name, settings)
-    batch = rows_of(ours.config, rows, length)
-    runs = our_steps(batch) | {"peft, ten adapters": their_step(batch, list(EXPERTS))}
-    table("The same, all supervised, beside ten adapters", interleaved(runs, max(1, args.rounds // 2), args.device))
+        labels[:, :prompt] = -100
+        model(input_ids=ids, labels=labels).loss.backward()
+        adam.step()
+        adam.zero_grad()
+        wait(args.device)
+    return run
 
 
 def decode(args):

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -98,6 +99,23 @@ def alone(function, *args, ready=None, measure=None):
     start). The result is there until the clock has stopped, so that to free it is not counted."""
     with ProcessPoolExecutor(1, get_context("spawn"), ready) as pool:
         return pool.submit(timed, measure, function, *args).result()
+
+
+@contextmanager
+def elsewhere(make, *args):
+    """make(*args) in a fresh process -> the function that it returned there, run there when it is called here. For runs
+    that take turns, but have to differ in what a process has one of: how malloc treats what is freed."""
+    with ProcessPoolExecutor(1, get_context("spawn"), prepare, (make, *args)) as pool:
+        yield lambda *which: pool.submit(run_prepared, *which).result()
+
+
+def prepare(make, *args):
+    global prepared
+    prepared = make(*args)
+
+
+def run_prepared(*which):
+    prepared(*which)
 
 
 def timed(measure, function, *args):

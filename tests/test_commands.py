@@ -73,6 +73,14 @@ def tiny(*argv):
     return train.main(["--preset", "tiny", *argv])
 
 
+def test_training_on_a_cpu_keeps_freed_memory(run_folder, here, no_closing, monkeypatch):
+    called = []
+    monkeypatch.setattr(train, "keep_memory", lambda: called.append(True))
+    copy(run_folder, here)
+    tiny("--stage", "all", "--resume")
+    assert called
+
+
 def copy(run_folder, here, without=()):
     """A copy of the run, under the same relative name, without some of its parts."""
     shutil.copytree(run_folder, here / RUN)

@@ -7,6 +7,7 @@
 import contextlib
 import io
 import json
+import platform
 import resource
 import shutil
 import ssl
@@ -24,6 +25,7 @@ import small
 import synth
 import train
 from batches import batches, cost
+from conftest import ROOT
 from lora import EXPERTS, add_experts, expert_layers
 from model import Chat, Config, Transformer, UserError, encode, generate
 from router import Router, contrastive_loss, query_ids
@@ -115,6 +117,22 @@ def test_the_memory_that_the_advice_speaks_of_is_what_the_forward_pass_keeps(sha
         estimate = 200 * 4 * (2 + shape.n_layers) * shape.dim
         assert estimate < activations(model, 200, True) < estimate + activations(model, 200, False) / shape.n_layers
     assert 0.75 < estimate / sum(n for n, _ in held.values()) < 1.33
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_a_step_uses_the_memory_that_the_last_one_freed():
+    said = subprocess.run([sys.executable, "-c", """
+import resource, torch, train
+train.keep_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (2**20, 2**22, 3 * 2**20):
+        tensors = [torch.ones(size) for _ in range(8)]  # of 4 to 16 MiB
+    del tensors
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)  # pages that the system had to hand out
+"""], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    first, second = map(int, said)
+    assert second < 1000 < 10_000 < first, said
 
 
 def test_memory_that_is_full_outside_of_training_is_one_line_too(monkeypatch):
