@@ -475,7 +475,7 @@ def check(args):
 
 def keep_memory():
     """Have glibc's malloc keep what is freed. As a rule it hands memory back to the system, and the next step, which
-    needs as much, gets it page by page: in one with 512 tokens of SmolLM2 a hundred thousand pages, 5 % of its time on
+    needs as much, gets it page by page: in one with 512 tokens of SmolLM2 a hundred thousand pages, 4 % of its time on
     two virtual cores. Other C libraries go on as they do."""
     with suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

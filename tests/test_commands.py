@@ -73,14 +73,6 @@ def tiny(*argv):
     return train.main(["--preset", "tiny", *argv])
 
 
-def test_training_on_a_cpu_keeps_freed_memory(run_folder, here, no_closing, monkeypatch):
-    called = []
-    monkeypatch.setattr(train, "keep_memory", lambda: called.append(True))
-    copy(run_folder, here)
-    tiny("--stage", "all", "--resume")
-    assert called
-
-
 def copy(run_folder, here, without=()):
     """A copy of the run, under the same relative name, without some of its parts."""
     shutil.copytree(run_folder, here / RUN)
@@ -327,6 +319,14 @@ def test_every_number_that_is_taken_makes_a_run_that_can_be_opened(here, no_clos
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stopping and going on
+
+def test_training_on_a_cpu_keeps_freed_memory(run_folder, here, no_closing, monkeypatch):
+    called = []
+    monkeypatch.setattr(train, "keep_memory", lambda: called.append(True))
+    copy(run_folder, here)
+    tiny("--stage", "all", "--resume")
+    assert called
+
 
 @pytest.mark.parametrize("stage, step, number", [
     ("pretrain", 2, signal.SIGTERM), ("warmup", 3, signal.SIGINT), ("joint", 1, signal.SIGTERM)])
