@@ -5,6 +5,7 @@ medians, the ratio to the table's first row (median over the rounds, and the mid
 share of the machine's ceiling a row reaches: matrix products or bytes from memory, both measured on the spot.
 
     python tests/bench.py step [--compile]           # a training step beside peft, one adapter and ten
+    python tests/bench.py profile [--compile]        # where the time of such a step goes
     python tests/bench.py generate [--compile]       # decoding beside transformers, and what experts cost in it
     python tests/bench.py teacher --weights weights/SmolLM2-135M-Instruct [--natural]
     python tests/bench.py router                     # the router stage beside a plain loop over padded batches
@@ -114,6 +115,43 @@ def their_steps(args):
         adam.zero_grad()
         wait(args.device)
     return run
+
+
+def profile(args):
+    """Where the time of a training step goes, by PyTorch's profiler: matrix products, by whose weights they multiply,
+    other operations, and what is between them, where Python works (and a GPU, whose own time is counted, waits)."""
+    run, vocabulary, on_gpu = our_steps(args), shape(args).vocab_size, args.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    found, wall = {}, 0.0  # {kind: [operations, seconds, FLOPs]}
+    for turn in range(args.rounds + 1):
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profiled:
+            began = time.perf_counter()
+            run(1, args.compile)
+            seconds = time.perf_counter() - began
+        wall += seconds if turn else 0  # the first is to warm up
+        for event in profiled.events() if turn else ():
+            if event.device_type == torch.autograd.DeviceType.CPU:  # a kernel's time is its operation's, too
+                kind, work = operation(event, vocabulary)
+                spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                more = event.name.startswith("aten::"), spent / 1e6, work
+                found[kind] = [n + m for n, m in zip(found.get(kind, (0, 0, 0)), more)]
+    found["between operations"] = [0, wall - sum(spent for _, spent, _ in found.values()), 0]
+    rows, length = step_shape(args)
+    show(f"A training step, {rows} x {length} tokens, all supervised: {wall / args.rounds * 1e3:,.0f} ms, profiled",
+         ["", "operations", "ms", "share", "GFLOP/s", "ceiling"],
+         [[kind, f"{n / args.rounds:,.0f}", f"{spent / args.rounds * 1e3:,.0f}", f"{spent / wall:.0%}",
+           *([f"{work / spent / 1e9:,.0f}", f"{work / spent / args.flops:.0%}"] if work and spent else ["", ""])]
+          for kind, (n, spent, work) in sorted(found.items(), key=lambda item: -item[1][1])])
+
+
+def operation(event, vocabulary, width=8 * len(EXPERTS)):
+    """What kind of operation a profiler's event is, and its FLOPs, where it is a matrix product. width: E·r."""
+    if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+        (n, k), (_, m) = event.input_shapes[event.name != "aten::mm":][:2]
+        whose = "the experts" if width in (n, k, m) else "the head" if vocabulary in (n, k, m) else "the frozen layers"
+        return f"products with {whose}", 2 * n * k * m
+    kinds = {"scaled_dot_product": "attention", "adamw": "the optimiser"}
+    return next((kind for part, kind in kinds.items() if part in event.name), "all other operations"), 0
 
 
 def decode(args):
@@ -533,15 +571,15 @@ def compile_blocks(model, compiled):
         compile_layers(model)
 
 
-COMMANDS = {"step": step, "generate": decode, "teacher": teacher, "router": router, "memory": memory, "load": load,
-            "data": data, "growth": growth, "gpu": gpu}
+COMMANDS = {"step": step, "profile": profile, "generate": decode, "teacher": teacher, "router": router,
+            "memory": memory, "load": load, "data": data, "growth": growth, "gpu": gpu}
 NO_CEILING = ("load", "data", "memory", "growth")
 
 
 def main(argv=None):
     parser = Parser(description=for_users(__doc__), allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("what", metavar="COMMAND", choices=COMMANDS)
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="model folders; else random weights")
     parser.add_argument("--shape", choices=CONFIGS, help="SmolLM2-135M; router: Qwen2.5-0.5B; gpu: Llama-3.1-8B")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -550,7 +588,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="new tokens of generate, teacher and gpu; steps a round of router")
     parser.add_argument("--tokens", type=int, default=PRESETS["paper"]["tokens"], help="gpu: tokens a micro-batch")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns, after one to warm up (5)")
-    parser.add_argument("--compile", action="store_true", help="step, generate: with torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="step, generate: with torch.compile as well; profile: with it")
     parser.add_argument("--natural", action="store_true", help="teacher: replies end where they end")
     parser.add_argument("--queries", help="router, teacher: a file of real queries, .txt, .jsonl or .csv")
     parser.add_argument("--count", type=int, default=100_000, help="data: records")

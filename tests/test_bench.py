@@ -2,13 +2,14 @@
 import io
 import subprocess
 import sys
+from collections import Counter
 from contextlib import redirect_stdout
 
 import pytest
 import torch
 
 import bench
-from bench import main, saved_bytes
+from bench import main, operation, saved_bytes
 from harness import interleaved, linears, our_step, peak, rows_of, step_flops, table, token_bytes, with_experts
 from lora import ExpertLinear
 from model import CONFIGS, Config, Transformer, UserError
@@ -47,6 +48,7 @@ def shown(command):
     pytest.param("step --rounds 1 --layers 1 --length 12 --compile", "the same, --compile", marks=pytest.mark.slow),
     pytest.param("generate --rounds 1 --steps 3 --batch 3 --compile", "compiled, 3 gates",
                  marks=pytest.mark.slow),
+    ("profile --rounds 1 --length 12 --compile", "products with the experts"),
     ("router --rounds 1 --batch 3 --steps 2", "padded batches")])
 def test_runs_on_random_weights(command, words, monkeypatch):
     do_not_compile(monkeypatch)
@@ -143,6 +145,17 @@ def test_operations_that_a_step_needs():
     in_place = 2 * 80 * (c.n_layers * sum(out for _, out in linears(c)) * 64 - sum(out for _, out in linears(c)[4:]) * 32)
     attention = c.n_layers * 7 * c.n_heads * c.head_dim * 4 * 16**2  # 2 products forward and 5 backward, half of each
     assert counter.get_total_flops() + in_place + attention == step_flops(c, [16] * 4, 32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiled:
+        our_step(model, batch, torch.optim.AdamW(parameters, fused=True), gate)()
+    found = Counter()
+    for event in profiled.events():
+        kind, work = operation(event, c.vocab_size)
+        found[kind] += work
+    experts = step_flops(c, [16] * 4, 32) - step_flops(c, [16] * 4, 32, experts=0)
+    head = 4 * c.vocab_size * c.dim * 32
+    assert found == {"products with the experts": experts, "products with the head": head, "attention": 0,
+                     "products with the frozen layers": step_flops(c, [16] * 4, 32) - attention - experts - head,
+                     "the optimiser": 0, "all other operations": 0}
     assert token_bytes(model) - token_bytes(model, experts=False) == sum(p.nbytes for p in parameters)
 
 
