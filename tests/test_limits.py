@@ -124,15 +124,16 @@ def test_a_step_uses_the_memory_that_the_last_one_freed():
     said = subprocess.run([sys.executable, "-c", """
 import resource, torch, train
 train.keep_memory()
-for _ in range(2):
+for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for size in (2**20, 2**22, 3 * 2**20):
         tensors = [torch.ones(size) for _ in range(8)]  # of 4 to 16 MiB
     del tensors
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)  # pages that the system had to hand out
 """], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    first, second = map(int, said)
-    assert second < 1000 < 10_000 < first, said
+    # a few pages more may be taken until all pieces have found a place, which differs with the addresses of a process
+    first, *_, last = map(int, said)
+    assert last < 100 < 10_000 < first, said
 
 
 def test_memory_that_is_full_outside_of_training_is_one_line_too(monkeypatch):
