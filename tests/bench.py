@@ -1,8 +1,8 @@
 """Speed and memory, beside what a user would otherwise take: `transformers` and `peft`, with the same weights.
 
-Every table comes from interleaved runs (A B A B …): absolute times are noise, ratios of neighbours are not. Shown are
-medians, the ratio to the table's first row (median over the rounds, and the middle half of them in brackets), and what
-share of the machine's ceiling a row reaches: matrix products or bytes from memory, both measured on the spot.
+What is compared comes from interleaved runs (A B A B …): absolute times are noise, ratios of neighbours are not. Shown
+are medians, the ratio to the table's first row (median over the rounds, and the middle half of them in brackets), and
+what share of the machine's ceiling a row reaches: matrix products or bytes from memory, both measured on the spot.
 
     python tests/bench.py step [--compile]           # a training step beside peft, one adapter and ten
     python tests/bench.py profile [--compile]        # where the time of such a step goes
@@ -123,13 +123,13 @@ def profile(args):
     run, vocabulary, on_gpu = our_steps(args), shape(args).vocab_size, args.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     found, wall = {}, 0.0  # {kind: [operations, seconds, FLOPs]}
-    for turn in range(args.rounds + 1):
+    run(1, args.compile)  # to warm up
+    for _ in range(args.rounds):
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiled:
             began = time.perf_counter()
             run(1, args.compile)
-            seconds = time.perf_counter() - began
-        wall += seconds if turn else 0  # the first is to warm up
-        for event in profiled.events() if turn else ():
+            wall += time.perf_counter() - began
+        for event in profiled.events():
             if event.device_type == torch.autograd.DeviceType.CPU:  # a kernel's time is its operation's, too
                 kind, work = operation(event, vocabulary)
                 spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -145,7 +145,10 @@ def profile(args):
 
 
 def operation(event, vocabulary, width=8 * len(EXPERTS)):
-    """What kind of operation a profiler's event is, and its FLOPs, where it is a matrix product. width: E·r."""
+    """What kind of operation a profiler's event is, and its FLOPs, where it is a matrix product. width: E·r.
+
+    A product is known by its sizes: in a step of as many tokens as E·r or the vocabulary all would be taken for one kind.
+    """
     if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
         (n, k), (_, m) = event.input_shapes[event.name != "aten::mm":][:2]
         whose = "the experts" if width in (n, k, m) else "the head" if vocabulary in (n, k, m) else "the frozen layers"
@@ -588,7 +591,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="new tokens of generate, teacher and gpu; steps a round of router")
     parser.add_argument("--tokens", type=int, default=PRESETS["paper"]["tokens"], help="gpu: tokens a micro-batch")
     parser.add_argument("--rounds", type=int, default=5, help="measured turns, after one to warm up (5)")
-    parser.add_argument("--compile", action="store_true", help="step, generate: with torch.compile as well; profile: with it")
+    parser.add_argument("--compile", action="store_true",
+                        help="step, generate: with torch.compile as well; profile: only so")
     parser.add_argument("--natural", action="store_true", help="teacher: replies end where they end")
     parser.add_argument("--queries", help="router, teacher: a file of real queries, .txt, .jsonl or .csv")
     parser.add_argument("--count", type=int, default=100_000, help="data: records")
