@@ -2,192 +2,48 @@
 
     python eval.py routing --run runs/tiny                   # does the router find the poles that a query calls for?
     python eval.py ablate --run runs/tiny                    # held-out loss under seven gate rules; each expert alone
-    python eval.py experiment routing --run runs/tiny        # and health, plot, inventory: see experiments.py
+    python eval.py experiment routing --run runs/tiny        # also: temperature, rank, domain, stages, baselines
     python eval.py bench emobench --data DIR --run runs/tiny # a public benchmark: base, PersonaFuse, the difference
-    python eval.py ask --run runs/tiny "My boss is furious"  # and chat, export: see use.py
+    python eval.py ask --run runs/tiny "My boss is furious"  # also: chat, export, health, plot, inventory
 
 Test records are split, where the data allow it, into domains that training has seen and domains held out entirely.
 Intervals are paired bootstraps over records, 95 %: the same records under both gates.
 """
 import argparse
-import hashlib
 import json
 import math
-import os
-import re
+import shutil
 import sys
-import time
+import textwrap
 import typing
-from collections import defaultdict
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import save_file
 import torch
-from tqdm import tqdm
 
-from batches import examples, micro_batches
-from benchmarks import BENCHMARKS, PROMPTS, grouped
-from command import Parser, add_fields, check_numbers, for_users, pick_device, pick_dtype, run_command
-from lora import EXPERTS, SHORT, adapter_shape
-from model import (Chat, Prefix, Transformer, UserError, atomic, encode, generate, last_positions, load_tokenizer, pad,
-                   read_json, shared_prefix)
-from router import RULES, gate_report, gates_under, persona_gate, raw_gate, softmax_gate
-from runs import Setup, differences, fingerprint, read_run
-from synth import read_lines, signatures
+from lora import EXPERTS, SHORT, export_mixture, merged_tensors, save_experts
+from model import generate
+from router import RULES, bars, gate_report, gates_under, persona_gate, query_ids, softmax_gate
+from support.bench import Bench, bench
+from support.chat import encode, load_tokenizer
+from support.command import Parser, add_fields, check_numbers, for_users, run_command
+from support.experiments import Experiment, experiment
+from support.files import UserError, atomic, open_safetensors, read_json, weight_files
+from support.inventory import Inventory, inventory
+from support.measure import (ByHand, Measured, OnRecords, bootstrap, by_hand, cases, losses, one_hot, pole_losses,
+                             subsets, update_gram)
+from support.plots import Plot, plot
+from support.records import load_data, messages_of, read_queries, write_records
+from support.rows import Example, examples
+from synth import signatures
 from train import answer, heldout, similarities
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What all commands share
-
-@dataclass(kw_only=True)
-class Common:
-    run: str = "runs/paper"
-    """Run folder that train.py made."""
-    stage: typing.Literal["warmup", "joint"] | None = None
-    """Which experts: warmup (with the router stage's router) or joint (with its own); the latest if not given."""
-    base: str | None = None
-    """The base's model folder, if it has moved."""
-    encoder: str | None = None
-    """The encoder's model folder, if it has moved."""
-    experts: str | None = None
-    """Experts from elsewhere, trained with PEFT or in another run: a folder with one PEFT folder for each."""
-    router: str | None = None
-    """A router from elsewhere: another run's router/router or joint/router."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; a GPU if there is one."""
-    dtype: typing.Literal["float32", "bfloat16"] | None = None
-    """Of the base: bfloat16 on a GPU, float32 on a CPU."""
-    seed: int = 0
-    """Of random and shuffled gates, bootstraps and sampling."""
-    tau: float | None = None
-    """τ of the gate; that of the joint stage, else 1.0, if not given."""
-    tokens: int = 4096
-    """Most tokens in a batch, padding included."""
-
-
-@dataclass(kw_only=True)
-class OnRecords(Common):
-    data: str | None = None
-    """Other records than the run's: a .jsonl file or a folder, as for train.py."""
-
-
-@dataclass(kw_only=True)
-class ByHand(Common):
-    persona: str | None = None
-    """Set the gate by hand, through the same softmax: O+,E-:0.5 is open, and half as strongly introverted."""
-    gate: str | None = None
-    """Set raw weights: ten numbers with commas between, or names as in high_openness:0.7,low_neuroticism:0.3."""
-
-    def __post_init__(self):
-        if self.persona and self.gate:
-            raise UserError("--persona and --gate both set the gate: choose one")
-
-
-class Measured:
-    """A run opened for measuring: its Setup, and of models and data what a command asks for, when it does."""
-
-    def __init__(self, args):
-        run = Path(args.run)
-        if not (run / "config.json").exists():
-            raise UserError(f"{run}: no config.json, so there is no run here; python train.py --preset tiny makes one")
-        found, self.args = read_run(run), args
-        own = found["setup"] | {k: getattr(args, k, None) or Setup.inside(found["setup"][k], run)
-                                for k in ("base", "encoder", "data")}
-        device = pick_device(args.device)
-        self.setup = Setup(
-            run=run, device=device, dtype=pick_dtype(args.dtype, device), tokens=args.tokens,
-            tau=args.tau or found["stages"].get("joint", {}).get("tau", 1.0), eval_records=0, **own)
-        if args.experts:
-            self.setup.rank, self.setup.alpha = adapter_shape(args.experts)
-
-    def folder(self, part):
-        """Where the "experts" or the "router" to measure are. UserError if they are not trained yet."""
-        if getattr(self.args, part):
-            return Path(getattr(self.args, part))
-        first = "warmup" if part == "experts" else "router"
-        stage = {None: None, "warmup": first, "joint": "joint"}[self.args.stage]
-        folder = self.setup.run / stage / part if stage else self.setup.stage_folder(part)
-        if folder is None or not folder.is_dir():
-            raise UserError(f"{self.setup.run} has no {part} of stage {stage or first} yet: python train.py "
-                            f"--preset {self.setup.preset} --stage {stage or first} --run {self.setup.run}")
-        return folder
-
-    def same(self, role, part):
-        """UserError if the base or the encoder is not what experts or router were trained on: --base may name any
-        folder. Of --experts and --router a run's own say what that was; what PEFT trained doesn't."""
-        folder, given = getattr(self.setup, role), getattr(self.args, part)
-        run = Path(given).resolve().parent.parent if given else self.setup.run  # RUN/STAGE/experts
-        try:
-            known = read_run(run).get("content", {}).get(role)
-        except UserError:
-            known = None  # not a run's
-        if known and fingerprint(folder) != known:
-            raise UserError(f"{folder}: not the {role} that {given or run} was trained on: config.json, tokenizer or "
-                            f"tensors are others. --{role} names the folder, if it has moved")
-
-    @cached_property
-    def model(self):
-        folder = self.folder("experts")
-        self.same("base", "experts")
-        return self.setup.load_base(folder)
-
-    @cached_property
-    def chat(self):
-        self.folder("experts")
-        return Chat.from_dir(self.setup.base)
-
-    @cached_property
-    def router(self):
-        folder = self.folder("router")
-        self.same("encoder", "router")
-        return self.setup.load_router(folder)
-
-    def rows(self, records):
-        """Records as rows for the router alone."""
-        self.folder("router")
-        return examples(records, tokenizer=load_tokenizer(self.setup.encoder))[0]
-
-    def gates(self, records):
-        """The router's gates for records, whose traits may be unknown: (N, E)."""
-        rows = self.rows([record | {"traits": {}} for record in records])
-        return softmax_gate(similarities(self.router, rows, self.args.tokens), self.setup.tau)
-
-    def records(self, split="test", need_response=True, limit=None):
-        """-> records of a split, and a mask (N,): True where training has never seen the record's domain."""
-        splits = self.setup.load_data(need_response)
-        records, known = splits[split][:limit], {record.get("domain") for record in splits["train"]}
-        return records, np.array([record.get("domain") not in known for record in records])
-
-
-def subsets(new_domain):
-    """[(name, row numbers)]: all records, and seen and held-out domains apart where there are both."""
-    parts = [("all", np.arange(len(new_domain)))]
-    if new_domain.any() and not new_domain.all():
-        parts += [("domains seen in training", np.flatnonzero(~new_domain)),
-                  ("domains held out", np.flatnonzero(new_domain))]
-    return parts
-
-
-def bootstrap(difference, counts, seed=0, n=2000):
-    """Paired bootstrap of a loss difference: per-record nats (N,) and tokens (N,) -> (mean per token, low, high)."""
-    rng, size = np.random.default_rng(seed), len(counts)
-    drawn = [rng.integers(0, size, size) for _ in range(n)]
-    means = [difference[i].sum() / counts[i].sum() for i in drawn]
-    return difference.sum() / counts.sum(), *np.percentile(means, (2.5, 97.5))
-
-
-def by_hand(run, args):
-    """The gate that --gate or --persona sets, (1, E), or None."""
-    if args.persona:
-        return persona_gate(args.persona, run.setup.tau)[None]
-    gate = raw_gate(args.gate) if args.gate else None
-    if gate is not None and gate.max() > 0.999 and run.folder("experts").parent.name == "joint":
-        print("note: joint training has made the experts used to working together, and one alone is far from what\n"
-              "they were trained for; --stage warmup has experts that were trained alone", file=sys.stderr)
-    return gate
+try:
+    import readline
+except ImportError:  # Windows
+    readline = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -316,502 +172,371 @@ def expert_table(run, args):
         print(f"  {EXPERTS[e]:<22}{shares[0]:>7.2f}{shares[1]:>8.2f}")
 
 
-def pole_losses(run, args):
-    """-> test records with one active pole, which one that is (N,), and nats/token of expert e alone on those of pole p
-    as (E, E), NaN where there are none."""
-    records, _ = run.records(limit=args.records)
-    records = [record for record in records if sum(map(abs, record["traits"].values())) == 1]
-    rows, _ = examples(records, run.chat)
-    poles, table = np.array([int(row.active.argmax()) for row in rows]), np.full((len(EXPERTS),) * 2, math.nan)
-    for e in range(len(EXPERTS) if rows else 0):
-        nats, counts = heldout(run.model, rows, one_hot(e).expand(len(rows), -1), args.tokens)
-        for p in set(poles):
-            table[e, p] = nats[poles == p].sum() / counts[poles == p].sum()
-    return records, poles, table
+# ----------------------------------------------------------------------------------------------------------------------
+# health
+
+@dataclass(kw_only=True)
+class Health(OnRecords):
+    text: str | None = None
+    """File of plain text, blank lines between its pieces, to see general ability on; the test queries, and the neutral
+    replies of the template teacher's records, if not given."""
+    records: int | None = None
+    """How many test records; all if not given."""
 
 
-def one_hot(expert):
-    """(1, E) with all the weight on one expert."""
-    return torch.eye(len(EXPERTS))[expert:expert + 1]
+def plain_rows(run, texts):
+    """Texts as rows in which all but the first token counts: nobody asks, nobody is in a manner."""
+    tokenizer, bos = load_tokenizer(run.setup.encoder), [] if run.chat.bos is None else [run.chat.bos]
+    return [Example(str(i), torch.zeros(len(EXPERTS)), np.array([*bos, *encode(
+        run.chat.tokenizer, text), run.chat.end][:run.args.tokens], dtype=np.int32), 1,
+        np.array(query_ids(tokenizer, text), dtype=np.int32)) for i, text in enumerate(texts)]
+
+
+def health(args):
+    """Failure signatures, in words and figures; exit status 1 when one holds. The first three are the source's."""
+    run, alarms = Measured(args), []
+    c, (splits, zero) = cases(run, limit=args.records), load_data(run.setup.data, run.setup.seed)
+    similarity, tau, uniform = similarities(run.router, c.rows, args.tokens), run.setup.tau, math.log(len(EXPERTS))
+    gates = softmax_gate(similarity, tau)
+    print(f"{args.run}: experts after {run.folder('experts').parent.name}, tau {tau:g}, {len(c.rows)} test records\n")
+
+    def check(name, holds, text):
+        alarms.extend([name] * bool(holds))
+        print(textwrap.fill(f"{'ALARM' if holds else 'ok':<7}{name}: {text}", 80, subsequent_indent=" " * 7))
+
+    nats = losses(run, c, ("learned", "random", "shuffled"), seed=args.seed)
+    worth = {rule: bootstrap(nats[rule] - nats["learned"], c.counts, args.seed) for rule in ("random", "shuffled")}
+    check("router", any(low <= 0 for _, low, _ in worth.values()),
+          "against its gates, " + ", ".join(f"{rule} ones lose {mean:.4f} [{low:.4f}, {high:.4f}]"
+                                            for rule, (mean, low, high) in worth.items())
+          + " nats/token; an interval that reaches 0 is a router no better than chance")
+
+    texts = [text for record in c.records for text in (record["query"], record.get("neutral")) if text]
+    if args.text:
+        try:
+            texts = [text for text in Path(args.text).read_text(encoding="utf-8").split("\n\n") if text.strip()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{args.text}: {error}") from None
+    rows = plain_rows(run, texts)
+    base, counts = heldout(run.model, rows, None, args.tokens)
+    mixed, _ = heldout(run.model, rows, softmax_gate(similarities(run.router, rows, args.tokens), tau), args.tokens)
+    mean, low, high = (x / (base.sum() / counts.sum()) for x in bootstrap(mixed - base, counts, args.seed))
+    check("general ability", low > 0.1, f"the mixture's loss on plain text is {mean:+.1%} [{low:+.1%}, {high:+.1%}] of "
+          f"the base's {base.sum() / counts.sum():.3f} nats/token; an interval above a tenth is too much")
+
+    total = sum(map(len, splits.values())) + zero
+    check("all-zero vectors", zero, f"{zero} of {total} records have no active trait; they are not trained on")
+
+    gram, usage = update_gram(run.model), gates.mean(0)
+    size, first = gram.diagonal().sqrt(), torch.bincount(similarity.argmax(-1), minlength=len(EXPERTS)) / len(gates)
+    dead = [name for name, share, updated in zip(EXPERTS, torch.minimum(usage, first), size / size.max())
+            if share < 0.1 / len(EXPERTS) or updated < 0.01]
+    check("dead experts", dead, f"{', '.join(dead) or 'none'}; lowest mean weight {usage.min():.3f}, lowest share of "
+          f"first choices {first.min():.3f}, smallest update {size.min() / size.max():.2f} of the largest (dead: 0.01)")
+
+    entropy = gate_report(gates)["entropy"]
+    check("collapsed gate", not 0.01 < entropy / uniform < 0.99, f"entropy {entropy:.3f} nats; within 1 % of 0 it is "
+          f"one expert, within 1 % of {uniform:.3f} all alike")
+
+    alone = [i for i, a in enumerate(c.active) if a.sum() == 1]
+    rows, poles = [c.rows[i] for i in alone], c.active[alone].argmax(-1)
+    gain = np.full(len(EXPERTS), math.nan)
+    if alone:
+        gains = (heldout(run.model, rows, torch.eye(len(EXPERTS))[poles], args.tokens)[0]
+                 - heldout(run.model, rows, None, args.tokens)[0])
+        for p in set(poles.tolist()):
+            gain[p] = gains[poles == p].sum() / c.counts[alone][poles == p].sum()
+    lost = [EXPERTS[e] for e in np.flatnonzero(gain > 0)]
+    check("experts that only work together", lost, (", ".join(lost) or "none") + "; one alone on its pole's records "
+          f"against the base, nats/token: best {np.nanmin(gain):+.3f}, worst {np.nanmax(gain):+.3f}" if alone else
+          "not seen: no test record calls for one pole alone")
+
+    cosines = gram / size.outer(size).clamp(min=1e-30) - 2 * torch.eye(len(EXPERTS))
+    a, b = divmod(int(cosines.argmax()), len(EXPERTS))
+    check("copies", cosines.max() > 0.9, f"the updates most alike are those of {EXPERTS[a]} and {EXPERTS[b]}, cosine "
+          f"{cosines.max():.2f}; above 0.90 they are copies")
+    print(f"\n{len(alarms)} alarm{'s' * (len(alarms) != 1)}" + ": " * bool(alarms) + ", ".join(alarms))
+    return int(bool(alarms))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# bench: the public benchmarks. benchmarks.py has their files, prompts, parsing and scoring; here a model answers them
+# What ask and chat share
 
 @dataclass(kw_only=True)
-class Bench(ByHand):
-    names: list[str]
-    """Which: emobench, eqbench, tombench, safetybench, gpqa, or all that --data holds."""
-    run: str | None = None
-    """Run folder; without it, --base DIR is measured alone."""
-    data: str | None = None
-    """The benchmark's folder as published; for several or all, the folder that holds emobench/ eqbench/ …"""
-    replies: str | None = None
-    """Score this replies.jsonl instead of running a model."""
-    against: str | None = None
-    """A second replies.jsonl, compared with that of --replies item by item."""
+class Talk(ByHand):
+    max_new_tokens: int = 200
+    """Longest reply."""
+    temperature: float = 0.0
+    """Of sampling; 0 takes the most probable token every time."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability."""
+
+
+def check_text(query):
+    """UserError for what is no text, or none at all."""
+    if not query.strip():
+        raise UserError("an empty query: say what to ask")
+    if any("\ud800" <= char <= "\udfff" for char in query):  # how Python shows stray bytes
+        raise UserError("the query is not UTF-8 text: check the terminal's encoding")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ask
+
+@dataclass(kw_only=True)
+class Ask(Talk):
+    queries: list[str] = field(default_factory=list)
+    """What to ask; several are answered in turn."""
+    file: str | None = None
+    """Queries from a file instead: .txt (one a line), .jsonl (query, perhaps id and history) or .csv."""
     json: bool = False
-    """Print only JSON, the authors' numbers, on standard output."""
-    partial: bool = False
-    """Score what is there of a replies.jsonl that is not whole."""
-    only: typing.Literal["base", "personafuse"] | None = None
-    """Run one of the two; both, and compare them, if not given."""
-    mode: typing.Literal["generate", "logits"] | None = None
-    """logits takes the letter with the highest log-probability: SafetyBench's default; generate, the others'."""
-    lang: typing.Literal["en", "zh"] | None = None
-    """ToMBench: en if not given; EmoBench: both if not given."""
-    set: str | None = None
-    """SafetyBench: en, zh or zh_subset, the one that is there if not given. GPQA: main, if not given, diamond or
-    extended."""
-    revise: bool = False
-    """EQ-Bench: ask for a critique and revised scores too."""
-    cot: bool = False
-    """EmoBench: ask for the reasoning first."""
-    shots: int | None = None
-    """SafetyBench: this many examples, at most 5, of the same category before each question; none if not given."""
-    tries: int | None = None
-    """Tries a question: ToMBench 5, EQ-Bench at most 3 until one parses, GPQA 1 (repeats) if not given."""
-    rows: int | None = None
-    """Run this many questions only, evenly spread."""
-    part: str | None = None
-    """Run only questions whose id begins so: EA/en, "False Belief Task"."""
-    max_new_tokens: int | None = None
-    """Longest reply; EmoBench 50 (2048 with --cot), EQ-Bench 60 (1000 with --revise), ToMBench 32, SafetyBench 64,
-    GPQA 1024 if not given."""
-    prompts: str | None = None
-    """JSON file with other instructions, {"emobench/EA/en": text, …}; see PROMPTS in benchmarks.py."""
-    password_env: str | None = None
-    """GPQA: the environment variable that holds the archive's password."""
-    out: str | None = None
-    """Folder for the replies; RUN/bench, or runs/bench-BASE for a base alone, if not given. A stopped run goes on."""
+    """Print only JSON, one object a line: id, query, gate, base and reply."""
 
 
-class Subjects:
-    """The base and PersonaFuse, loaded when first asked for, and the gate of each question."""
-
-    def __init__(self, args):
-        if not args.run and not (args.base and args.only != "personafuse"):
-            raise UserError("which model? --run with a run folder, or --base with a model folder to measure it alone")
-        self.args, self.run, self.routed = args, Measured(replace(args, data=None)) if args.run else None, {}
-        self.base = self.run.setup.base if self.run else args.base
-        self.dtype = pick_dtype(args.dtype, pick_device(args.device))
-        fused = "by hand" if args.persona or args.gate else "PersonaFuse"
-        self.names = ["base"] if not self.run or args.only == "base" else [fused] if args.only else ["base", fused]
-
-    @cached_property
-    def model(self):
-        if self.names != ["base"]:
-            return self.run.model
-        return Transformer.from_pretrained(self.base, self.dtype, pick_device(self.args.device))
-
-    @cached_property
-    def chat(self):
-        return Chat.from_dir(self.base)
-
-    def settings(self, name):
-        """What says which model this is, wherever its run folder is: a resumed run must share it."""
-        read_json(Path(self.base) / "config.json")  # fingerprint would take a folder without one for data
-        found = {"base": Path(self.base).name, "content": fingerprint(self.base),
-                 "dtype": str(self.dtype).removeprefix("torch."), "gate": "base"}
-        if name == "base":
-            return found
-        found |= {"gate": self.args.persona or self.args.gate or "learned", "tau": self.run.setup.tau,
-                  "alpha": self.run.setup.alpha}
-        files = {"experts": [self.run.folder("experts") / e / "adapter_model.safetensors" for e in EXPERTS]}
-        if found["gate"] == "learned":
-            found["encoder"] = fingerprint(self.run.setup.encoder)
-            files["router"] = [self.run.folder("router") / "model.safetensors"]
-        for part, names in files.items():
-            digest = hashlib.sha256()
-            for file in names:
-                with open(file, "rb") as content:
-                    digest.update(hashlib.file_digest(content, "sha256").digest())
-            found[part] = digest.hexdigest()
-        return found
-
-    def gates(self, name):
-        """One gate (1, E) for all questions, None for the base, or what makes the gates of items: items -> (B, E)."""
-        if name == "base":
-            return None
-        hand = by_hand(self.run, self.args)
-        return self.route if hand is None else hand
-
-    def route(self, items):
-        """The router's gates, each query read once: the scenario and the question, as they stand."""
-        new = [query for query in dict.fromkeys(item.query for item in items) if query not in self.routed]
-        if new:
-            self.routed |= zip(new, self.run.gates([{"id": i, "query": query} for i, query in enumerate(new)]))
-        return torch.stack([self.routed[item.query] for item in items])
-
-
-def choose(model, chat, items, prompts, gate, prefix):
-    """Replies made of the letters with the highest log-probability, slot by slot -> texts. gate: (B, E), (1, E) or
-    None; prefix: what all prompts begin with, computed already, or None."""
-    texts = ["" for _ in items]
-    for slot in range(len(items[0].slots)):
-        texts = [text + item.slots[slot][0] for text, item in zip(texts, items)]
-        rows = [ids + encode(chat.tokenizer, text) for ids, text in zip(prompts, texts)]
-        ids, lengths = pad([row[prefix.length if prefix else 0:] for row in rows], model.device)
-        logits = model.head(model.hidden(ids, gate, prefix, last_positions(ids, lengths)))  # (B, V)
-        for i, item in enumerate(items):
-            letters = item.slots[slot][1]
-            texts[i] += letters[logits[i, [encode(chat.tokenizer, letter)[0] for letter in letters]].argmax().item()]
-    return [text + item.end for text, item in zip(texts, items)]
-
-
-@torch.no_grad()
-def reply_to(model, chat, items, gates, mode, max_new_tokens, tokens, seed):
-    """Yield (items, texts) batch by batch, the shortest prompts first. In logits mode, what the prompts of one
-    instruction begin with is computed once where the gate allows it: one gate for all, or none."""
-    generator = torch.Generator().manual_seed(seed)
-    kinds = defaultdict(list)
-    for item in items:
-        ids = chat.prompt([{"role": "user", "content": item.text}])
-        kinds[item.instruction if mode == "logits" else item.temperature].append((item, ids))
-    for kind, part in kinds.items():
-        gate, prefix = gates.to(model.device) if torch.is_tensor(gates) else None, None
-        if mode == "logits" and not callable(gates):
-            n = shared_prefix([ids for _, ids in part])
-            prefix = Prefix(model, part[0][1][:n], gate) if n and len(part) > 1 else None
-        for group in micro_batches(part, tokens, lambda one: len(one[1]) + max_new_tokens):
-            some, prompts = zip(*group)
-            if callable(gates):
-                gate = gates(some).to(model.device)
-            if mode == "logits":
-                yield some, choose(model, chat, some, prompts, gate, prefix)
-            else:
-                found = generate(model, prompts, gate, max_new_tokens, kind, stops=chat.stops, generator=generator)
-                yield some, [chat.text(ids) for ids in found]
-
-
-def read_replies(path, bench, rows):
-    """A replies.jsonl -> {id: {try: reply}}, checked. UserError names file and line."""
-    by_id, replies, ignored = {row["id"]: row for row in rows}, defaultdict(dict), 0
-    for number, reply in read_lines(path):
-        try:
-            id, n, output, shown = str(reply["id"]), reply["try"], reply["output"], reply.get("map")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: not a reply ({type(error).__name__}: {error}); expected {{\"id\", "
-                            "\"try\", \"output\", …}") from None
-        if bench.ignored(id):
-            ignored += 1
-            continue
-        problem = f"{bench.title} has no {id!r}" if id not in by_id else \
-            f"try is {n!r}, expected a number from 0" if type(n) is not int or n < 0 else \
-            f"output is {output!r}, expected text" if not isinstance(output, str) else \
-            f"a second reply to {id}, try {n}" if n in replies[id] else \
-            f"map is {shown!r}, expected the letter shown -> the letter in the file, for each option" \
-            if bench.name == "tombench" and not bench.fits(by_id[id], shown) else None
-        if problem:
-            raise UserError(f"{path}, line {number}: {problem}")
-        replies[id][n] = reply
-    if ignored:
-        print(f"{path}: {ignored} replies in the other language are not scored", file=sys.stderr)
-    return dict(replies)
-
-
-def open_replies(folder, settings, bench, rows):
-    """Begin or go on with a folder of replies -> {id: {try: reply}} so far. UserError if they were made differently."""
-    file, replies = folder / "replies.jsonl", {}
-    if (folder / "config.json").exists():
-        was = dict.fromkeys(settings, "unknown") | read_json(folder / "config.json")
-        differ = differences(was, settings)
-        if differ:
-            raise UserError(f"{folder} holds replies made with other settings: {differ}. Choose another --out")
-    if file.exists():
-        text, begins = file.read_bytes(), b'{"id": "", "try": '
-        if torn := len(text) - text.rfind(b"\n") - 1:  # it was stopped in the middle of a line
-            first = re.sub(rb'^({"id": ")[^"]*', rb"\1", text.split(b"\n")[0])[:len(begins)]
-            if not begins.startswith(first):
-                raise UserError(f"{file}, line 1: not a reply; expected {{\"id\", \"try\", \"output\", …}}. Remove the "
-                                "file, or choose another --out")
-            os.truncate(file, len(text) - torn)
-        replies = read_replies(file, bench, rows)
-    with atomic(folder / "config.json") as part:
-        part.write_text(json.dumps(settings, indent=2) + "\n")
-    for item in bench.ask(rows, {}):
-        if replies.get(item.id, {}).get(item.n, {}).get("prompt_sha256", item.sha256) != item.sha256:
-            raise UserError(f"{file}: {item.id} was asked in other words (prompt_sha256). Choose another --out")
-    return replies
-
-
-def run_bench(args, bench, rows, chosen, subjects, name, folder):
-    """Ask those of `chosen` (some of `rows`) that have no reply yet; replies.jsonl grows batch by batch -> their
-    replies. Stopped at any time, the same command goes on."""
-    mode = args.mode or ("logits" if bench.name == "safetybench" else "generate")
-    longest, chat = args.max_new_tokens or bench.tokens, subjects.chat  # a wrong folder shows before any file is
-    replies = open_replies(folder, {
-        "bench": bench.name, "mode": mode, "max_new_tokens": longest if mode == "generate" else None, "set": args.set,
-        "revise": bench.revise, "cot": bench.cot, "shots": bench.shots, "seed": args.seed,
-        **subjects.settings(name)}, bench, rows)
-    by_id = {row["id"]: row for row in chosen}
-    while items := [item for item in bench.ask(chosen, replies) if item.n not in replies.get(item.id, ())]:
-        gates, began = subjects.gates(name), time.perf_counter()
-        bar = tqdm(total=len(items), desc=f"{bench.title}, {name}", unit="reply", disable=not sys.stderr.isatty(),
-                   dynamic_ncols=True)
-        with bar, open(folder / "replies.jsonl", "a", encoding="utf-8") as out:
-            for some, texts in reply_to(subjects.model, chat, items, gates, mode,
-                                        longest if mode == "generate" else 0, args.tokens, args.seed):
-                seconds = round((time.perf_counter() - began) / len(some), 3)
-                for item, text in zip(some, texts):
-                    reply = {"id": item.id, "try": item.n, "prompt_sha256": item.sha256,
-                             "output": bench.stored(by_id[item.id], text), "seconds": seconds}
-                    reply |= {"map": item.map} if item.map else {}
-                    replies.setdefault(item.id, {})[item.n] = reply
-                    out.write(json.dumps(reply, ensure_ascii=False) + "\n")
-                out.flush()
-                bar.update(len(some))
-                began = time.perf_counter()
-    return {id: tries for id, tries in replies.items() if id in by_id}
-
-
-def wilson(share, n):
-    """95 % interval of a share of n."""
-    z = 1.96
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def mcnemar(a, b):
-    """Exact two-sided p of two arrays of 0/1 on the same items: those that differ fall either way like a fair coin."""
-    gained, lost = int((a < b).sum()), int((a > b).sum())
-    n = gained + lost
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2 ** n)
-
-
-def estimate(values, seed=0):
-    """Scores of items (N,), out of 100 -> (mean, low, high): Wilson for right and wrong, else a bootstrap."""
-    if np.isin(values, (0, 100)).all():
-        return values.mean(), *(100 * x for x in wilson(values.mean() / 100, len(values)))
-    return bootstrap(values, np.ones(len(values)), seed)
-
-
-def paired(a, b, seed=0):
-    """The same items under two models, out of 100 -> (mean of b − a, low, high, p). The interval is a paired bootstrap;
-    p is McNemar's for right and wrong, else how often the bootstrap falls on the other side of 0."""
-    found = bootstrap(b - a, np.ones(len(a)), seed)
-    if np.isin([a, b], (0, 100)).all():
-        return *found, mcnemar(a, b)
-    means = (b - a)[np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))].mean(1)
-    return *found, min(1.0, 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / 2001)
-
-
-def values_of(points, rows, scale):
-    """{question: score out of 100}; repeats of a question are averaged, what could not be parsed is left out."""
-    found = defaultdict(list)
-    for row in rows:
-        if points.get(row["id"]) is not None:
-            found[row.get("unit", row["id"])].append(scale * points[row["id"]])
-    return {unit: np.mean(scores) for unit, scores in found.items()}
-
-
-def best_constant(bench, rows, replies):
-    """{id: points} of the one answer that would score best, given to each of these rows in every try."""
-    graded = []
-    for constant in bench.constants(rows[0]):
-        said = {row["id"]: {n: {**reply, "output": bench.constants(row).get(constant, "")}
-                            for n, reply in replies.get(row["id"], {0: {}}).items()} for row in rows}
-        graded.append(bench.grade(rows, said))
-    return max(graded, key=lambda points: sum(points.values()))
-
-
-def bench_lines(bench, rows, replies, seed=0):
-    """replies {model: {id: {try: reply}}} -> what the tables show: a dict for each part of a benchmark, and all."""
-    graded = {name: (bench.grade(rows, some), bench.grade(rows, some, lenient=True)) for name, some in replies.items()}
-    scale, a_model = 1 if bench.points else 100, next(iter(replies))
-    seen = [row for row in rows if row["id"] in graded[a_model][0]]
-    parts, constant, lines = grouped(seen, "part"), {}, []
-    for _, some in parts:
-        constant |= best_constant(bench, some, replies[a_model])
-    for part, some in parts + ([("all", seen)] if len(parts) > 1 else []):
-        line = {"part": part, "chance": np.mean([bench.chance(row) for row in some]) * scale,
-                "constant": np.mean([constant[row["id"]] for row in some]) * scale, "models": {}}
-        for name, points in graded.items():
-            values, loose = (values_of(p, some, scale) for p in points)
-            line["models"][name] = {
-                "values": values, "loose": loose, "n": len(values),
-                "score": estimate(np.array(list(values.values())), seed) if values else (0.0, 0.0, 0.0),
-                "lenient": np.mean(list(loose.values())) if loose else 0.0,
-                "unparsed": sum(points[0].get(row["id"], 0) is None for row in some) if bench.points else sum(
-                    bench.unparsed(row, reply) for row in some for reply in replies[name].get(row["id"], {}).values())}
-        for key in ("values", "loose") if len(graded) == 2 else ():
-            a, b = (model[key] for model in line["models"].values())
-            both = [unit for unit in a if unit in b]
-            line[f"paired {key}"] = both and paired(*(np.array([x[unit] for unit in both]) for x in (a, b)), seed)
-        lines.append(line)
-    return lines
-
-
-def score_rows(lines, name):
-    """One model's table."""
-    return [["", "n", "chance", "constant", "score [95 %]", "lenient", "unparsed"]] + [
-        [line["part"], str(found["n"]), f"{line['chance']:.1f}", f"{line['constant']:.1f}",
-         "{:.1f} [{:.1f}, {:.1f}]".format(*found["score"]), f"{found['lenient']:.1f}", str(found["unparsed"])]
-        for line in lines for found in [line["models"][name]]]
-
-
-def comparison_rows(lines, reported):
-    """Two models side by side, on the items that both have; the source's relative improvement last."""
-    table = [["", *lines[0]["models"], "difference [95 %]", "p", "relative", "reported"]]
-    for line in lines:
-        for key in ("values", "loose") if line is lines[-1] else ("values",):
-            if not line[f"paired {key}"]:
-                continue
-            mean, low, high, p = line[f"paired {key}"]
-            first, second = (found[key] for found in line["models"].values())
-            a, b = (np.mean([x[unit] for unit in first if unit in second]) for x in (first, second))
-            table.append([line["part"] + (", lenient" if key == "loose" else ""), f"{a:.1f}", f"{b:.1f}",
-                          f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}",
-                          f"{100 * (b - a) / abs(a):+.1f} %" if a else "-",
-                          reported if line is lines[-1] and key == "values" else ""])
-    return table
-
-
-def show(table, width=80):
-    """Print rows of text as columns, the first one cut where lines would be longer than `width`."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    widths[0] = min(widths[0], width - 2 - sum(w + 2 for w in widths[1:]))
-    for row in table:
-        first = row[0] if len(row[0]) <= widths[0] else row[0][:widths[0] - 1] + "…"
-        line = "  " + first.ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:]))
-        print(line.rstrip())
-
-
-def markdown(tables):
-    """{title: rows, all with the same columns} -> one Markdown table."""
-    head = next(iter(tables.values()))[0]
-    lines = [["benchmark", "part", *head[1:]], ["---"] * (len(head) + 1)]
-    lines += [[title, *row] for title, rows in tables.items() for row in rows[1:]]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def make_benchmark(args, name, folder):
-    """-> the benchmark and its rows, all checked."""
-    prompts = read_json(args.prompts) if args.prompts else {}
-    for key, text in prompts.items():
-        if key not in PROMPTS or not isinstance(text, str):
-            raise UserError(f"{args.prompts}: {key!r}; expected texts under some of {', '.join(PROMPTS)}")
-    if (args.shots or 0) > 5:
-        raise UserError(f"--shots {args.shots}: there are five examples of each category")
-    password = os.environ.get(args.password_env) if args.password_env else None
-    if args.password_env and not password:
-        raise UserError(f"--password-env {args.password_env}: there is no such environment variable, or it is empty")
-    bench = BENCHMARKS[name](lang=args.lang, subset=args.set, revise=args.revise, cot=args.cot, shots=args.shots or 0,
-                             tries=args.tries, prompts=prompts, password=password)
-    rows = bench.load(folder)
-    if args.mode == "logits" and (bench.points or args.cot):
-        raise UserError("--mode logits chooses among letters: EQ-Bench has none, and --cot asks for reasoning first")
-    return bench, rows
-
-
-def stored_replies(args, bench, rows):
-    """--replies, and --against -> {model: replies}. UserError if any are missing, unless --partial."""
-    found = {}
-    for name, file in (("base" if args.against else "replies", args.replies), ("PersonaFuse", args.against)):
-        if file is None:
-            continue
-        found[name] = read_replies(file, bench, rows)
-        missing = bench.missing(rows, found[name])
-        if not found[name]:
-            raise UserError(f"{file}: no replies to {bench.title} in it")
-        if missing and not args.partial:
-            raise UserError(f"{file}: {missing} replies are missing; --partial scores what is there")
-        if missing:
-            print(f"{file}: {missing} replies are missing; what is there is scored", file=sys.stderr)
-    return found
-
-
-def choose_rows(args, bench, rows):
-    """The questions to ask: --part, and --rows of it, evenly spread."""
-    chosen = [row for row in rows if row["id"].startswith(args.part or "")]
-    if not chosen:
-        raise UserError(f"--part {args.part!r}: no id of {bench.title} begins so; the first is {rows[0]['id']!r}")
-    n = min(args.rows or len(chosen), len(chosen))
-    if n < len(rows):
-        print(f"{bench.title}: {n} of {len(rows)} questions", file=sys.stderr)
-    return [chosen[i * len(chosen) // n] for i in range(n)]
-
-
-def bench(args):
-    """The public benchmarks, scored as their authors do: the base, PersonaFuse, and the two side by side."""
-    every, data = args.names == ["all"], Path(args.data or "")
-    names = [name for name in BENCHMARKS if (data / name).is_dir()] if every else args.names
-    if not args.data or not names or not set(names) <= set(BENCHMARKS):
-        raise UserError(f"bench {' '.join(args.names)} --data {args.data}: expected the name of a benchmark "
-                        f"({', '.join(BENCHMARKS)}) and its folder as published, or all and the folder they are in")
-    several = every or len(names) > 1
-    if (args.replies or args.against) and (several or args.run or args.base or not args.replies):
-        raise UserError("--replies scores one benchmark's file without a model, --against compares a second one with "
-                        "it: one name, and neither --run nor --base")
-    subjects = None if args.replies else Subjects(args)
-    out = Path(args.out or (Path(args.run) / "bench" if args.run else f"runs/bench-{Path(args.base or '').name}"))
-    found, tables = {}, {}
-    for name in names:
-        try:
-            bench, rows = make_benchmark(args, name, data / name if several else data)
-            chosen = choose_rows(args, bench, rows) if subjects else rows
-        except UserError as error:
-            if not every:
-                raise
-            print(f"{name} is left out: {error}", file=sys.stderr)
-            continue
-        if subjects is None:
-            replies = stored_replies(args, bench, rows)
+def ask(args):
+    """The gate as bars, the base's reply and PersonaFuse's reply to each query."""
+    if bool(args.queries) == bool(args.file):
+        raise UserError("ask needs queries, as words or with --file FILE" + " and not both" * bool(args.file))
+    for query in args.queries:
+        check_text(query)
+    records = read_queries(args.file)[0] if args.file else [
+        {"id": str(i), "query": query} for i, query in enumerate(args.queries)]
+    run = Measured(args)
+    hand = by_hand(run, args)
+    gates = run.gates(records) if hand is None else hand.expand(len(records), -1)
+    for record, gate in zip(records, gates):
+        base, reply = (answer(run.model, run.chat, [record], one, args.max_new_tokens, temperature=args.temperature,
+                              top_p=args.top_p, generator=torch.Generator().manual_seed(args.seed))[0]
+                       for one in (None, gate[None]))
+        if args.json:
+            weights = dict(zip(EXPERTS, gate.tolist()))
+            print(json.dumps({"id": record["id"], "query": record["query"], "gate": weights, "base": base,
+                              "reply": reply}, ensure_ascii=False), flush=True)
         else:
-            replies = {who: run_bench(args, bench, rows, chosen, subjects, who, out / name / who.replace(" ", "-"))
-                       for who in subjects.names}
-        scores = {who: bench.score(chosen, some) for who, some in replies.items()}
-        found[name] = scores.get("replies", scores)
-        if not args.json:
-            tables[bench.title] = bench_report(bench, chosen, replies, scores, args.seed)
-    if args.json:
-        print(json.dumps(found if several else found[names[0]], ensure_ascii=False))
-    elif every and tables:
-        with atomic(out / "bench.md") as part:
-            part.write_text(markdown(tables), encoding="utf-8")
-        print(f"\n{markdown(tables)}\nwritten to {out / 'bench.md'}")
+            print(f"\n{record['query']}\n\n{bars(gate)}\n\nbase:        {printable(base)}\n\n"
+                  f"PersonaFuse: {printable(reply)}", flush=True)
 
 
-def bench_report(bench, rows, replies, scores, seed):
-    """Print a table for each model, and one for two side by side -> the rows of the last."""
-    lines = bench_lines(bench, rows, replies, seed)
-    for who in replies:
-        print(f"\n{bench.title}, {who}; out of 100\n")
-        table = score_rows(lines, who)
-        show(table)
-        official = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scores[who].items()
-                             if bench.name != "safetybench" and not isinstance(v, dict))
-        print(f"\n  the authors' own: {official}" if official else "")
-    print("  constant: the one answer that scores best on a part, given to all of it;\n"
-          "  lenient: read as a person would, beside the authors' strict reading in score")
-    if len(replies) == 2:
-        table = comparison_rows(lines, bench.reported)
-        print(f"\n{bench.title}, side by side; reported: the source's relative improvement at 8B\n")
-        show(table)
-    return table
+def printable(text):
+    """A model's words without what a terminal would take for commands."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# chat
+
+HELP = """/persona O+,E-:0.5  set the gate by hand      /router     the router sets it again
+/base               the last message's reply without experts, beside the conversation
+/reset              begin anew                /save FILE  the conversation, as queries (.jsonl)
+/help               this                      /quit       or Ctrl-D"""
+
+
+class Conversation:
+    """Turns of a chat. Each turn has a gate of its own, so what earlier turns left in the cache, made under another
+    gate, is of no use: the whole conversation is read again."""
+
+    def __init__(self, run, args):
+        self.run, self.args, self.hand, self.turns = run, args, by_hand(run, args), []
+        self.model, self.chat = run.model, run.chat
+        if self.hand is None:
+            run.router  # loaded now, and not at the first message
+        self.generator = torch.Generator().manual_seed(args.seed)
+
+    def record(self, query, turns):
+        history = [{"role": role, "content": turn[key]} for turn in turns
+                   for role, key in (("user", "query"), ("assistant", "response"))]
+        return {"query": query} | ({"history": history} if history else {})
+
+    def say(self, record, gate):
+        """Stream a reply to standard output -> its text. Ctrl-C ends it early."""
+        ids, shown = [], 0
+
+        def stream(_, token):
+            nonlocal shown
+            ids.append(token)
+            text = self.chat.text(ids)
+            if not text.endswith("\ufffd"):  # else a character of which some bytes are still to come
+                print(printable(text[shown:]), end="", flush=True)
+                shown = len(text)
+        try:
+            generate(self.model, [self.chat.prompt(messages_of(record))], gate, self.args.max_new_tokens,
+                     self.args.temperature, self.args.top_p, self.chat.stops, self.generator, stream)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        text = self.chat.text(ids)
+        print(printable(text[shown:]) + "\n")
+        return text
+
+    def reply(self, query):
+        """Route, show the gate in a line, answer."""
+        check_text(query)
+        record = self.record(query, self.turns)
+        gate = self.run.gates([record | {"id": "0"}]) if self.hand is None else self.hand
+        weights = " ".join(name + f"{weight:.2f}".lstrip("0") for name, weight in zip(SHORT, gate[0].tolist()))
+        print(f"{'router' if self.hand is None else 'by hand'}  {weights}\n", flush=True)
+        text = self.say(record, gate)
+        self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, gate[0].tolist()))})
+
+    def command(self, line):
+        name, _, rest = line.partition(" ")
+        if name == "/persona" and rest.strip():
+            self.hand = persona_gate(rest.strip(), self.run.setup.tau)[None]
+        elif name == "/router":
+            self.run.router  # first: where there is none, the gate stays
+            self.hand = None
+        elif name == "/base":
+            if not self.turns:
+                raise UserError("/base answers the last message again, and there is none yet")
+            print("base\n")
+            self.say(self.record(self.turns[-1]["query"], self.turns[:-1]), None)
+        elif name == "/reset":
+            self.turns = []
+        elif name == "/save" and rest.strip():
+            self.save(Path(rest.strip()))
+        elif name == "/help":
+            print(HELP + "\n")
+        else:
+            raise UserError(f"{line.split()[0]} is not known, or lacks what should follow it; /help lists all. A "
+                            "message that begins with / needs a space before it")
+
+    def save(self, path):
+        if not self.turns:
+            raise UserError("nothing said yet, so nothing to save")
+        if path.suffix != ".jsonl" or path.exists():
+            raise UserError(f"{path} " + ("is there already: give another name" if path.exists() else
+                                          "is no name for a file of queries, expected one that ends in .jsonl"))
+        write_records(path, [{"id": str(i)} | self.record(turn["query"], self.turns[:i]) | turn
+                             for i, turn in enumerate(self.turns)])
+        print(f"{path}: {len(self.turns)} turns\n")
+
+
+def chat(args):
+    """A conversation in the terminal. Each turn is routed anew; /help lists the commands."""
+    talk = Conversation(Measured(args), args)
+    if sys.stdin.isatty():
+        if readline is not None:
+            readline.set_auto_history(True)  # and the arrow keys, in input() below
+        print(f"{talk.run.setup.run}: /help lists the commands, Ctrl-D ends\n")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+            if line.strip() == "/quit":
+                return
+            if line.startswith("/"):
+                talk.command(line)
+            elif line.strip():
+                talk.reply(line.strip())
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            print("not UTF-8 text: check the terminal's encoding\n", file=sys.stderr)
+        except UserError as error:  # what was said so far is worth more than an end
+            print(f"{error}\n", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# export
+
+@dataclass(kw_only=True)
+class Export(ByHand):
+    as_: typing.Literal["experts", "mixture", "merged"] = "experts"
+    """experts: ten PEFT adapters. mixture: one PEFT adapter of ten times the rank that equals the mixture under one
+    gate. merged: a whole model folder with the mixture under one gate in its weights."""
+    out: str | None = None
+    """The folder to write."""
+    query: str | None = None
+    """Take the router's gate for this query."""
+    shard_gb: float = 5.0
+    """merged: most gigabytes of a file."""
+
+
+def export(args):
+    """Write the run for other software: PEFT adapters, or a model folder for transformers, vLLM or llama.cpp."""
+    ways = [key for key in ("gate", "persona", "query") if getattr(args, key)]
+    if len(ways) != (args.as_ != "experts"):
+        raise UserError(f"--as {args.as_} takes " + ("no gate" if args.as_ == "experts" else "one gate, by --gate, "
+                        "--persona or --query") + f"; found {' and '.join('--' + way for way in ways) or 'none'}")
+    if not args.out:
+        raise UserError("--out is missing: where should the export go?")
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} is there already: give another name, or remove it")
+    run = Measured(args)
+    if args.as_ == "merged" and not args.dtype:  # as the base is stored, whatever it is computed in here
+        run.setup.dtype = stored_dtype(run.setup.base)
+    if args.query:
+        check_text(args.query)
+    gate = run.gates([{"id": "0", "query": args.query}]) if args.query else by_hand(run, args)
+    if args.as_ == "experts":
+        with atomic(out) as part:
+            save_experts(run.model, part, run.setup.base)
+    elif args.as_ == "mixture":
+        export_mixture(run.model, gate, out, run.setup.base)
+    else:
+        write_model(run, gate, out, args.shard_gb * 1e9)
+    print(f"{out}: {args.as_}, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:,.0f} MB"
+          + ("" if gate is None else f", for the gate\n{bars(gate[0])}"))
+
+
+def stored_dtype(folder):
+    """The dtype of a model folder's first tensor, as safetensors names it -> torch's."""
+    file, names = next(iter(weight_files(folder).items()))
+    with open_safetensors(file) as tensors:
+        kind = tensors.get_slice(names[0] if names else next(iter(tensors.keys()))).get_dtype()
+    return {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
+
+
+def write_model(run, gate, out, most):
+    """A model folder with dense weights for one gate. Tensors are merged as their shard is written: beside the model
+    there is never more than one shard in memory."""
+    base, total, shards = Path(run.setup.base), 0, [{}]
+    for name, tensor in run.model.state_dict().items():
+        if not name.endswith((".A", ".B")):
+            if shards[-1] and sum(shards[-1].values()) + tensor.nbytes > most:
+                shards.append({})
+            shards[-1][name] = tensor.nbytes
+            total += tensor.nbytes
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    tensors = merged_tensors(run.model, gate)
+    with atomic(out) as part:
+        part.mkdir()
+        for file, shard in zip(files, shards):
+            state = {name: tensor.cpu().contiguous() for name, tensor in (next(tensors) for _ in shard)}
+            save_file(state, part / file, metadata={"format": "pt"})
+            del state
+        if len(shards) > 1:
+            where = {name: file for file, shard in zip(files, shards) for name in shard}
+            (part / "model.safetensors.index.json").write_text(
+                json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+        for file in sorted(base.iterdir()):  # tokenizer, chat template, generation settings, licence
+            if file.is_file() and (file.suffix in (".json", ".jinja", ".txt", ".model") or "LICENSE" in file.name) \
+                    and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, part / file.name)
+        settings = read_json(base / "config.json") | {"torch_dtype": str(run.setup.dtype).removeprefix("torch.")}
+        (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-COMMANDS = {"routing": (Routing, routing), "ablate": (Ablate, ablate), "bench": (Bench, bench)}
+
+COMMANDS = {
+    "routing": (Routing, routing), "ablate": (Ablate, ablate), "health": (Health, health), "ask": (Ask, ask),
+    "chat": (Talk, chat), "export": (Export, export), "bench": (Bench, bench), "experiment": (Experiment, experiment),
+    "plot": (Plot, plot), "inventory": (Inventory, inventory)}
 
 
 def main(argv=None):
-    import experiments  # here, since these stand on this file
-    import use
-
     parser = Parser(description=for_users(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
-    known = COMMANDS | experiments.COMMANDS | use.COMMANDS
-    for name, (cls, function) in known.items():
+    for name, (cls, function) in COMMANDS.items():
         add_fields(commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False),
                    cls)
     values = vars(parser.parse_args(argv))
-    cls, function = known[values.pop("command")]
+    cls, function = COMMANDS[values.pop("command")]
     return function(check_numbers(cls(**values)))
 
 
 if __name__ == "__main__":
-    import eval  # by the name under which experiments.py and use.py know it, so that there is one of each class
-    run_command(eval.main)
+    run_command(main)

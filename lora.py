@@ -12,11 +12,13 @@ Shapes: B rows, T tokens, E experts, r rank.
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
+import torch
 from torch import nn
 
-from model import Linear, UserError, atomic, linear, read_json, read_tensors, short
+from model import Linear, linear
+from support.files import UserError, atomic, read_json, read_tensors, short
+
 
 TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
 EXPERTS = tuple(f"{pole}_{trait}" for trait in TRAITS for pole in ("high", "low"))  # trait t: high 2t, low 2t + 1

@@ -15,93 +15,21 @@ Shapes: B rows, T tokens, S tokens in the cache, D width, H query heads, K key/v
 E experts.
 """
 import functools
-import importlib.util
-import json
 import math
-import os
-import re
-import shutil
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-
-class UserError(Exception):
-    """Something that the person at the keyboard can mend. The commands print it as one line and exit with status 2."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-def read_json(path, kind=dict):
-    """The object (or list: kind) in a JSON file. UserError if it is missing, is not JSON, or is not of that kind."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, kind):
-        expected = "object" if kind is dict else "list"
-        raise UserError(f"{path}: found a {type(value).__name__}, expected a JSON {expected}")
-    return value
-
-
-@contextmanager
-def atomic(path):
-    """Yield a temporary name beside `path` to write a file or a folder to; rename it when the block ends well.
-
-    Nobody ever sees half a file under its final name, and what was there before stays until the new one is whole.
-    UserError if it cannot be written: a full disk, a folder that may only be read.
-    """
-    path = Path(path)
-    part, old = (path.with_name(path.name + end) for end in (".~part", ".~old"))  # no names that a person gives
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not path.exists():  # a kill came between the two renames below
-            os.replace(old, path)
-        remove(part, old)
-        yield part
-        if path.is_dir():
-            if not part.is_dir():
-                remove(part)
-                raise UserError(f"{path} is a folder, expected a file to write: move it away, or give another name")
-            os.replace(path, old)  # a folder cannot be renamed onto one that has files in it
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        remove(part)  # on a full disk, what was written of it is in the way
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({why}); what was there before is kept. Is the disk full, or may "
-                        "this folder only be read?") from None
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove(*paths):
-    """Remove files and folders, where they are there."""
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink()
+from support.files import UserError, finite, open_safetensors, read_json, short, weight_files
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
-
-def short(value, length=80):
-    """A value as messages show it: its beginning, if it is long."""
-    text = repr(value)
-    return text if len(text) <= length else text[:length] + "…"
-
 
 LARGEST = 2**40  # no size of a model, and no theta, comes near; larger ones would overflow
 
@@ -191,6 +119,14 @@ CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads
     "Qwen2.5-0.5B": Config(151936, 896, 24, 14, 2, 64, 4864, 1e-6, 1e6, qkv_bias=True, tied=True),
     "SmolLM2-135M": Config(49152, 576, 30, 9, 3, 64, 1536, 1e-5, 1e5, tied=True),
 }
+
+
+def context_length(path):
+    """max_position_embeddings of a model folder's config.json, or None where it is not said."""
+    found = read_json(Path(path) / "config.json").get("max_position_embeddings")
+    if found is not None and (type(found) is not int or found < 1):
+        raise UserError(f"{path}/config.json: max_position_embeddings is {short(found)}, expected a positive number")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -451,77 +387,6 @@ class Transformer(nn.Module):
         return model
 
 
-def finite(tensor):
-    """Whether no value is NaN or infinite; without a copy."""
-    tensor = tensor.detach()
-    # A sum is finite of finite values only, and takes half as long as the extremes. It can overflow: then they decide
-    return bool(tensor.sum().isfinite()) or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
-
-
-def context_length(path):
-    """max_position_embeddings of a model folder's config.json, or None where it is not said."""
-    found = read_json(Path(path) / "config.json").get("max_position_embeddings")
-    if found is not None and (type(found) is not int or found < 1):
-        raise UserError(f"{path}/config.json: max_position_embeddings is {short(found)}, expected a positive number")
-    return found
-
-
-def weight_files(path):
-    """The safetensors files of a model folder -> the tensor names to take from each (None: all of them)."""
-    path = Path(path)
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
-        return {single: None}
-    if not index.exists():
-        pickles = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
-        if pickles:
-            raise UserError(f"{path}: found only pickled weights ({pickles[0]}), which can run code when read, so they "
-                            "are not; download the model's safetensors files, or convert with safetensors' own script")
-        raise UserError(f"{path}: no model.safetensors and no model.safetensors.index.json")
-    files = {}
-    where = read_json(index).get("weight_map")
-    for name, file in where.items() if isinstance(where, dict) else ():
-        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
-            raise UserError(f"{index}: {name} is said to be in {short(file)}, expected the name of a file in this "
-                            "folder")
-        files.setdefault(path / file, []).append(name)
-    if not files:
-        raise UserError(f"{index}: no weight_map")
-    for file in files:
-        if not os.path.isfile(file):
-            raise UserError(f"{file}: no such file, but {index.name} lists it: download the missing part again")
-    return files
-
-
-@contextmanager
-def open_safetensors(file, device="cpu"):
-    """An open safetensors file; what the format's own checks find becomes a UserError that names the file."""
-    try:
-        with safe_open(str(file), framework="pt", device=device) as tensors:
-            yield tensors
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; make or download it again") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); download or make it again") from None
-
-
-def read_tensors(file, shapes, whose):
-    """The tensors of a safetensors file, {name: tensor}. UserError unless names and shapes are those of `shapes`,
-    {name: shape}, and all values are finite floats; `whose` is what another shape suggests."""
-    with open_safetensors(file) as tensors:
-        found = {name: tensors.get_tensor(name) for name in tensors.keys()}
-    for name in sorted(found.keys() ^ shapes.keys()):
-        raise UserError(f"{file}: {'unexpected' if name in found else 'missing'} tensor {name}")
-    for name, shape in shapes.items():
-        tensor = found[name]
-        if tuple(tensor.shape) != tuple(shape):
-            raise UserError(f"{file}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}: {whose}")
-        if not tensor.is_floating_point() or not finite(tensor.float()):
-            raise UserError(f"{file}: {name} ({str(tensor.dtype)[6:]}) is not all finite floats: a training that went "
-                            "wrong, or a broken copy")
-    return found
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation
 
@@ -657,33 +522,8 @@ def sample(logits, temperature, top_p, u):
     return tokens.gather(-1, choice.clamp(max=logits.shape[-1] - 1))[:, 0]
 
 
-LONG_PREFIX = 32  # tokens: fewer are not worth a pass of their own
 ROOM = 256  # a compiled step's cache has a multiple of this: on a GPU a graph is recorded for every size
-
-
-def check_compiler(device):
-    """UserError if torch.compile finds nothing to compile with."""
-    if device.type == "cuda" and not importlib.util.find_spec("triton"):
-        raise UserError("--compile needs Triton on a GPU: pip install triton, or leave --compile out")
-    if device.type != "cuda" and not any(map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"])):
-        raise UserError("--compile needs a C++ compiler on a CPU, and there is neither g++ nor clang++: install one, "
-                        "or leave --compile out")
-
-
-def compile_decoding(model):
-    """Let torch.compile have a decoding step whole, for `generate`; on a GPU it becomes a CUDA graph. By itself a step
-    is some thousand small operations, which take longer to start than to compute. The first step compiles, which takes
-    minutes, once for one row and once for several, whatever their number, and anew with a gate or without one."""
-    check_compiler(model.device)
-
-    def decode(ids, gate, k, v, lengths):
-        """A step as a function of tensors: ids (B, 1), gate (B, E) or None, each layer's keys and values, which it
-        extends, and the rows' lengths (B,) -> logits (B, V)."""
-        cache = Cache(k, v, lengths, k[0].shape[2] - 1, prefill=False)
-        return model.head(model.hidden(ids, gate, cache)[:, 0])
-
-    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-    model.decode, model.kept = torch.compile(decode, fullgraph=True, dynamic=True, mode=mode), {}
+LONG_PREFIX = 32  # tokens: fewer are not worth a pass of their own
 
 
 @torch.inference_mode()  # a twentieth to a tenth faster than no_grad: a token is some thousand small operations
@@ -743,138 +583,3 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
             cache.keep(alive)
             ids, gate, rows = ids[alive], None if gate is None else gate[alive], [rows[i] for i in alive]
     return replies
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Chat formats
-
-def load_tokenizer(path):
-    """tokenizer.json of a model folder, set so that special tokens in a user's text stay text."""
-    file = Path(path) / "tokenizer.json"
-    if not file.exists():
-        raise UserError(f"{file}: no such file; download the tokenizer's files beside the weights")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
-        raise UserError(f"{file}: not a tokenizer ({short(str(error), 300)})") from None
-    check_ids(tokenizer, file)
-    tokenizer.encode_special_tokens = True  # "<|eot_id|>" typed by someone is nine characters, not the end of a turn
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def check_ids(tokenizer, file):
-    """UserError if the model beside a tokenizer, where there is one, is not that tokenizer's."""
-    config = file.with_name("config.json")
-    size = read_json(config).get("vocab_size") if config.exists() else None
-    if type(size) is not int:  # nothing to compare with
-        return
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
-    if largest >= size:
-        raise UserError(f"{file}: {token!r} has the id {largest}, but config.json says {size} tokens (vocab_size): is "
-                        "this another model's tokenizer?")
-    special = tokenizer.get_added_tokens_decoder()
-    for eos in end_ids(config):
-        if eos not in special:
-            raise UserError(f"{file}: {eos}, eos_token_id of config.json, is {tokenizer.id_to_token(eos)!r} here and "
-                            "no special token: is this another model's tokenizer?")
-
-
-def end_ids(file):
-    """eos_token_id of a JSON file as a set of numbers: none, one or several are given."""
-    eos = read_json(file).get("eos_token_id")
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(e) is int and 0 <= e < 2**31 for e in eos):
-        raise UserError(f"{file}: eos_token_id is {short(eos)}, expected a number or a list of numbers")
-    return set(eos)
-
-
-def encode(tokenizer, text):
-    """Text -> ids, with no bos added (Llama's tokenizer would add one by itself)."""
-    return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-class Chat:
-    """Messages to ids and back, in the Llama 3.1 format or in ChatML (Qwen2.5, SmolLM2), whichever the tokenizer knows.
-
-    Texts are encoded as characters and special tokens are put between them by number, so that no text can open or close
-    a turn. messages: [{"role": "system" | "user" | "assistant", "content": str}, …].
-    """
-
-    DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-
-    def __init__(self, tokenizer, template="", stops=()):
-        """template: the folder's chat template, searched for facts (default system message, date block), never run."""
-        self.tokenizer, special = tokenizer, tokenizer.token_to_id
-        self.llama = special("<|start_header_id|>") is not None
-        if self.llama:
-            self.bos, self.end = special("<|begin_of_text|>"), special("<|eot_id|>")
-            # <|eom_id|> is Llama 3.1's name for what the tokenizer of Llama 3 still calls reserved_special_token_4
-            others = "<|end_of_text|>", "<|eom_id|>", "<|reserved_special_token_4|>"
-        else:
-            self.bos, self.end, others = None, special("<|im_end|>"), ("<|endoftext|>",)
-        if self.end is None or self.llama and self.bos is None or not self.llama and special("<|im_start|>") is None:
-            raise UserError("the tokenizer has neither Llama 3's chat tokens (<|start_header_id|>, <|eot_id|>, "
-                            "<|begin_of_text|>) nor ChatML's (<|im_start|>, <|im_end|>): take an instruct model's")
-        self.stops = {self.end, *stops} | {special(name) for name in others} - {None}
-        self.dates = self.llama and "Cutting Knowledge Date" in template
-        default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}]*?)<\|im_end\|>", template)
-        self.default_system = default.group(1) if default else None
-
-    @classmethod
-    def from_dir(cls, path):
-        """Needs the tokenizer's files only; eos ids of config.json and generation_config.json are stops too."""
-        path = Path(path)
-        settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
-        template = settings.get("chat_template") or ""
-        if isinstance(template, list):  # several templates by name
-            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"),
-                            "")
-        if (path / "chat_template.jinja").exists():
-            try:
-                template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path / 'chat_template.jinja'}: not readable as text ({error})") from None
-        if not isinstance(template, str):
-            raise UserError(f"{path / 'tokenizer_config.json'}: chat_template is {short(template)}, expected text")
-        files = [path / name for name in ("config.json", "generation_config.json") if (path / name).exists()]
-        stops = set().union(*map(end_ids, files))
-        try:
-            return cls(load_tokenizer(path), template, stops)
-        except UserError as error:
-            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-
-    def turn(self, role, text=""):
-        """A message as ids, without its end; without a text, what comes before one."""
-        special = self.tokenizer.token_to_id
-        if self.llama:
-            return [special("<|start_header_id|>"), *encode(self.tokenizer, role), special("<|end_header_id|>"),
-                    *encode(self.tokenizer, "\n\n" + text)]
-        # ROLE\nTEXT is one piece: cut at the newline, a text that starts with white space would get other ids
-        return [special("<|im_start|>"), *encode(self.tokenizer, f"{role}\n{text}")]
-
-    def prompt(self, messages):
-        """messages -> ids up to the point where the assistant's reply begins."""
-        messages = [(m["role"], m["content"].strip() if self.llama else m["content"]) for m in messages]
-        if self.dates:  # the published 3.1 template always opens with a system message that starts with two dates
-            system = messages.pop(0)[1] if messages and messages[0][0] == "system" else ""
-            messages.insert(0, ("system", self.DATES + system))
-        elif self.default_system is not None and (not messages or messages[0][0] != "system"):
-            messages.insert(0, ("system", self.default_system))
-        ids, between = ([self.bos], []) if self.llama else ([], encode(self.tokenizer, "\n"))
-        for role, text in messages:
-            ids += [*self.turn(role, text), self.end, *between]
-        return ids + self.turn("assistant")
-
-    def example(self, messages, response):
-        """-> (ids, supervised): prompt and response as one row; supervised[i] is True where id i is the assistant's,
-        the end of its turn included. The response is stripped and encoded apart, as it will be when generated."""
-        prompt, reply = self.prompt(messages), [*encode(self.tokenizer, response.strip()), self.end]
-        return prompt + reply, [False] * len(prompt) + [True] * len(reply)
-
-    def text(self, ids):
-        """ids -> text without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

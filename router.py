@@ -15,13 +15,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
+import torch
 from torch import nn
 from torch.nn import functional as F
 
 from lora import EXPERTS, TRAITS
-from model import UserError, atomic, encode, last_positions, read_json, read_tensors, short
+from model import last_positions
+from support.chat import encode
+from support.files import UserError, atomic, read_json, read_tensors, short
+
 
 MAX_QUERY_TOKENS = 512  # ours: the router reads the end of what is longer
 

@@ -8,158 +8,41 @@ What is notable:
 - a record whose traits are all zero is a failure of synthesis: it is counted and reported and never trained on
 - the template teacher needs no model: it composes situations from cues, each calling for one pole, and a reply from a
   neutral answer and one sentence in the manner of every active pole. Its text is data/lab.json
-- the other teachers are language models (teachers.py). What has become of a query is on disk as soon as it is known,
+- the other teachers are language models. What has become of a query is on disk as soon as it is known,
   and a second start does the rest
 
     python synth.py --teacher template --out data/lab --count 20000      # train.jsonl, validation.jsonl, test.jsonl
     python synth.py --teacher http --url http://localhost:8080/v1 --model any --queries asked.txt --out data/mine.jsonl
-    python synth.py report data/mine.jsonl                               # also: split, review (review.py)
+    python synth.py report data/mine.jsonl                               # also: split, review
 """
-import csv
-import hashlib
-import io
-import json
 import random
 import re
 import sys
 import time
 import typing
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from string import Template
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from command import field_help, parse, run_command
 from lora import EXPERTS, TRAITS
-from model import Chat, Config, Transformer, UserError, atomic, read_json
-from router import active_experts
+from model import Transformer, generate, pad
+from support.chat import Chat
+from support.command import field_help, parse, pick_device, pick_dtype, run_command
+from support.compile import compile_decoding
+from support.files import UserError, read_json
+from support.output import Sink, reasons
+from support.records import SPLITS, check_record, read_queries, write_records
+from support.replies import (CHOICES, Fault, LONGEST, Reply, Unusable, check_language, read_object, read_text,
+                             read_traits)
+from support.review import COMMANDS
+from support.server import Http
 
-SPLITS = ("train", "validation", "test")
+
 LAB = Path(__file__).parent / "data" / "lab.json"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Records
-
-def check_record(record, need_response=True):
-    """What is wrong with a record, in words, or None."""
-    if not isinstance(record, dict):
-        return f"found a {type(record).__name__}, expected a JSON object"
-    for key in ("id", "query", "response", "traits"):
-        if key not in record and (need_response or key != "response"):
-            return f"no {key!r}; a record needs id, query, response and traits"
-    for key in ("query", "response"):
-        text = record.get(key, "-")
-        if not isinstance(text, str) or not text.strip():
-            return f"{key} is {text!r}, expected some text"
-    try:
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        return "too many brackets within brackets"
-    except UnicodeEncodeError:
-        return "half of a surrogate pair (\\ud800 to \\udfff), which is no text"
-    if not isinstance(record["id"], (str, int)) or isinstance(record["id"], bool):
-        return f"id is {record['id']!r}, expected a string"
-    if not isinstance(record["traits"], dict):
-        return f"traits is {record['traits']!r}, expected an object such as {{\"openness\": 1}}"
-    try:
-        active_experts(record["traits"])
-    except (TypeError, ValueError) as error:
-        return f"traits: {error}"
-    history = record.get("history") or []
-    if not isinstance(history, list) or not all(
-            isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
-            and isinstance(turn.get("content"), str) for turn in history):
-        return "history: expected a list of {\"role\": \"system\" | \"user\" | \"assistant\", \"content\": text}"
-    kept = record.get("teacher_traits") or {}  # what a review has changed
-    if not isinstance(kept, dict) or any(label not in (-1, 0, 1) for label in kept.values()):
-        return f"teacher_traits is {kept!r}, expected an object such as traits"
-    return None
-
-
-def read_lines(path):
-    """(line number, value) of every line of a .jsonl file that is not blank. UserError names file and line."""
-    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise UserError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); a torn line? mend or remove it") from None
-
-
-def read_bytes(path):
-    """A file's bytes, without a byte order mark."""
-    try:
-        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-
-
-def read_records(path, need_response=True):
-    """The records of a .jsonl file, checked. UserError names file and line. The router stage needs no responses."""
-    records, lines = [], {}
-    for number, record in read_lines(path):
-        problem = check_record(record, need_response)
-        if problem is None and str(record["id"]) in lines:
-            problem = f"id {record['id']!r} stands on line {lines[str(record['id'])]} already"
-        if problem:
-            raise UserError(f"{path}, line {number}: {problem}")
-        lines[str(record["id"])] = number
-        records.append(record)
-    if not records:
-        raise UserError(f"{path}: no records in it, expected one JSON object a line")
-    return records
-
-
-def record_lines(records):
-    """Records as the bytes of a .jsonl file."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-
-
-def write_records(path, records):
-    """Write records to a .jsonl file, all or nothing."""
-    with atomic(path) as part:
-        part.write_bytes(record_lines(records))
-
-
-def fold(text):
-    """Text by which two queries are the same: case and white space do not count."""
-    return " ".join(text.lower().split())
-
-
-def split_records(records, seed=0):
-    """80 / 10 / 10 by a hash of the query (case and white space folded): two records of one query never part."""
-    splits = {name: [] for name in SPLITS}
-    for record in records:
-        tenth = hashlib.sha256(f"{seed}:{fold(record['query'])}".encode()).digest()[0] * 10 // 256
-        splits[SPLITS[max(0, tenth - 7)]].append(record)
-    return splits
-
-
-def load_data(path, seed=0, need_response=True):
-    """`--data`: a .jsonl file, split by query, or a folder with train, validation and test -> {split: records}.
-
-    Records whose traits are all zero are left out; the second result says how many there were.
-    """
-    path = Path(path)
-    if path.is_dir():
-        splits = {name: read_records(path / f"{name}.jsonl", need_response) for name in SPLITS}
-    else:
-        splits = split_records(read_records(path, need_response), seed)
-    active = {name: [r for r in records if any(r["traits"].values())] for name, records in splits.items()}
-    for name, records in active.items():
-        if not records:
-            raise UserError(f"{path}: no records with an active trait for {name}; expected at least one in each of "
-                            f"{', '.join(SPLITS)}")
-    return active, sum(map(len, splits.values())) - sum(map(len, active.values()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,214 +115,233 @@ def signatures(text):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Queries: what a teacher that is a language model starts from
+# Persona-CoT: what a teacher is asked. All prompts are here and all are ours; $names are filled in
 
-def read_table(path, columns):
-    """[(row number in the spreadsheet, {column: text})] of a .csv file with comma, semicolon or tab between the cells.
-    UserError if one of `columns` is missing or the file is no table."""
-    try:
-        text = read_bytes(path).decode("utf-8")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; save it as CSV with the encoding UTF-8") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}: not a table ({error}), expected CSV with the columns' names on top") from None
-    header, table = [name.strip() for name in header], []
-    for name in columns:
-        if header.count(name) != 1:
-            raise UserError(f"{path}: {header.count(name)} columns named {name!r}, expected one; the names found are "
-                            f"{', '.join(header)[:200]!r}")
-    for number, row in enumerate(rows, 2):
-        if any(cell.strip() for cell in row[len(header):]):
-            raise UserError(f"{path}, row {number}: {len(row)} cells under {len(header)} names")
-        if any(cell.strip() for cell in row):
-            table.append((number, dict(zip(header, row))))
-    return table
+MANNERS = {
+    "high_openness": "imaginative, curious", "low_openness": "down to earth",
+    "high_conscientiousness": "orderly, step by step", "low_conscientiousness": "easy-going, no plan needed",
+    "high_extraversion": "lively, enthusiastic", "low_extraversion": "quiet, of few words",
+    "high_agreeableness": "warm, on the person's side", "low_agreeableness": "frank, setting limits",
+    "high_neuroticism": "worried, seeing what could go wrong", "low_neuroticism": "calm, reassuring",
+}
+POLES = "\n".join(f"{trait}: high is {MANNERS['high_' + trait]}; low is {MANNERS['low_' + trait]}" for trait in TRAITS)
+# a form and not an example: what an example says, small models say of everybody
+FORM = "{" + ", ".join(f'"{trait}": {{"pole": "high|low|0", "cue": "..."}}' for trait in TRAITS) + "}"
+PROMPTS = {name: Template(text.strip()) for name, text in {  # the query last: servers keep what is the same before it
+    "system": "You write training data for an assistant whose manner fits each situation.",
+    "situation": """
+Describe the situation of the person who wrote the message below, in two sentences: what is going on, what they feel and
+need, and which of their words show it. Do not answer the message.
+
+$message""",
+    "traits": f"""
+The manner of a good answer has five traits, each with two poles:
+{POLES}
+For each trait decide which pole the situation of the person below calls for, high or low, or 0 where nothing calls for
+one, and quote the cue: at most eight of their words that call for it. Mostly one to three traits are called for, never
+none. Reply with one JSON object of this form:
+{FORM}
+
+$message
+Their situation: $situation""",
+    "response": """
+Answer the message below in at most 100 words. Your manner: $manner. Let it show in how you write and do not speak of
+it. Write only the answer.
+
+$message
+Their situation: $situation""",
+    "joint": f"""
+The manner of a good answer has five traits, each with two poles:
+{POLES}
+Reply to the message below with one JSON object. "situation": in two sentences, what is going on, what the person feels
+and needs, and which of their words show it. "traits": for each trait the pole that the situation calls for, high or
+low, or 0 where nothing does, and the cue: at most eight of their words that call for it. Mostly one to three traits are
+called for, never none. "response": an answer of at most 100 words in that manner, without speaking of it. The form:
+{{"situation": "...", "traits": {FORM}, "response": "..."}}
+
+$message""",
+    "score": """
+Which manner does a good answer to the message below need: $high ("high"), $low ("low"), or neither of the two
+("neither")? Reply with one word: high, low or neither.
+
+$message""",
+    "again": "That reply cannot be used: $complaint. Write it again, whole, in the form that was asked for.",
+}.items()}
 
 
-def read_queries(path):
-    """Queries of a .txt (one a line), .jsonl or .csv file -> ([{"id", "query", all else that was there}], duplicates).
+def message(item):
+    """The query as a teacher is shown it, with what is known of the conversation and the person."""
+    parts = [f"{turn['role']}: {turn['content']}" for turn in item.get("history") or []]
+    if parts:
+        parts = ["The conversation before it:", *parts]
+    if item.get("culture"):
+        parts.append(f"The person's culture: {item['culture']}")
+    return "\n".join([*parts, f'The message:\n"""\n{item["query"].strip()}\n"""'])
 
-    A given id is kept, else it is a hash of the query (and its history): the same file gives the same ids. Queries that
-    differ in case and white space only are one; the first is kept. UserError names file and line.
-    """
-    kind = Path(path).suffix.lower()
-    if kind == ".jsonl":
-        rows = read_lines(path)
-    elif kind == ".csv":
-        rows = [(number, {k: v for k, v in row.items() if v.strip()}) for number, row in read_table(path, ["query"])]
-    elif kind == ".txt":
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One query's way to a record
+
+class Rejected(Exception):
+    """The attempts at a step are used up; the message is the last reason."""
+
+
+class Query:
+    """One query on its way through the steps. `ask` is what the teacher is to be asked next: (messages, choices), where
+    choices is None for a written reply, else words to choose from. `tell` takes its Reply, Fault or choice. `outcome`
+    is the record or, without a response, the entry of the rejected file, as soon as there is one."""
+
+    def __init__(self, item, steps, retries, teacher):
+        self.item, self.retries, self.outcome, self.raw = item, retries, None, ""
+        self.facts = {"name": teacher, "steps": steps, "calls": 0, "tokens_read": 0, "tokens_written": 0}
+        self.conversation = self.record(steps)
+        self.tell(None)
+
+    def tell(self, reply):
         try:
-            lines = read_bytes(path).decode("utf-8").split("\n")
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
-        rows = [(number, {"query": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        raise UserError(f"{path}: expected queries in a .txt, .jsonl or .csv file")
-    items, seen, lines, duplicates = [], set(), {}, 0
-    for number, row in rows:
-        if isinstance(row, dict):  # what the teacher is to write is not taken from elsewhere
-            row = {k: v for k, v in row.items() if k not in ("response", "traits", "cot")}
-            row["id"] = "" if row.get("id") is None else row["id"]
-            problem = check_record(row | {"traits": {}}, need_response=False)
+            self.ask = self.conversation.send(reply)
+        except StopIteration as end:
+            self.outcome = {**self.item, **end.value, "teacher": self.facts}
+            problem = check_record(self.outcome)
+            if problem:
+                self.reject(problem)
+        except Rejected as problem:
+            self.reject(str(problem))
+
+    def reject(self, reason):
+        self.outcome = {"id": self.item["id"], "query": self.item["query"], "reason": reason, "raw": self.raw,
+                        "teacher": self.facts}
+
+    def record(self, steps):
+        """The steps, as a generator that yields what to ask and is sent the replies -> the record's new fields."""
+        item, text = self.item, message(self.item)
+        if steps == "joint":
+            def read(reply):
+                found = read_object(reply, {"situation", "traits", "response"})
+                for key in ("situation", "response"):
+                    if not isinstance(found.get(key), str) or not found[key].strip():
+                        raise Unusable(f"{key} is {str(found.get(key))[:80]!r}, expected a text")
+                traits, why = read_traits(found.get("traits"))
+                check_language(found["response"], item)
+                return found["situation"].strip(), traits, why, found["response"].strip()
+            situation, traits, why, response = yield from self.attempts("joint", read, message=text)
         else:
-            problem = check_record(row)
-        if problem:
-            raise UserError(f"{path}, line {number}: {problem.partition(';')[0]}")
-        key = fold(row["query"]) + (json.dumps(row["history"]) if row.get("history") else "")
-        if key in seen:
-            duplicates += 1
-            continue
-        seen.add(key)
-        if row["id"] == "":
-            row["id"] = "q-" + hashlib.sha256(key.encode()).hexdigest()[:16]
-        if str(row["id"]) in lines:
-            raise UserError(f"{path}, line {number}: id {row['id']!r} stands on line {lines[str(row['id'])]} already, "
-                            "with another query")
-        lines[str(row["id"])] = number
-        items.append({"id": row["id"]} | row)
-    if not items:
-        raise UserError(f"{path}: no queries in it")
-    return items, duplicates
+            situation = yield from self.attempts("situation", lambda reply: read_text(reply, "situation"), message=text)
+            if steps == "separate":
+                def read(reply):
+                    found = read_object(reply, {"traits", *TRAITS})
+                    return read_traits(found.get("traits", {k: v for k, v in found.items() if k != "situation"}))
+                traits, why = yield from self.attempts("traits", read, message=text, situation=situation)
+            else:
+                traits = {}
+                for trait in TRAITS:
+                    choice = yield self.prompt("score", message=text, high=MANNERS["high_" + trait],
+                                               low=MANNERS["low_" + trait]), tuple(CHOICES)
+                    self.facts["calls"] += 1
+                    if isinstance(choice, Fault):  # too long a prompt
+                        raise Rejected(str(choice))
+                    traits |= {trait: CHOICES[choice]} if CHOICES[choice] else {}
+                why = {trait: {"pole": "high" if pole > 0 else "low", "cue": ""} for trait, pole in traits.items()}
+                if not traits:
+                    raise Rejected("all-zero vector: neither is the most probable for every trait")
+
+            def read(reply):
+                response = read_text(reply, "response")
+                check_language(response, item)
+                return response
+            manner = "; ".join(MANNERS[f"{why[trait]['pole']}_{trait}"] for trait in traits)
+            response = yield from self.attempts("response", read, message=text, situation=situation, manner=manner)
+        return {"response": response, "traits": traits, "cot": {"situation": situation, "traits": why}}
+
+    def prompt(self, name, **parts):
+        return [{"role": "system", "content": PROMPTS["system"].template},
+                {"role": "user", "content": PROMPTS[name].substitute(parts)}]
+
+    def attempts(self, name, read, **parts):
+        """Ask until `read` can make something of the reply. After one that it can't, its complaint is part of the next
+        question; after a fault, the question is asked again as it was."""
+        first = messages = self.prompt(name, **parts)
+        for _ in range(1 + self.retries):
+            reply = yield messages, None
+            self.facts["calls"] += 1
+            if isinstance(reply, Fault):
+                reason = str(reply)
+                continue
+            self.raw = reply.text[:LONGEST]
+            self.facts["tokens_read"] += reply.read
+            self.facts["tokens_written"] += reply.written
+            try:
+                if len(reply.text) > LONGEST:
+                    raise Unusable(f"it is longer than {LONGEST:,} characters")
+                return read(reply)
+            except Unusable as problem:
+                reason = str(problem)
+                messages = [*first, {"role": "assistant", "content": reply.text[:2000].strip() or "…"},
+                            {"role": "user", "content": PROMPTS["again"].substitute(complaint=reason)}]
+        raise Rejected(reason)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Output: nothing lost, nothing twice
+# A model folder as the teacher
 
-class Sink:
-    """FILE.jsonl for records and FILE.rejected.jsonl beside it, both append-only, a line a query, flushed.
+class Local:
+    """A model folder in this process: replies in batches of similar length, the longest first, which are mostly those
+    that have come furthest."""
 
-    Opening takes a lock of the operating system, which ends with the process, mends a torn last line and finds what is
-    done. A query that is tried again may stand in both files, or twice in the second, until `close` (or the next
-    opening) has cleared up: a record counts more than a rejection, a later rejection more than an earlier one.
-    """
+    MOST_TOKENS = 8192  # of a prompt; fewer where the model's context is shorter
 
-    def __init__(self, out):
-        try:
-            import fcntl
-        except ImportError:
-            raise UserError("--teacher local and http need the file locks of Linux or macOS") from None
-        self.out, self.rejected = Path(out), Path(out).with_suffix(".rejected.jsonl")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.file = open(self.out, "ab")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mend(self.out), mend(self.rejected)
-        except BlockingIOError:
-            raise UserError(f"{out}: another process is writing to it; wait for it, or give another --out") from None
-        except OSError as error:
-            raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
-        self.done = {str(r["id"]) for r in read_records(self.out)} if self.out.stat().st_size else set()
-        self.refused = {}
-        self.clear_up()
+    def __init__(self, args):
+        self.batch, self.limit, self.temperature = args.batch, args.max_new_tokens, args.temperature or 0.0
+        device = pick_device(args.device)
+        self.model = Transformer.from_pretrained(args.model, pick_dtype(args.dtype, device), device)
+        if args.compile:
+            compile_decoding(self.model)
+        self.chat, self.name = Chat.from_dir(args.model), f"local:{Path(args.model).resolve().name}"
+        self.longest = min(self.MOST_TOKENS, (self.model.context or 2**31) - 1)  # one token is left to write
+        self.generator = torch.Generator().manual_seed(args.seed)
 
-    def clear_up(self):
-        self.refused = read_rejected(self.rejected, self.done)
-        if self.rejected.exists() and len(self.refused) < len(self.rejected.read_bytes().splitlines()):
-            write_records(self.rejected, self.refused.values())
+    def outcomes(self, queries):
+        window, more = [], True
+        while window or more:
+            while more and len(window) < 4 * self.batch:  # to choose neighbours in length from
+                query = next(queries, None)
+                more = query is not None
+                window += [query] if more else []
+            window.sort(key=lambda query: sum(len(m["content"]) for m in query.ask[0]), reverse=True)
+            batch, window = window[:self.batch], window[self.batch:]
+            for query, reply in zip(batch, self.replies([query.ask for query in batch])):
+                query.tell(reply)
+            yield [query.outcome for query in batch if query.outcome]
+            window += [query for query in batch if not query.outcome]
 
-    def add(self, outcomes):
-        """Append what is finished: one write for each file, so that an interruption comes before it or after it."""
-        try:
-            for path in (self.out, self.rejected):
-                text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in outcomes
-                               if ("response" in one) == (path == self.out))
-                if text:
-                    with open(path, "ab") as file:
-                        file.write(text.encode("utf-8", "replace"))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}; what was finished before is saved") from None
-        self.done |= {str(o["id"]) for o in outcomes if "response" in o}
-        self.refused |= {str(o["id"]): o for o in outcomes if "response" not in o}
+    def replies(self, asks):
+        """[(messages, choices)] -> a Reply for each, or one of its choices."""
+        prompts = [self.chat.prompt(messages) for messages, _ in asks]
+        replies = [Fault(f"the prompt has {len(prompt):,} tokens, more than {self.longest:,}") for prompt in prompts]
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.longest]
+        write = [i for i in fits if not asks[i][1]]
+        written = generate(self.model, [prompts[i] for i in write], None, self.limit, self.temperature,
+                           stops=self.chat.stops, generator=self.generator) if write else []
+        for i, ids in zip(write, written):
+            replies[i] = Reply(self.chat.text(ids), ids[-1] not in self.chat.stops, len(prompts[i]), len(ids))
+        for i in sorted(set(fits) - set(write)):
+            replies[i] = self.choose(*asks[i])
+        return replies
 
-    def close(self):
-        self.clear_up()
-        self.file.close()
+    @torch.no_grad()
+    def choose(self, messages, choices):
+        """The most probable of some words as the whole reply, the end of the turn included."""
+        rows = [self.chat.example(messages, choice) for choice in choices]
+        ids, _ = pad([ids for ids, _ in rows], self.model.device)
+        hidden, scores = self.model.hidden(ids), []
+        for h, row, (_, supervised) in zip(hidden, ids, rows):
+            at = torch.tensor(supervised, device=row.device).nonzero()[:, 0]
+            logs = self.model.head(h[at - 1]).float().log_softmax(-1)  # position t − 1 predicts token t
+            scores.append(logs.gather(-1, row[at][:, None]).sum().item())
+        return choices[scores.index(max(scores))]
 
-
-def reasons(entries):
-    """How many entries of a rejected file have each reason, by what stands before its colon."""
-    return Counter(entry["reason"].partition(":")[0][:60] for entry in entries)
-
-
-def read_rejected(path, done):
-    """The entries of a rejected file, {id: the last one}, without those that are done by now; {} without a file."""
-    entries = {}
-    for number, entry in read_lines(path) if path.exists() else ():
-        if not isinstance(entry, dict) or "id" not in entry or not isinstance(entry.get("reason"), str):
-            raise UserError(f"{path}, line {number}: no entry of a rejected file")
-        entries[str(entry["id"])] = entry
-    return {key: entry for key, entry in entries.items() if key not in done}
-
-
-def mend(path):
-    """Make a .jsonl file end with a whole line: what a kill or a power cut left of a last one is removed, and told."""
-    data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        start = data.rfind(b"\n") + 1
-        try:
-            json.loads(data[start:])
-            end = b"\n"
-        except (ValueError, RecursionError):
-            if data[start:].strip(b"\0")[:1] not in (b"{", b""):
-                raise UserError(f"{path}: its last line is no JSON object; is this a file of records?") from None
-            end = b""
-            print(f"{path}: the last line was torn and is removed; its query is done again")
-        with open(path, "r+b") as file:
-            file.truncate(len(data) if end else start)
-            file.seek(0, 2)
-            file.write(end)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The embedded default: two small models made on the spot
-
-LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
-CHATML_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-def make_tiny(kind, folder, records, seed, fit_base):
-    """Write a Llama-shaped base or a Qwen-shaped encoder of under a million parameters, with its tokenizer, as a model
-    folder like any published one. `fit_base` trains the base; the encoder stays as initialised."""
-    llama = kind == "base"
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"] \
-        if llama else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = [text for r in records for text in (r["query"], r["response"])] + ["system user assistant"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=1400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    config = {"model_type": "llama" if llama else "qwen2", "hidden_act": "silu", "tie_word_embeddings": True,
-              "architectures": ["LlamaForCausalLM" if llama else "Qwen2ForCausalLM"],
-              "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 128, "intermediate_size": 352,
-              "num_hidden_layers": 3 if llama else 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "rms_norm_eps": 1e-5 if llama else 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048,
-              "eos_token_id": tokenizer.token_to_id(special[-1]), "bos_token_id": tokenizer.token_to_id(special[0])}
-    with atomic(folder) as part:
-        part.mkdir()
-        tokenizer.save(str(part / "tokenizer.json"))
-        (part / "config.json").write_text(json.dumps(config, indent=2))
-        (part / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[-1],
-            "chat_template": LLAMA_TEMPLATE if llama else CHATML_TEMPLATE}, indent=2))
-        torch.manual_seed(seed)
-        model = Transformer(Config.from_dir(part))
-        for name, p in model.named_parameters():  # norms start at 1
-            if p.dim() == 2:
-                torch.nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                torch.nn.init.zeros_(p)
-        if llama:
-            fit_base(model, Chat.from_dir(part))
-        save_file({n: t.contiguous() for n, t in model.state_dict().items()}, part / "model.safetensors",
-                  metadata={"format": "pt"})
+    def left(self):
+        return []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -543,8 +445,6 @@ def check(args):
 
 def synthesise(args):
     """Every query of a file to a record, or to the rejected file; what is done already is skipped."""
-    from teachers import Http, Local, Query  # here, since that file stands on this one
-
     items, duplicates = read_queries(args.queries)
     sink = Sink(args.out)
     todo = [item for item in items if str(item["id"]) not in sink.done
@@ -584,8 +484,6 @@ def synthesise(args):
 
 
 def main(argv=None):
-    from review import COMMANDS  # here, since that file stands on this one
-
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         cls, function = COMMANDS[argv[0]]
@@ -596,5 +494,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import synth  # by the name under which teachers.py and review.py know it
-    run_command(synth.main)
+    run_command(main)

@@ -19,7 +19,6 @@ What is notable:
 
 Shapes: B rows, T tokens, N supervised tokens, D width, V vocabulary, E experts.
 """
-import ctypes
 import math
 import os
 import signal
@@ -28,7 +27,7 @@ import threading
 import time
 import typing
 from collections import Counter
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -38,14 +37,20 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from batches import base_rows, batches, cost, examples, messages_of, micro_batches, per_pole, place
-from command import parse, run_command
 from lora import EXPERTS, expert_layers, save_experts
-from model import Chat, Transformer, UserError, atomic, check_compiler, generate, load_tokenizer, pad, read_json, send
+from model import Transformer, generate, pad, send
 from router import RULES, bars, contrastive_loss, gate_report, gates_under, save_router
-from runs import STAGES, append, check_room, held, in_words, note_content, open_run, read_log, remaining, resolve
-from runs import restore, rewind_log, room_for, save_state, stage_settings, states, unbegin
-from synth import make_tiny, template_records
+from support.chat import Chat, load_tokenizer
+from support.checkpoints import Stopped, append, check_room, read_log, restore, rewind_log, room_for, save_state, states
+from support.command import parse, run_command
+from support.compile import compile_layers
+from support.files import UserError, atomic, in_words, read_json
+from support.process import add_up, agreed, join, keep_memory, place
+from support.records import messages_of
+from support.rows import batches, cost, examples, micro_batches, per_pole
+from support.runs import STAGES, held, note_content, open_run, remaining, resolve, stage_settings, unbegin
+from support.tiny import base_rows, make_tiny
+from synth import template_records
 
 
 @dataclass
@@ -313,24 +318,6 @@ class Task:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM came; the step was finished and saved."""
-
-
-def add_up(tensors):
-    """Sum each tensor over all processes, in place."""
-    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-        work.wait()
-
-
-def agreed(stop, world_size):
-    """Whether any of `world_size` processes was asked to stop: all of them end after the same step."""
-    flag = torch.tensor(float(stop()))
-    if world_size > 1:
-        add_up([flag])
-    return flag.item() > 0
-
-
 def figures(report):
     """What Task.step returned, as numbers. They are asked for where the log is written, since the device then has to
     finish what it was given."""
@@ -473,34 +460,6 @@ def check(args):
         raise UserError("--joint-gate is for --stage joint")
 
 
-def keep_memory():
-    """Have glibc's malloc keep what is freed. As a rule it hands memory back to the system, and the next step, which
-    needs as much, gets it page by page: in one with 512 tokens of SmolLM2 a hundred thousand pages, 4 % of its time on
-    two virtual cores. Other C libraries go on as they do."""
-    with suppress(AttributeError, TypeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the heap's end stays, up to 2 GiB
-        mallopt(-3, 2**25)      # M_MMAP_THRESHOLD: less than 32 MiB, glibc's maximum, comes from the heap
-
-
-def join(setup, settings):
-    """Join the processes that torchrun started, each with a GPU of its own -> the number of this one, 0 if alone."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        return 0
-    for stage, s in settings.items():
-        if s["batch"] < world_size:
-            raise UserError(f"{world_size} processes share {s['batch']} rows of a {stage} step: give a larger --batch")
-    if setup.device.type == "cuda":
-        setup.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(setup.device)
-    # PyTorch's optimisers import this module. Were it after the group is made, its functions would keep the group as a
-    # default value, whose threads outlive destroy_process_group then: they may abort the process while Python ends.
-    import torch.distributed.nn as _  # an alias: without one, torch would be a local name
-    dist.init_process_group("cpu:gloo,cuda:nccl" if setup.device.type == "cuda" else "gloo")
-    return place()[0]
-
-
 def prepare(setup, settings, stop):
     """tiny: make the models that are missing or torn. Only folders inside the run folder are ever made."""
     for role, folder in (("encoder", setup.encoder), ("base", setup.base)):
@@ -515,15 +474,6 @@ def prepare(setup, settings, stop):
                 print("making the tiny base: a Llama of under a million parameters that answers neutrally")
                 fit(Task("pretrain", model, s=settings), base_rows(records, chat), settings, setup.run, stop)
             make_tiny(role, folder, records, setup.seed, fit_base)
-
-
-def compile_layers(model):
-    """Let torch.compile have the layers of a model, without graph breaks and for sizes of all kinds at once: all but the
-    last, which is unlike the others and would be compiled for itself alone. The first step compiles, and the first
-    batch of a single row, for which PyTorch always makes a graph of its own."""
-    check_compiler(model.device)
-    for block in model.model.layers[:-1]:
-        block.compile(dynamic=True, fullgraph=True)
 
 
 def train_stage(stage, setup, s, stop, later=0):

@@ -40,15 +40,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import alone, ceiling, elsewhere, fresh, gates, interleaved, linears, our_step, pair, peak, reference
 from harness import rows_of, shape, show, stage, step_flops, table, token_bytes, wait, with_experts
-from batches import Example, batches, cost, examples, micro_batches, per_pole
-from command import Parser, for_users, pick_device, pick_dtype, run_command
 from lora import EXPERTS, TARGETS, merged
-from model import CONFIGS, Chat, Transformer, UserError, compile_decoding, generate, load_tokenizer, pad, weight_files
+from model import CONFIGS, Transformer, generate, pad
 from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
-from runs import PRESETS, Setup
-from synth import read_queries, read_records, template_records, write_records
-from teachers import Query
-from train import compile_layers, keep_memory, row_losses
+from support.chat import Chat, load_tokenizer
+from support.command import Parser, for_users, pick_device, pick_dtype, run_command
+from support.compile import compile_decoding, compile_layers
+from support.files import UserError, weight_files
+from support.process import keep_memory
+from support.records import read_queries, read_records, write_records
+from support.rows import Example, batches, cost, examples, micro_batches, per_pole
+from support.runs import PRESETS, Setup
+from synth import Query, template_records
+from train import row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from batches import Example
 from lora import add_experts, expert_layers
 from model import CONFIGS, Config, Transformer
 from router import Router
+from support.rows import Example
 from train import Task, row_losses
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import save, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import command
-import runs
-import synth
 import train
+from support import command
+from support import records as records_module
+from support import checkpoints
 from lora import EXPERTS
 from model import Config, Transformer
 
@@ -59,7 +59,7 @@ def make(folder):
     write_model(folder / "base")
     write_model(folder / "encoder", "qwen2", 1)
     for split, n in (("train", 40), ("validation", 4), ("test", 8)):
-        synth.write_records(folder / "data" / f"{split}.jsonl", records(n))
+        records_module.write_records(folder / "data" / f"{split}.jsonl", records(n))
 
 
 TRAIN = ["--preset", "tiny", "--base", "base", "--encoder", "encoder", "--data", "data", "--run", "run", "--steps", "4",
@@ -126,7 +126,7 @@ def serve():
             try:
                 train.closing = lambda setup: None
                 if job.get("slow"):
-                    runs.save_file = slowly(job.get("half"))
+                    checkpoints.save_file = slowly(job.get("half"))
                 count = dies_at(job["event"], job.get("number", signal.SIGKILL)) if "event" in job else [0]
                 status, _, said = run_quietly(train, *job["argv"])
                 sys.setprofile(None)

@@ -12,8 +12,10 @@ import bench
 from bench import main, operation, saved_bytes
 from harness import interleaved, linears, our_step, peak, rows_of, step_flops, table, token_bytes, with_experts
 from lora import ExpertLinear
-from model import CONFIGS, Config, Transformer, UserError
-from synth import make_tiny, template_records
+from model import CONFIGS, Config, Transformer
+from support.files import UserError
+from support.tiny import make_tiny
+from synth import template_records
 
 pytest.importorskip("transformers", reason="transformers is in requirements-dev.txt")
 pytest.importorskip("peft", reason="peft is in requirements-dev.txt")

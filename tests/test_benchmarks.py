@@ -18,11 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import benchmarks
 import eval as evaluation
-from benchmarks import BENCHMARKS, GPQA, EmoBench, EQBench, SafetyBench, ToMBench, lenient_letter
+from support import measure as measure_module
+from support import bench as bench_module
+from support import benchmarks
 from lora import EXPERTS, add_experts, expert_layers
-from model import Config, Prefix, Transformer, UserError, encode, generate, pad, shared_prefix
+from model import Config, Prefix, Transformer, generate, pad, shared_prefix
+from support.benchmarks import BENCHMARKS, EQBench, EmoBench, GPQA, SafetyBench, ToMBench, lenient_letter
+from support.chat import encode
+from support.files import UserError
 from test_commands import reduced, run_folder  # noqa: F401: fixtures
 
 
@@ -129,7 +133,7 @@ def test_tombench_equals_the_authors_code(published, golden, tmp_path):
         for line in lines:
             id = f"{file.removesuffix('_canned-model_results.jsonl')}/{line['idx']}/en"
             replies.setdefault(id, {})[line["number"]] = {"output": line["output"], "map": line["map"]}
-    replies = evaluation.read_replies(write_replies(tmp_path / "r.jsonl", replies), ToMBench(), rows)
+    replies = bench_module.read_replies(write_replies(tmp_path / "r.jsonl", replies), ToMBench(), rows)
     score, official = ToMBench().score(rows, replies), cases["scoring_results"]
     assert {k: v for k, v in score["tasks"].items() if v} == official["tasks"]  # they leave out what is all wrong
     assert {k: v for k, v in score["abilities"].items() if v} == official["abilities"]
@@ -185,7 +189,7 @@ def test_best_constants_are_those_known_of_the_data(published):
     rows = EmoBench().load(published / "emobench")
     for group, best in (("EA/en", 37.0), ("EU/zh", 24.5)):  # always C; A and A
         part = [row for row in rows if row["group"] == group]
-        right = evaluation.best_constant(EmoBench(), part, {})
+        right = bench_module.best_constant(EmoBench(), part, {})
         assert 100 * benchmarks.mean(right.values()) == pytest.approx(best) and len(right) == 200
 
 
@@ -363,26 +367,26 @@ def test_gpqa_rows_and_score():
 # Statistics
 
 def test_intervals_and_tests():
-    low, high = evaluation.wilson(0.5, 100)
+    low, high = bench_module.wilson(0.5, 100)
     assert (low, high) == (pytest.approx(0.40383, abs=1e-4), pytest.approx(0.59617, abs=1e-4))
-    assert evaluation.wilson(0.0, 10)[0] == pytest.approx(0, abs=1e-12) and 0.27 < evaluation.wilson(0.0, 10)[1] < 0.29
+    assert bench_module.wilson(0.0, 10)[0] == pytest.approx(0, abs=1e-12) and 0.27 < bench_module.wilson(0.0, 10)[1] < 0.29
     a, b = np.array([1.0] * 3 + [0.0] * 12 + [1.0] * 5), np.array([0.0] * 3 + [1.0] * 12 + [1.0] * 5)
-    assert evaluation.mcnemar(a, b) == pytest.approx(0.03515625) == evaluation.mcnemar(b, a)  # 2 P(at most 3 of 15)
-    assert evaluation.mcnemar(a, a) == 1 and evaluation.paired(100 * a, 100 * b)[3] == pytest.approx(0.03515625)
+    assert bench_module.mcnemar(a, b) == pytest.approx(0.03515625) == bench_module.mcnemar(b, a)  # 2 P(at most 3 of 15)
+    assert bench_module.mcnemar(a, a) == 1 and bench_module.paired(100 * a, 100 * b)[3] == pytest.approx(0.03515625)
     x = np.random.default_rng(1).normal(50, 10, 60)
-    assert evaluation.paired(x, x)[3] == 1 and evaluation.paired(x, x + 3)[3] < 0.002
-    mean, low, high, p = evaluation.paired(x, x + np.random.default_rng(2).normal(0, 5, 60))
+    assert bench_module.paired(x, x)[3] == 1 and bench_module.paired(x, x + 3)[3] < 0.002
+    mean, low, high, p = bench_module.paired(x, x + np.random.default_rng(2).normal(0, 5, 60))
     assert low < mean < high and p > 0.01
-    assert evaluation.estimate(x)[1] < x.mean() < evaluation.estimate(x)[2]
+    assert bench_module.estimate(x)[1] < x.mean() < bench_module.estimate(x)[2]
 
 
 def test_two_models_are_compared_on_what_both_have():
     a = replies_of({"1": said(0, 6, 0, 7), "2": said(6, 6, 0, 7), "3": "none"})
     b = replies_of({"1": said(0, 6, 0, 7), "2": "none", "3": said(0, 6, 0, 7)})
-    line, = evaluation.bench_lines(EQBench(), EQ, {"base": a, "PersonaFuse": b})
+    line, = bench_module.bench_lines(EQBench(), EQ, {"base": a, "PersonaFuse": b})
     assert line["paired values"][0] == 0 and [model["n"] for model in line["models"].values()] == [2, 2]
     assert [model["unparsed"] for model in line["models"].values()] == [1, 1]
-    row = evaluation.comparison_rows([line], "+69.0 %")[1]
+    row = bench_module.comparison_rows([line], "+69.0 %")[1]
     assert row[:3] == ["EQ-Bench", "100.0", "100.0"] and row[-2:] == ["+0.0 %", "+69.0 %"]
 
 
@@ -547,12 +551,12 @@ def test_tombench_replies_need_a_map_and_one_language(tmp_path):
     bench, rows = ToMBench(), [tom(i=i) for i in range(2)]
     file = write_replies(tmp_path / "r.jsonl", {"Hidden Emotions/0/zh": {0: {"output": "A"}}, rows[0]["id"]: {0: {
         "output": "A", "map": dict(zip("ABCD", "DCBA"))}}})
-    assert list(evaluation.read_replies(file, bench, rows)) == [rows[0]["id"]]
+    assert list(bench_module.read_replies(file, bench, rows)) == [rows[0]["id"]]
     write_replies(file, {rows[0]["id"]: {0: {"output": "A", "map": {"A": "A"}}}})
     with pytest.raises(UserError, match="map is"):
-        evaluation.read_replies(file, bench, rows)
+        bench_module.read_replies(file, bench, rows)
     write_replies(file, {rows[0]["id"]: {0: {"output": "A", "map": {"A": "B", "B": "A"}}}})
-    assert evaluation.read_replies(file, bench, [tom(options=2)])  # two options need no more
+    assert bench_module.read_replies(file, bench, [tom(options=2)])  # two options need no more
 
 
 def test_a_run_resumes_and_compares(made_up, run_folder, tmp_path, monkeypatch):
@@ -568,8 +572,8 @@ def test_a_run_resumes_and_compares(made_up, run_folder, tmp_path, monkeypatch):
     file = tmp_path / "emobench" / "PersonaFuse" / "replies.jsonl"
     lines = file.read_text().splitlines(True)
     file.write_text("".join(lines[:3]) + lines[3][:20])  # stopped in the middle of the fourth
-    asked, generate = [], evaluation.generate
-    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, *rest, **more: asked.extend(prompts) or generate(
+    asked, generate = [], bench_module.generate
+    monkeypatch.setattr(bench_module, "generate", lambda model, prompts, *rest, **more: asked.extend(prompts) or generate(
         model, prompts, *rest, **more))
     assert command(*where)[0] == out and len(asked) == 3
     after = stored(file.parent)
@@ -634,7 +638,7 @@ def test_a_torn_reply_is_cut_off_without_writing_the_others_again(made_up, tmp_p
         file.write_bytes(whole + torn[:length])
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", full)
-            found = evaluation.open_replies(tmp_path, {}, bench, rows)
+            found = bench_module.open_replies(tmp_path, {}, bench, rows)
         assert list(found) == [f"EA/en/{i}" for i in range(1, n + 1)] and file.read_bytes() == whole
 
 
@@ -645,7 +649,7 @@ def test_a_file_that_holds_no_replies_is_left_as_it_is(made_up, tmp_path, text):
     bench, file = EmoBench(), tmp_path / "replies.jsonl"
     file.write_text(text)
     with pytest.raises(UserError, match="replies.jsonl, line 1: not ") as error:
-        evaluation.open_replies(tmp_path, {}, bench, bench.load(made_up / "emobench"))
+        bench_module.open_replies(tmp_path, {}, bench, bench.load(made_up / "emobench"))
     assert "\n" not in str(error.value) and [*tmp_path.iterdir()] == [file] and file.read_text() == text
 
 
@@ -654,21 +658,21 @@ def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, 
     prefix is shared by a category's questions, but not under gates of their own."""
     bench = SafetyBench(shots=2)
     rows = bench.load(made_up / "safetybench")[:9]
-    subjects = evaluation.Subjects(evaluation.Bench(names=["x"], run=str(run_folder)))
+    subjects = bench_module.Subjects(bench_module.Bench(names=["x"], run=str(run_folder)))
     items, model, chat = list(bench.ask(rows, {})), subjects.model, subjects.chat
     learned = subjects.gates("PersonaFuse")
     one = learned(items[:1])
     assert torch.allclose(learned(items)[:1], one) and subjects.gates("base") is None
-    monkeypatch.setattr(evaluation, "similarities", None)  # each query is read once: five tries cost one reading
+    monkeypatch.setattr(measure_module, "similarities", None)  # each query is read once: five tries cost one reading
     assert learned(items + items).shape == (18, 10)
     assert set(subjects.routed) == {row["question"] for row in rows}  # neither options nor examples
     for layer in expert_layers(model).values():  # so strong that gates matter
         torch.nn.init.normal_(layer.B, std=0.3)
     shared = []
-    monkeypatch.setattr(evaluation, "Prefix", lambda *args: shared.append(args) or Prefix(*args))
+    monkeypatch.setattr(bench_module, "Prefix", lambda *args: shared.append(args) or Prefix(*args))
     for gates, prefixes in ((None, 2), (one, 2), (learned, 0)):  # of seven categories two have two questions
         shared.clear()
-        found = {item.id: text for some, texts in evaluation.reply_to(model, chat, items, gates, "logits", 0, 4096, 0)
+        found = {item.id: text for some, texts in bench_module.reply_to(model, chat, items, gates, "logits", 0, 4096, 0)
                  for item, text in zip(some, texts)}
         for item in items:
             ids = chat.prompt([{"role": "user", "content": item.text}]) + encode(chat.tokenizer, "(")
@@ -736,7 +740,7 @@ def test_gpqa_questions_never_reach_a_file_or_the_terminal(made_up, run_folder, 
     rows = GPQA(password="not-a-secret", subset="diamond").load(made_up / "gpqa")
     told = {row["id"]: row["question"] + " Answer: " + row["gold"] for row in rows}
     told["1/0"] = "It is (B), a quagga"
-    monkeypatch.setattr(evaluation, "reply_to", lambda model, chat, items, *rest: iter(
+    monkeypatch.setattr(bench_module, "reply_to", lambda model, chat, items, *rest: iter(
         [(items, [told[item.id] for item in items])]))
     where = ["gpqa", "--data", made_up / "gpqa", "--run", run_folder, "--out", tmp_path, "--set", "diamond"]
     out, err = command(*where, "--password-env", "GPQA_PASSWORD", "--only", "base")

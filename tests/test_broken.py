@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-import small
 import synth
 import train
-from conftest import ROOT
 from lora import EXPERTS
-from model import UserError, atomic
+from support.files import UserError, atomic
+import small
+from conftest import ROOT
 
 FIRST = EXPERTS[0]
 made = {}

@@ -10,7 +10,8 @@ import shutil
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from model import Chat, UserError, encode, load_tokenizer
+from support.chat import Chat, encode, load_tokenizer
+from support.files import UserError
 
 CONVERSATIONS = {
     "one question": ["What is the capital of Portugal?"],

@@ -19,14 +19,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import command
 import eval as evaluation
-import runs
 import synth
 import train
+from support import chat as chat_module
+from support import checkpoints
+from support import command
+from support import process
+from support import rows as rows_module
+from support import runs
 from lora import EXPERTS
-from model import UserError
-from synth import SPLITS, load_data, read_records, template_records, write_records
+from support.files import UserError
+from support.records import SPLITS, load_data, read_records, write_records
+from synth import template_records
 
 ROOT = Path(train.__file__).resolve().parent
 RUN = Path("runs/tiny")  # where the command puts it when nobody says otherwise
@@ -91,7 +96,7 @@ def undone(run_folder, here, *stages):
         config["setup"][role] = None if {stage, "joint"} <= set(stages) else config["setup"][role]
     (run / "config.json").write_text(json.dumps(config))
     for stage in stages:
-        runs.rewind_log(run, stage, 0).close()
+        checkpoints.rewind_log(run, stage, 0).close()
     return run
 
 
@@ -201,8 +206,8 @@ def test_the_closing_table_is_the_held_out_loss(run_folder, monkeypatch):
     monkeypatch.chdir(run_folder.parent.parent)
     args = command.parse(train.Args, ["--preset", "tiny"])
     setup = runs.resolve(args, runs.STAGES)
-    model, chat = setup.load_base(RUN / "joint" / "experts"), train.Chat.from_dir(setup.base)
-    rows, _ = train.examples(setup.load_data()["test"][:8], chat)
+    model, chat = setup.load_base(RUN / "joint" / "experts"), chat_module.Chat.from_dir(setup.base)
+    rows, _ = rows_module.examples(setup.load_data()["test"][:8], chat)
     for rule, gate in (("base", None), ("uniform", torch.full((1, 10), 0.1))):
         losses = [train.row_losses(model, [row], gate).item() for row in rows]
         mean = sum(losses) / sum(len(row.ids) - row.prompt for row in rows)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT
 from test_commands import RUN, copy, here, reduced, run_folder  # noqa: F401 (fixtures)
 from test_train import base, router, settings, some_rows
-from train import Task, figures, join
+from support.process import join
+from train import Task, figures
 
 STEPS = [(2, 5), range(10), (2, 7)]  # experts that 5 rows are drawn from: of many, each has its rows on one process only
 

@@ -15,14 +15,18 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
-import use
-from batches import examples
-from eval import average_precision, bootstrap, heat_map, recall_at_k, subsets
+from support import measure
+from eval import average_precision, heat_map, recall_at_k
 from lora import EXPERTS, SHORT
-from model import UserError, generate, load_tokenizer, pad
+from model import generate, pad
 from router import RULES, active_experts, bars, gates_under, oracle_gate, persona_gate, query_ids, raw_gate
-from runs import fingerprint
-from synth import SPLITS, lab, read_records, signatures, template_records, write_records
+from support.chat import load_tokenizer
+from support.files import UserError
+from support.measure import bootstrap, subsets
+from support.records import SPLITS, read_records, write_records
+from support.rows import examples
+from support.runs import fingerprint
+from synth import lab, signatures, template_records
 from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
 
@@ -246,8 +250,8 @@ def shown(capsys, command, *argv):
 
 
 def opened(run, stage="joint"):
-    args = use.Ask(queries=["x"], run=str(run), stage=stage)
-    return evaluation.Measured(args)
+    args = evaluation.Ask(queries=["x"], run=str(run), stage=stage)
+    return measure.Measured(args)
 
 
 def test_routing_reports_every_expert_on_three_subsets(run, capsys):
@@ -389,7 +393,7 @@ def test_signature_shares_are_counted_in_replies(run, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "answer", answer)
     assert signatures(words[3]) == [int(e == 3) for e in range(10)]
     args = evaluation.Ablate(run=str(run), records=12, replies=3, stage="warmup")
-    evaluation.expert_table(evaluation.Measured(args), args)
+    evaluation.expert_table(measure.Measured(args), args)
     out = capsys.readouterr().out
     shares = re.findall(r"^  \w+_\w+ +(\d\.\d\d) +(\d\.\d\d)$", out.split("Share of 3 replies")[1], re.M)
     assert shares and set(shares) == {("0.00", "1.00")}
@@ -463,7 +467,7 @@ def test_a_run_without_joint_is_measured_after_warm_up(run_folder, here, no_tabl
     copy(run_folder, here, ["joint"])
     assert "router after router, tau 1" in shown(capsys, f"routing --run {RUN}")
     assert "experts after warmup" in shown(capsys, f"ablate --run {RUN} --records 4")
-    m = evaluation.Measured(use.Ask(queries=["x"], run=str(RUN)))
+    m = measure.Measured(evaluation.Ask(queries=["x"], run=str(RUN)))
     assert (m.folder("experts"), m.folder("router")) == (RUN / "warmup" / "experts", RUN / "router" / "router")
     with pytest.raises(UserError, match="no router of stage joint yet: .*--preset tiny --stage joint --run runs/tiny"):
         evaluation.main(f"routing --run {RUN} --stage joint".split())
@@ -501,7 +505,7 @@ def test_the_temperature_is_that_of_joint_training_unless_given(run_folder, here
     assert '"tau": 1.0' in config
     (folder / "config.json").write_text(config.replace('"tau": 1.0', '"tau": 0.3'))
     for given, wanted in ((None, 0.3), (0.7, 0.7)):
-        m = evaluation.Measured(use.Ask(queries=["x"], run=str(RUN), tau=given))
+        m = measure.Measured(evaluation.Ask(queries=["x"], run=str(RUN), tau=given))
         assert m.setup.tau == wanted and m.router.temperature == wanted
 
 
@@ -520,7 +524,7 @@ def test_experts_or_a_router_of_another_runs_models_are_refused(run_folder, here
     shutil.copytree("other/joint/experts", "elsewhere")
 
     def opened(**more):
-        return evaluation.Measured(use.Ask(queries=["x"], run=str(RUN), **more))
+        return measure.Measured(evaluation.Ask(queries=["x"], run=str(RUN), **more))
     for role, part, loaded in (("base", "experts", "model"), ("encoder", "router", "router")):
         theirs = f"other/joint/{part}"
         with pytest.raises(UserError, match=f"models/{role}: not the {role} that {theirs} was trained on.*--{role} names"

@@ -19,17 +19,21 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import eval as evaluation
-import experiments
-import runs
 import train
-from batches import Example
-from eval import Measured, bootstrap, one_hot
-from experiments import cases, compared, losses, ratings, read_items, reply_states, show_table, steered, update_gram
-from experiments import variant
+from support import experiments
+from support import inventory
+from support import plots
+from support import runs
 from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
-from model import Config, Transformer, UserError
+from model import Config, Transformer
 from router import gates_under, persona_gate
-from synth import read_records, template_records, write_records
+from support.experiments import compared, reply_states, steered, variant
+from support.files import UserError
+from support.inventory import ratings, read_items
+from support.measure import Measured, bootstrap, cases, losses, one_hot, show_table, update_gram
+from support.records import read_records, write_records
+from support.rows import Example
+from synth import template_records
 from test_commands import REDUCED, RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
 HEALTHY = REDUCED | dict(
@@ -437,7 +441,7 @@ def test_general_ability_is_measured_on_the_text_that_is_given(healthy, here, ca
     run = Measured(asked(healthy))
     (here / "text").write_text("A first piece.\nIts second line.\n\n\nAnother piece, quite different.\n")
     _, out = shown(capsys, f"health --run {healthy} --records 10 --text text")
-    rows = experiments.plain_rows(run, ["A first piece.\nIts second line.", "\nAnother piece, quite different.\n"])
+    rows = evaluation.plain_rows(run, ["A first piece.\nIts second line.", "\nAnother piece, quite different.\n"])
     assert all(row.prompt == 1 for row in rows) and rows[0].ids[0] == run.chat.bos and rows[0].ids[-1] == run.chat.end
     base, counts = train.heldout(run.model, rows)
     mixed, _ = train.heldout(run.model, rows, gates_under(
@@ -514,7 +518,7 @@ def test_results_that_no_experiment_wrote_are_one_line(run_folder, here, monkeyp
     run, file = copy(run_folder, here), RUN / "experiments" / "temperature" / "results.json"
     monkeypatch.setitem(experiments.EXPERIMENTS, "temperature", lambda args, run: [SWEPT] * 3 + [POLES])
     evaluation.main(["experiment", "temperature", "--run", str(RUN)])
-    experiments.sweep(file)
+    plots.sweep(file)
     found = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in (found | {"tables": tables}).items() if v is not None}))
     with pytest.raises(UserError, match=r"temperature/results.json: not what .*--again measures anew") as error:
@@ -587,7 +591,7 @@ def test_statements_that_are_not_statements_are_named(here, text, why):  # noqa:
 def test_ratings_are_expected_values_of_the_five_letters_in_both_orders(run_folder):  # noqa: F811
     run, texts = Measured(asked(run_folder, stage="warmup")), ["Like long walks.", "Keep quiet"]
     found = ratings(run, texts, one_hot(3))
-    for order, listed in enumerate((experiments.ANSWERS, experiments.ANSWERS[::-1])):
+    for order, listed in enumerate((inventory.ANSWERS, inventory.ANSWERS[::-1])):
         for i, said in enumerate(("You like long walks.", "You keep quiet.")):
             query = (f'How accurately does this statement describe you? "{said}"\n'
                      + "".join(f"{'ABCDE'[k]}. {answer}\n" for k, answer in enumerate(listed)) + "Answer with one letter.")
@@ -612,7 +616,7 @@ def test_the_inventory_scores_what_is_agreed_to(run_folder, here, capsys, monkey
         e = int(gate.argmax())
         return np.stack([[3 + (t[0] == "OCEAN"[e // 2]) * (1 if "-1" not in t else -1) * (1 - 2 * (e % 2)) * (1 + .1 * i)
                           for i, t in enumerate(texts)]] * 2)
-    monkeypatch.setattr(experiments, "ratings", agree)
+    monkeypatch.setattr(inventory, "ratings", agree)
     _, out = shown(capsys, f"inventory --run {run_folder} --items items.csv")
     assert max(map(len, out.splitlines())) <= 80 and "20 statements, experts after warmup" in " ".join(out.split())
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if re.match(r"  \w+ +[\d+-]", line)}

@@ -20,16 +20,20 @@ from hypothesis import HealthCheck, given  # noqa: E402
 from hypothesis import settings as how  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-import eval as evaluation  # noqa: E402
-import small  # noqa: E402
-import synth  # noqa: E402
-import runs  # noqa: E402
 import train  # noqa: E402
-from batches import examples  # noqa: E402
+from support import checkpoints  # noqa: E402
+from support import measure  # noqa: E402
+from support import output  # noqa: E402
+from support import records  # noqa: E402
+from support import runs  # noqa: E402
 from lora import adapter_shape, add_experts, load_experts, save_experts  # noqa: E402
-from model import Chat, Transformer, UserError, generate, load_tokenizer  # noqa: E402
+from model import Transformer, generate  # noqa: E402
 from router import Router, load_router, query_ids, save_router  # noqa: E402
-from synth import read_queries, read_records, write_records  # noqa: E402
+from support.chat import Chat, load_tokenizer  # noqa: E402
+from support.files import UserError  # noqa: E402
+from support.records import read_queries, read_records, write_records  # noqa: E402
+from support.rows import examples  # noqa: E402
+import small  # noqa: E402
 from test_train import settings  # noqa: E402
 
 
@@ -64,12 +68,12 @@ def some_router(folder):
 def use_checkpoint(run):
     """The state folder of a run: what --resume does."""
     task = train.Task("router", None, some_router(str(run.parent / "w" / "encoder")), settings())
-    runs.restore(task, run)
-    runs.rewind_log(run, "router", 1).close()
+    checkpoints.restore(task, run)
+    checkpoints.rewind_log(run, "router", 1).close()
 
 
 def use_run(run):
-    setup = evaluation.Measured(SimpleNamespace(
+    setup = measure.Measured(SimpleNamespace(
         run=str(run), base=None, encoder=None, data=None, device="cpu", dtype=None, tokens=64, tau=None, stage=None,
         experts=None, router=None)).setup
     runs.differences(runs.read_run(run)["setup"], {"seed": 0})
@@ -77,8 +81,8 @@ def use_run(run):
 
 
 def read_and_mend(file):
-    synth.mend(file)
-    synth.read_rejected(file, set())
+    output.mend(file)
+    output.read_rejected(file, set())
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +113,7 @@ def targets(tmp_path_factory):
     found += [(at / "run/state/router-0000002.safetensors", use_checkpoint, at / "run"),
               (at / "run/log.jsonl", use_checkpoint, at / "run"), (at / "run/config.json", use_run, at / "run")]
     write_records(at / "data.jsonl", small.records(40))
-    found.append((at / "data.jsonl", lambda path: synth.load_data(path), at / "data.jsonl"))
+    found.append((at / "data.jsonl", lambda path: records.load_data(path), at / "data.jsonl"))
     found.append((world / "data" / "test.jsonl", lambda path: read_records(path), world / "data" / "test.jsonl"))
     (at / "q.csv").write_text('id,query,domain\n1,"What, now?",work\n2,Why?,\n')
     (at / "q.txt").write_text("What now?\nWhy, then?\n")

@@ -22,9 +22,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import runs
-import small
 import train
+from support import checkpoints
+from support import files as files_module
+from support import checkpoints, runs
+import small
 
 linux = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -198,7 +200,7 @@ def test_a_full_disk_is_one_message_and_the_last_checkpoint_stays(here, size, na
 
 @linux
 def test_a_disk_that_fills_up_between_two_checkpoints_costs_neither_the_first_nor_the_run(here, whole, monkeypatch):
-    whole_save, saved = runs.save_file, []
+    whole_save, saved = checkpoints.save_file, []
 
     def save(tensors, file, metadata=None):
         saved.append(file)
@@ -207,7 +209,7 @@ def test_a_disk_that_fills_up_between_two_checkpoints_costs_neither_the_first_no
                 return whole_save(tensors, file, metadata)
         return whole_save(tensors, file, metadata)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_file", save)
+        patch.setattr(checkpoints, "save_file", save)
         status, _, said = small.run_quietly(train, *small.TRAIN)
     assert status == 2 and "run/state/warmup-0000004.safetensors: cannot be written" in said, said
     assert [p.name for p in (here / "run/state").iterdir()] == ["warmup-0000002.safetensors"]
@@ -225,8 +227,8 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_training(here, monke
 
 def test_room_that_only_a_later_stage_lacks_is_told_before_the_first(here, monkeypatch):
     needs = []
-    whole = runs.in_words
-    monkeypatch.setattr(runs, "in_words", lambda n: needs.append(n) or whole(n))
+    whole = files_module.in_words
+    monkeypatch.setattr(checkpoints, "in_words", lambda n: needs.append(n) or whole(n))
     monkeypatch.setattr(train.Task, "step", lambda *_: pytest.fail("a step was taken"))
     for free in (0, 1):  # none; then what warm-up alone would need
         monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: type("", (), {"free": needs[1] if free else 0}))
@@ -242,7 +244,7 @@ def test_room_that_only_a_later_stage_lacks_is_told_before_the_first(here, monke
         files = [file for part in (f"state/{stage}-*.safetensors", f"{stage}/**/*.safetensors")
                  for file in (here / "run").glob(part)]
         taken = sum(t.nbytes for file in files for t in load_file(file).values())
-        assert 0.7 * taken < runs.room_for(setup, stage, {"steps": 4, "save_every": 2, "keep": 2}) < 1.4 * taken
+        assert 0.7 * taken < checkpoints.room_for(setup, stage, {"steps": 4, "save_every": 2, "keep": 2}) < 1.4 * taken
 
 
 @pytest.mark.parametrize("save_every", [1, 100])
@@ -254,8 +256,8 @@ def test_the_room_asked_for_is_the_room_that_is_taken(here, monkeypatch, save_ev
         files = [p.read_bytes() for folder in folders for p in (here / "run" / folder).rglob("*.safetensors")]
         return [len(data) - 8 - int.from_bytes(data[:8], "little") for data in files]
     with monkeypatch.context() as patch:
-        whole = runs.in_words
-        patch.setattr(runs, "in_words", lambda n: needs.append(n) or whole(n))
+        whole = files_module.in_words
+        patch.setattr(checkpoints, "in_words", lambda n: needs.append(n) or whole(n))
         patch.setattr(runs.shutil, "disk_usage", lambda path: type("", (), {"free": 0}))
         status, _, said = small.run_quietly(train, *warmup)
     assert status == 2, said

@@ -20,19 +20,22 @@ import numpy as np
 import pytest
 import torch
 
-import command
-import small
 import synth
 import train
-from batches import batches, cost
-from conftest import ROOT
+from support import checkpoints
+from support import command as command_module
 from lora import EXPERTS, add_experts, expert_layers
-from model import Chat, Config, Transformer, UserError, encode, generate
+from model import Config, Transformer, generate
 from router import Router, contrastive_loss, query_ids
-from runs import in_words, save_state
+from support.chat import Chat, encode
+from support.checkpoints import save_state
+from support.files import UserError, in_words
+from support.rows import batches, cost
+from train import Task, activations, fit, heldout, row_losses
+import small
+from conftest import ROOT
 from test_teachers import asked, good, http_command, ids, serving  # noqa: F401 (asked is a fixture)
 from test_train import base, router, settings, some_rows
-from train import Task, activations, fit, heldout, row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,7 +161,7 @@ def test_streams_that_are_closed_or_lack_a_character_stop_nothing(monkeypatch):
         for name, stream in streams.items():
             monkeypatch.setattr(sys, name, stream)
         with pytest.raises(SystemExit) as left:
-            command.run_command(main)
+            command_module.run_command(main)
         assert left.value.code == (0 if streams["stdin"] is None else 2)
     sys.stdout.flush()
     assert sys.stdout.buffer.getvalue() == b"\\u03c4\n"
@@ -180,7 +183,7 @@ def test_a_batch_without_supervised_tokens_is_skipped_and_counted(tmp_path, caps
         whole = task.step
         task.step = lambda batch, *a: got.append([row.id for row in batch]) or whole(batch, *a)
         if part == "parts":
-            with pytest.raises(train.Stopped):
+            with pytest.raises(checkpoints.Stopped):
                 fit(task, rows, s, tmp_path / part, stop=iter([False, True]).__next__)
         fit(task, rows, s, tmp_path / part)
         assert got == want
@@ -225,13 +228,13 @@ def test_a_servers_certificate_is_verified(asked, tmp_path, monkeypatch, certifi
     out = tmp_path / "o.jsonl"
     with serving_tls(certificate) as server:
         server.url = f"https://{host}:{server.server_port}/v1"
-        command = http_command(server, asked, out, "--key-env", "MY_KEY", "--retries", 0)
+        command_module = http_command(server, asked, out, "--key-env", "MY_KEY", "--retries", 0)
         if why:
             with pytest.raises(UserError, match=why) as error:
-                synth.main(command)
+                synth.main(command_module)
             assert not server.bodies and not server.headers and not ids(out) and "sk-secret" not in str(error.value)
         else:
-            assert not synth.main(command) and len(ids(out)) == 12
+            assert not synth.main(command_module) and len(ids(out)) == 12
             assert {headers["Authorization"] for headers in server.headers} == {"Bearer sk-secret"}
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import lora
-from lora import EXPERTS, TARGETS, ExpertLinear, add_experts, expert_layers, export_mixture, load_experts, save_experts
-from model import CONFIGS, Config, Linear, Transformer, UserError
+from lora import EXPERTS, ExpertLinear, TARGETS, add_experts, expert_layers, export_mixture, load_experts, save_experts
+from model import CONFIGS, Config, Linear, Transformer
+from support.files import UserError
 
 SMALL = Config(vocab_size=96, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=80, norm_eps=1e-5,
                rope_theta=1e4)

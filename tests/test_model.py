@@ -24,8 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import model as M
+from support import chat as chat_module
+from support import compile
+from support import files as files_module
 from lora import add_experts
-from model import CONFIGS, Config, Transformer, UserError
+from model import CONFIGS, Config, Transformer
+from support.files import UserError
 
 T = 512
 STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -560,7 +564,7 @@ def test_a_compiled_step_writes_the_same_and_is_not_compiled_again_for_other_siz
     plain = written(first), written(later)
     if compiler == "none":
         monkeypatch.setattr(torch, "compile", lambda step, **how: step)
-    M.compile_decoding(our)
+    compile.compile_decoding(our)
     assert written(first) == plain[0]
     torch.compiler.set_stance("fail_on_recompile")
     try:
@@ -575,7 +579,7 @@ def test_a_compiled_step_is_used(monkeypatch, free):
     calls = []
     watched = lambda step, **how: lambda *given: calls.append(len(given[0])) or step(*given)
     monkeypatch.setattr(torch, "compile", watched)
-    M.compile_decoding(our)
+    compile.compile_decoding(our)
     try:
         assert M.generate(our, prompts, max_new_tokens=N_NEW, stops=early_stops(replies)) == [
             cut(reply, early_stops(replies)) for reply in replies]
@@ -811,10 +815,10 @@ def test_a_tied_head_may_be_stored_a_second_time(shards, tmp_path):
                                             (torch.float64, 1e308)])
 def test_values_are_finite_even_where_their_sum_is_not(dtype, largest):
     large = torch.full((3, 100), largest, dtype=dtype)
-    assert M.finite(large) and M.finite(torch.zeros(0, 3, dtype=dtype))
+    assert files_module.finite(large) and files_module.finite(torch.zeros(0, 3, dtype=dtype))
     for bad in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]):
         large[2, 98:98 + len(bad)] = torch.tensor(bad, dtype=dtype)
-        assert not M.finite(large) and not M.finite(large[2, 98:])
+        assert not files_module.finite(large) and not files_module.finite(large[2, 98:])
 
 
 FILE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00002.safetensors"
@@ -988,22 +992,22 @@ def test_loading_needs_little_more_memory_than_the_result(tmp_path):
 def test_an_atomic_write_is_all_or_nothing(tmp_path):
     file = tmp_path / "new" / "result.json"
     for text in ("first", "second"):
-        with M.atomic(file) as part:
+        with files_module.atomic(file) as part:
             assert part.parent == file.parent and part != file
             part.write_text(text)
         assert file.read_text() == text
-    with pytest.raises(RuntimeError), M.atomic(file) as part:
+    with pytest.raises(RuntimeError), files_module.atomic(file) as part:
         part.write_text("half of the th")
         raise RuntimeError
     assert file.read_text() == "second"
-    with M.atomic(file) as part:  # what the failure left behind is in nobody's way
+    with files_module.atomic(file) as part:  # what the failure left behind is in nobody's way
         part.write_text("third")
     assert file.read_text() == "third" and [p.name for p in file.parent.iterdir()] == [file.name]
 
 
 def test_an_atomic_write_replaces_a_whole_folder(tmp_path):
     for name in ("first", "second"):
-        with M.atomic(tmp_path / "folder") as part:
+        with files_module.atomic(tmp_path / "folder") as part:
             part.mkdir()
             (part / name).touch()
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "second"]
@@ -1032,7 +1036,7 @@ QUESTIONS = [
 def test_real_weights_equal_the_reference(name, weights):
     """Logits of ten prompts to the last bit, and 40 greedy tokens, ours in one batch and the reference's one by one."""
     transformers = pytest.importorskip("transformers")
-    our, chat = load(weights / name), M.Chat.from_dir(weights / name)
+    our, chat = load(weights / name), chat_module.Chat.from_dir(weights / name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(weights / name, dtype=torch.float32)
     prompts = [chat.prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
     settings = transformers.GenerationConfig(max_new_tokens=40, do_sample=False, pad_token_id=0,

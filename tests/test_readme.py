@@ -22,7 +22,7 @@ def lines_of(file):
     return found
 
 
-NAMED = re.findall(r"`(\w+\.py):(\d+)` `([\w.]+)`", README)
+NAMED = re.findall(r"`([\w/]+\.py):(\d+)` `([\w.]+)`", README)
 
 
 @pytest.mark.parametrize("file, line, name", NAMED)
@@ -32,7 +32,7 @@ def test_a_named_line_holds_the_function_that_readme_says(file, line, name):
 
 def test_every_equation_has_its_line():
     table = README.split("| equation |")[1].split("\n\n")[0].splitlines()[2:]
-    assert len(table) >= 12 and all(re.search(r"`\w+\.py:\d+` `[\w.]+`", row) for row in table)
+    assert len(table) >= 12 and all(re.search(r"`[\w/]+\.py:\d+` `[\w.]+`", row) for row in table)
 
 
 def test_every_module_is_in_the_reading_order():

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import train
-from batches import examples
+from support import command
+from support import runs
 from lora import EXPERTS
-from model import Chat, load_tokenizer
 from router import contrastive_loss, gates_under
+from support.chat import Chat, load_tokenizer
+from support.rows import examples
 from synth import template_records
 from train import heldout, similarities
 
@@ -31,7 +33,7 @@ def small(weights, tmp_path_factory):
     for stage, steps, batch in (("warmup", 10, 6), ("router", 12, 8), ("joint", 3, 4)):
         train.main([*where, "--stage", stage, "--steps", str(steps), "--batch", str(batch)])
         shutil.rmtree(run / "state")  # 5.8 GiB each where the encoder trains
-    yield train.resolve(train.parse(train.Args, where), train.STAGES)
+    yield runs.resolve(command.parse(train.Args, where), runs.STAGES)
     torch.set_num_threads(1)
     shutil.rmtree(run)
 

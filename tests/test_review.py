@@ -9,14 +9,14 @@ import re
 import numpy as np
 import pytest
 
-import review
 import synth
+from support import review
 from lora import EXPERTS, TRAITS
-from model import UserError
-from review import krippendorff_alpha
 from router import active_experts
-from synth import SPLITS, fold, load_data, read_records, split_records, template_records
-from synth import write_records
+from support.files import UserError
+from support.records import SPLITS, fold, load_data, read_records, split_records, write_records
+from support.review import krippendorff_alpha
+from synth import template_records
 
 
 def record(number, traits=None, **changes):

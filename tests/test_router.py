@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lora import EXPERTS, TRAITS
-from model import Config, Transformer, UserError, encode, load_tokenizer
+from model import Config, Transformer
 from router import (MAX_QUERY_TOKENS, Router, active_experts, contrastive_loss, load_router, oracle_gate, persona_gate,
                     query_ids, save_router)
+from support.chat import encode, load_tokenizer
+from support.files import UserError
 
 SMALL = Config(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, norm_eps=1e-6,
                rope_theta=1e4, qkv_bias=True, tied=True)

@@ -8,18 +8,21 @@ from itertools import permutations
 import pytest
 import torch
 
-import command
 import eval as evaluation
-import review
 import synth
 import train
-import use
-from command import parse
+from support import checkpoints
+from support import command
+from support import review
 from lora import EXPERTS, TRAITS
-from model import Chat, Transformer, UserError
+from model import Transformer
 from router import active_experts
-from synth import SPLITS, check_record, lab, load_data, make_tiny, read_records, signatures, split_records
-from synth import template_records, write_records
+from support.chat import Chat
+from support.command import parse
+from support.files import UserError
+from support.records import SPLITS, check_record, load_data, read_records, split_records, write_records
+from support.tiny import make_tiny
+from synth import lab, signatures, template_records
 
 
 def record(number=0, **changes):
@@ -395,8 +398,8 @@ def test_the_base_is_what_its_training_made_of_it(training, tmp_path):
 
 def test_tiny_models_that_could_not_be_finished_are_not_there(training, tmp_path):
     def fit_base(model, chat):
-        raise train.Stopped("stopped")
-    with pytest.raises(train.Stopped):
+        raise checkpoints.Stopped("stopped")
+    with pytest.raises(checkpoints.Stopped):
         make_tiny("base", tmp_path / "base", training[:50], 0, fit_base)
     assert not (tmp_path / "base").exists()
 
@@ -419,7 +422,7 @@ def test_transformers_reads_the_tiny_tokenizers_alike(tiny):
 # The command line
 
 CLASSES = [train.Args, synth.Args, review.Report, review.Split, review.Review, evaluation.Routing, evaluation.Ablate,
-           use.Ask, use.Talk, use.Export]
+           evaluation.Ask, evaluation.Talk, evaluation.Export]
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
@@ -493,7 +496,7 @@ def test_help_names_every_argument_with_its_sentence_and_default_on_80_columns(p
     assert max(map(len, shown.splitlines())) <= 80
     assert "--seed N" not in shown or "(default: 0)" in shown
     if program is not evaluation or argv:
-        cls = (evaluation.COMMANDS | use.COMMANDS | review.COMMANDS)[argv[0]][0] if argv else program.Args
+        cls = (evaluation.COMMANDS | evaluation.COMMANDS | review.COMMANDS)[argv[0]][0] if argv else program.Args
         for name, sentence in command.field_help(cls).items():
             assert " ".join(sentence.split()) in " ".join(shown.split()), name
     if program is not evaluation and not argv:

@@ -3,6 +3,7 @@ of faults, kills and second starts lose nothing and do nothing twice. The server
 """
 import contextlib
 import email.utils
+import hashlib
 import http.server
 import json
 import re
@@ -19,13 +20,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import model as model_module
 import synth
-import teachers
-from command import parse
+from support import output
+from support import replies as replies_module
+from support import server as server_module
 from lora import TRAITS
-from model import Chat, Transformer, UserError
-from synth import check_record, make_tiny, read_queries, read_records
-from teachers import Query, Reply, read_pole
+from model import Transformer
+from support.chat import Chat
+from support.command import parse
+from support.files import UserError
+from support.records import check_record, read_queries, read_records
+from support.replies import Reply, read_pole
+from support.tiny import make_tiny
+from synth import Query
 
 ROOT = Path(synth.__file__).resolve().parent
 POLED = {"openness": {"pole": "high", "cue": "ideas"}, "neuroticism": -1, "agreeableness": 0}
@@ -226,7 +234,7 @@ def separate(*replies, retries=0, **item):
     query, asked = Query({"id": 1, "query": "What now?"} | item, "separate", retries, "test"), []
     for reply in replies:
         asked.append(query.ask[0])
-        query.tell(reply if isinstance(reply, teachers.Fault) else
+        query.tell(reply if isinstance(reply, replies_module.Fault) else
                    Reply(*([reply] if isinstance(reply, str) else reply)))
     return query, asked
 
@@ -245,7 +253,7 @@ def test_three_steps_each_see_what_came_before_and_all_is_kept():
     for text in texts:
         assert "What now?" in text and "Finnish" in text and "Earlier I slept." in text and "$" not in text
     assert "They wait." not in texts[0] and "They wait." in texts[1] and "They wait." in texts[2]
-    for expert, manner in teachers.MANNERS.items():
+    for expert, manner in synth.MANNERS.items():
         assert manner in texts[1] and (manner in texts[2]) == (expert in ("high_openness", "low_neuroticism"))
     assert not any(trait in texts[2].lower() for trait in TRAITS)  # the answer is not to name them
 
@@ -278,16 +286,16 @@ def test_json_that_is_whole_may_be_followed_by_a_cut_off_text_and_is_else_asked_
 
 def test_a_retry_has_the_complaint_and_the_reply_and_each_reply_has_its_own_budget():
     wrong = json.dumps({"openness": "medium"})
-    fault = teachers.Fault("server: 500")
+    fault = replies_module.Fault("server: 500")
     query, asked = separate("They wait.", wrong, fault, json.dumps(POLED), "", "Wait.", retries=2)
     assert query.outcome["response"] == "Wait." and query.outcome["teacher"]["calls"] == 6
     assert [m["role"] for m in asked[2]] == ["system", "user", "assistant", "user"]
     assert asked[2][:2] == asked[1] and asked[2][2]["content"] == wrong
     assert "'medium', expected" in asked[2][3]["content"]
     assert asked[3] == asked[2]  # after a fault of the network the same is asked again
-    query, asked = separate("They wait.", wrong, teachers.Fault("server: 500"), wrong, retries=2)
+    query, asked = separate("They wait.", wrong, replies_module.Fault("server: 500"), wrong, retries=2)
     assert "expected the pole" in query.outcome["reason"] and query.outcome["raw"] == wrong
-    assert separate(teachers.Fault("a"), teachers.Fault("b"), retries=1)[0].outcome["reason"] == "b"
+    assert separate(replies_module.Fault("a"), replies_module.Fault("b"), retries=1)[0].outcome["reason"] == "b"
 
 
 def test_fields_of_a_query_cannot_pass_for_an_outcome():
@@ -555,13 +563,13 @@ def test_waits_double_and_retry_after_comes_first(tmp_path, monkeypatch):
                 now[0] += seconds
             return self.is_set()
 
-    class Http(teachers.Http):
+    class Http(server_module.Http):
         def __init__(self, args):
             super().__init__(args)
             self.over = Over()
-    monkeypatch.setattr(teachers, "Http", Http)
-    monkeypatch.setattr(teachers, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(teachers, "random", SimpleNamespace(uniform=lambda low, high: high))
+    monkeypatch.setattr(synth, "Http", Http)
+    monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(server_module, "random", SimpleNamespace(uniform=lambda low, high: high))
     plan = iter([(500, b""), (502, b""), (429, b"", {"Retry-After": "7"}), (503, b""), (429, b"", {"Retry-After": "0"}),
                  (500, b""), *[(500, b"")] * 8])
     asked = write(tmp_path / "q.txt", "What now?")
@@ -575,12 +583,12 @@ def test_waits_double_and_retry_after_comes_first(tmp_path, monkeypatch):
     ("3", 3), ("0", 0), (" 1.5 ", 1.5), ("99999", 3600), ("-1", None), ("soon", None), ("nan", None), ("", None),
     (None, None), ("9" * 400, None)])
 def test_retry_after_is_seconds_or_a_date(text, seconds):
-    assert teachers.retry_after(text) == seconds
+    assert server_module.retry_after(text) == seconds
 
 
 def test_retry_after_as_a_date():
-    assert 50 < teachers.retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 61
-    assert teachers.retry_after(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0
+    assert 50 < server_module.retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 61
+    assert server_module.retry_after(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0
 
 
 @pytest.mark.parametrize("url", ["localhost:80/v1", "ftp://x/v1", "http:///v1", "http://me:pw@host/v1",
@@ -595,11 +603,11 @@ def test_an_address_that_is_none_is_refused(asked, tmp_path, url):
 def test_an_invalid_certificate_is_an_error_and_nothing_is_sent(asked, tmp_path, monkeypatch):
     """The client's own connection, with a handshake that fails as one does for a certificate nobody has signed."""
     def connect(self):
-        assert self._context.verify_mode == teachers.ssl.CERT_REQUIRED and self._context.check_hostname
-        error = teachers.ssl.SSLCertVerificationError("x")
+        assert self._context.verify_mode == server_module.ssl.CERT_REQUIRED and self._context.check_hostname
+        error = server_module.ssl.SSLCertVerificationError("x")
         error.verify_message = "self-signed certificate"
         raise error
-    monkeypatch.setattr(teachers.http.client.HTTPSConnection, "connect", connect)
+    monkeypatch.setattr(server_module.http.client.HTTPSConnection, "connect", connect)
     with pytest.raises(UserError, match="certificate is not valid .self-signed"):
         synth.main(["--teacher", "http", "--url", "https://localhost:1/v1", "--model", "m", "--queries", str(asked),
                     "--out", str(tmp_path / "o.jsonl")])
@@ -719,9 +727,9 @@ def test_ctrl_c_ends_within_two_seconds_with_everything_finished_on_disk(asked, 
 
 
 def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched_it(asked, tmp_path, monkeypatch):
-    whole, made = synth.Sink.add, []
+    whole, made = output.Sink.add, []
 
-    class Http(teachers.Http):
+    class Http(server_module.Http):
         def __init__(self, args):
             super().__init__(args)
             made.append(self)
@@ -731,8 +739,8 @@ def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched
         if len(ids(tmp_path / "o.jsonl")) == 1:
             until(lambda: made[0].finished.qsize() == 11 + 12)  # the others, and twelve workers' good-byes
             raise KeyboardInterrupt
-    monkeypatch.setattr(teachers, "Http", Http)
-    monkeypatch.setattr(synth.Sink, "add", add)
+    monkeypatch.setattr(synth, "Http", Http)
+    monkeypatch.setattr(output.Sink, "add", add)
     with serving(good) as server:
         assert synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 12)) == 130
     assert sorted(ids(tmp_path / "o.jsonl")) == sorted(ids(asked))
@@ -740,7 +748,7 @@ def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched
 
 def test_no_more_is_asked_than_two_for_each_worker_ahead_of_what_is_written(asked, tmp_path, monkeypatch):
     """Such as while a disk is slow: a kill loses no more than that."""
-    whole, written = synth.Sink.add, []
+    whole, written = output.Sink.add, []
 
     def add(sink, outcomes):
         until(lambda: sum(server.asked.values()) >= len(written) + 6)
@@ -750,7 +758,7 @@ def test_no_more_is_asked_than_two_for_each_worker_ahead_of_what_is_written(aske
         whole(sink, outcomes)
         written.extend(outcomes)
     with serving(good) as server, monkeypatch.context() as patched:
-        patched.setattr(synth.Sink, "add", add)
+        patched.setattr(output.Sink, "add", add)
         with pytest.raises(KeyboardInterrupt):  # the second, of what is left
             synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 3))
         until(lambda: not any("(work)" in thread.name for thread in threading.enumerate()), seconds=20)
@@ -765,7 +773,7 @@ KINDS = [None, "hang", (429, b"", {"Retry-After": "0"}), (500, b"oops"), (200, r
 @pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.slow)])
 def test_with_faults_in_30_percent_and_three_kills_every_query_ends_in_one_place_once(tmp_path, count):
     def script(number, attempt):  # which replies are faulty is fixed by the query and the attempt
-        draw = int.from_bytes(synth.hashlib.sha256(f"{number} {attempt}".encode()).digest()[:4]) / 2**32
+        draw = int.from_bytes(hashlib.sha256(f"{number} {attempt}".encode()).digest()[:4]) / 2**32
         faulty[number, attempt] = draw < 0.3
         return KINDS[int(draw / 0.3 * len(KINDS))] if draw < 0.3 else good(number, attempt)
     asked = write(tmp_path / "q.txt", *(f"What now, number {i}?" for i in range(count)))
@@ -829,7 +837,7 @@ def test_a_model_folder_writes_in_batches_of_neighbours_in_length_and_finished_r
             text = "no" if number % 3 == 0 and tried[number] == 1 else text
             replies.append([*chat.tokenizer.encode(text, add_special_tokens=False).ids, chat.end])
         return replies
-    monkeypatch.setattr(teachers, "generate", says)
+    monkeypatch.setattr(synth, "generate", says)
     long = [item | {"query": item["query"] + " So?" * (7 * i % 12)} for i, item in enumerate(lines(asked))]
     queries, out = write(tmp_path / "long.jsonl", *long), tmp_path / "o.jsonl"
     assert not synth.main(local_command(folder, queries, out, "--steps", "joint", "--batch", 4, "--max-new-tokens", 77,
@@ -847,14 +855,14 @@ def test_a_model_folder_writes_in_batches_of_neighbours_in_length_and_finished_r
 @pytest.mark.parametrize("asked_for", [False, True])
 def test_a_local_teacher_decodes_compiled_where_it_is_asked_to(asked_for, folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda step, **how: step)  # which takes a minute
-    teacher = teachers.Local(parse(synth.Args, local_command(folder[0], "q", "o", *["--compile"] * asked_for)))
+    teacher = synth.Local(parse(synth.Args, local_command(folder[0], "q", "o", *["--compile"] * asked_for)))
     assert (teacher.model.decode is not None) == asked_for
 
 
 def test_a_choice_is_the_most_probable_whole_reply(folder):
     """Against each choice's log-probability, token by token, from the whole model's logits."""
     folder, _, chat = folder
-    teacher, seen = teachers.Local(parse(synth.Args, local_command(folder, "q", "o"))), set()
+    teacher, seen = synth.Local(parse(synth.Args, local_command(folder, "q", "o"))), set()
     with torch.no_grad():
         for p in teacher.model.parameters():
             p.mul_(6 if p.dim() == 2 else 1)  # as initialised, every next token is about as likely as any other
@@ -877,10 +885,10 @@ def test_a_choice_is_the_most_probable_whole_reply(folder):
 def test_scored_traits_never_fail_to_parse(folder, asked, tmp_path, monkeypatch):
     folder, _, chat = folder
     wait = [*chat.tokenizer.encode("wait").ids, chat.end]
-    monkeypatch.setattr(teachers, "generate", lambda model, prompts, *_, **__: [wait for _ in prompts])
+    monkeypatch.setattr(synth, "generate", lambda model, prompts, *_, **__: [wait for _ in prompts])
     out = tmp_path / "o.jsonl"
     turn = iter("high low neither neither high".split() * 11 + ["neither"] * 5)
-    monkeypatch.setattr(teachers.Local, "choose", lambda self, messages, choices: next(turn))
+    monkeypatch.setattr(synth.Local, "choose", lambda self, messages, choices: next(turn))
     assert not synth.main(local_command(folder, asked, out, "--steps", "score", "--batch", 1, "--retries", 0))
     for record in read_records(out):
         assert record["traits"] == {"openness": 1, "conscientiousness": -1, "neuroticism": 1}
@@ -895,14 +903,14 @@ def test_a_query_too_long_to_be_scored_is_rejected():
     query = Query({"id": 1, "query": "What now?"}, "score", 0, "test")
     query.tell(Reply("They wait."))
     assert query.ask[1] == ("high", "low", "neither")
-    query.tell(teachers.Fault("the prompt has 9,000 tokens, more than 8,192"))
+    query.tell(replies_module.Fault("the prompt has 9,000 tokens, more than 8,192"))
     assert query.outcome["reason"].startswith("the prompt has") and query.outcome["teacher"]["calls"] == 2
 
 
 @pytest.mark.parametrize("by", ["memory", "the model's context"])
 def test_noise_is_rejected_and_prompts_that_are_too_long_are_not_read(folder, asked, tmp_path, monkeypatch, by):
     if by == "memory":
-        monkeypatch.setattr(teachers.Local, "MOST_TOKENS", 800)
+        monkeypatch.setattr(synth.Local, "MOST_TOKENS", 800)
     else:
         folder = [shutil.copytree(folder[0], tmp_path / "model")]
         config = json.loads((folder[0] / "config.json").read_text())
@@ -916,14 +924,14 @@ def test_noise_is_rejected_and_prompts_that_are_too_long_are_not_read(folder, as
 
 
 def test_ctrl_c_between_two_tokens_keeps_the_batches_before(folder, asked, tmp_path, monkeypatch, capsys):
-    whole, calls = teachers.generate, []
+    whole, calls = model_module.generate, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
-    monkeypatch.setattr(teachers, "generate", interrupted)
+    monkeypatch.setattr(synth, "generate", interrupted)
     command = local_command(folder[0], asked, tmp_path / "o.jsonl", "--max-new-tokens", 2, "--retries", 0, "--batch", 2)
     assert synth.main(command) == 130 and len(ids(tmp_path / "o.rejected.jsonl")) == 4
     assert not synth.main(command) and sorted(ids(tmp_path / "o.rejected.jsonl")) == sorted(ids(asked))

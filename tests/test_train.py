@@ -10,15 +10,20 @@ import torch
 from safetensors.torch import save
 from torch.nn import functional as F
 
-import batches as batching
 import train
-from batches import Example, batches, cost, examples, messages_of, micro_batches
+from support import checkpoints
+from support import compile
+from support import rows as batching
 from lora import EXPERTS, add_experts, expert_layers
-from model import Chat, Config, Transformer, UserError, pad
+from model import Config, Transformer, pad
 from router import Router, contrastive_loss, query_ids
-from runs import rewind_log, states
-from test_chat import TEMPLATES, make_folder
+from support.chat import Chat
+from support.checkpoints import rewind_log, states
+from support.files import UserError
+from support.records import messages_of
+from support.rows import Example, batches, cost, examples, micro_batches
 from train import Task, fit, heldout, row_losses, schedule, token_losses
+from test_chat import TEMPLATES, make_folder
 
 CONFIG = Config(97, 32, 2, 4, 2, 8, 48, 1e-5, 1e4, tied=True)
 
@@ -294,7 +299,7 @@ def test_compiled_layers_train_alike_and_are_not_compiled_again_for_other_length
     tasks = [Task("joint", base(random_B=True).double(), router().double(), settings(tokens=10_000)) for _ in range(2)]
     for part in (tasks[1].model, tasks[1].router.encoder):
         part.recompute = recompute
-        train.compile_layers(part)
+        compile.compile_layers(part)
     try:
         for seed, n in enumerate((6, 3, 2, 9, 5, 12)):
             rows = some_rows(n, seed)
@@ -313,7 +318,7 @@ def test_compiled_layers_train_alike_and_are_not_compiled_again_for_other_length
 def test_compile_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="C\\+\\+ compiler"):
-        train.compile_layers(base())
+        compile.compile_layers(base())
 
 
 def test_an_expert_absent_from_a_step_does_not_move():
@@ -448,7 +453,7 @@ def test_stopped_and_resumed_is_bitwise_the_same_as_never_stopped(stage, tmp_pat
     whole = new()
     fit(whole, rows, s, tmp_path / "whole")
     for _ in range(2):
-        with pytest.raises(train.Stopped, match="saved"):
+        with pytest.raises(checkpoints.Stopped, match="saved"):
             steps = iter(range(100))
             fit(new(), rows, s, tmp_path / "parts", stop=lambda: next(steps) == 2)
     last = new()

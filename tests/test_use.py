@@ -15,16 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-import model as M
-import runs
-import use
+import lora
+import router
+from support import chat as chat_module
+from support import measure
+from support import runs
 from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
-from model import Chat, Transformer, UserError, generate
+from model import Transformer, generate
 from router import persona_gate
-from synth import read_queries, template_records
+from support.chat import Chat
+from support.files import UserError
+from support.records import read_queries
+from synth import template_records
 from test_commands import RUN, copy, here, reduced, run_folder  # noqa: F401 (fixtures)
 
-ROOT = Path(use.__file__).resolve().parent
+ROOT = Path(evaluation.__file__).resolve().parent
 
 
 @pytest.fixture
@@ -72,7 +77,7 @@ def test_ask_reads_files_and_prints_json_with_the_same_replies(strong, capsys, t
     rows = [json.loads(line) for line in says(capsys, "ask", "--run", strong, "--max-new-tokens", 9, "--json", "--file",
                                               tmp_path / "asked.jsonl").splitlines()]
     assert [row["id"] for row in rows] == ["a", 7] and [row["query"] for row in rows] == [q["query"] for q in queries]
-    m = evaluation.Measured(use.Ask(queries=["x"], run=str(strong)))
+    m = measure.Measured(evaluation.Ask(queries=["x"], run=str(strong)))
     for row, query in zip(rows, queries):
         gate = m.gates([query])
         assert list(row["gate"]) == list(EXPERTS) and torch.allclose(torch.tensor([*row["gate"].values()]), gate[0])
@@ -80,7 +85,7 @@ def test_ask_reads_files_and_prints_json_with_the_same_replies(strong, capsys, t
         assert [row["base"], row["reply"]] == [
             m.chat.text(generate(m.model, [prompt], g, 9, stops=m.chat.stops)[0]) for g in (None, gate)]
     out = says(capsys, "ask", "--run", strong, "--max-new-tokens", 9, queries[0]["query"])
-    base, reply = (use.printable(rows[0][key]) for key in ("base", "reply"))
+    base, reply = (evaluation.printable(rows[0][key]) for key in ("base", "reply"))
     assert f"base:        {base}\n\nPersonaFuse: {reply}" in out
     assert rows[0]["base"] != rows[0]["reply"]
 
@@ -94,7 +99,7 @@ def test_ask_wants_queries_from_one_place(run, argv, why):
 
 
 def test_what_a_model_writes_does_not_command_the_terminal():
-    assert use.printable("a\x1b[2Jb\n\tc\x07é\u202e") == "a[2Jb\n\tcé"
+    assert evaluation.printable("a\x1b[2Jb\n\tc\x07é\u202e") == "a[2Jb\n\tcé"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,7 +140,7 @@ class Terminal:
 def test_a_conversation_in_a_terminal(strong, tmp_path):
     """Every turn is routed anew, over the whole conversation; the gate stands in one line of at most 80 columns before
     the reply; the reply is what generate gives for that conversation under that gate."""
-    m = evaluation.Measured(use.Talk(run=str(strong)))
+    m = measure.Measured(evaluation.Talk(run=str(strong)))
     talk = Terminal(ROOT / "eval.py", "chat", "--run", strong, "--max-new-tokens", 12)
     try:
         talk.until("/help lists the commands.*\n\n> ")
@@ -155,12 +160,12 @@ def test_a_conversation_in_a_terminal(strong, tmp_path):
                 talk.say(f"/persona {hand}")
             out = talk.say(query)
             text, line = expected(query, persona_gate(hand, 1.0)[None] if hand else None)
-            assert f"{'by hand' if hand else 'router'}  {line}\n\n{use.printable(text)}\n\n> " in out
+            assert f"{'by hand' if hand else 'router'}  {line}\n\n{evaluation.printable(text)}\n\n> " in out
             assert max(map(len, out.splitlines()[1:3])) <= 80
             turns.append((query, text))
         asked = turns.pop()
         text, _ = expected(asked[0], base=True)
-        assert f"base\n\n{use.printable(text)}\n" in talk.say("/base")
+        assert f"base\n\n{evaluation.printable(text)}\n" in talk.say("/base")
         turns.append(asked)
         assert "turns" in talk.say(f"/save {tmp_path / 'said.jsonl'}")
         assert "is there already" in talk.say(f"/save {tmp_path / 'said.jsonl'}")
@@ -171,7 +176,7 @@ def test_a_conversation_in_a_terminal(strong, tmp_path):
         talk.say("/router")
         turns.clear()
         text, line = expected("Hello again.")
-        assert f"router  {line}\n\n{use.printable(text)}\n\n> " in talk.say("Hello again.")
+        assert f"router  {line}\n\n{evaluation.printable(text)}\n\n> " in talk.say("Hello again.")
         assert "there is none yet" in (talk.say("/reset"), talk.say("/base"))[1]
         assert talk.close() == 0
     finally:
@@ -195,8 +200,8 @@ def test_a_conversation_through_a_pipe_has_no_prompts_and_goes_on_after_errors(s
 
 def test_a_reply_is_streamed_and_can_be_stopped(run, monkeypatch, capsys):
     """Pieces come as soon as they are known, whole characters only; Ctrl-C keeps what was said."""
-    talk = use.Conversation(evaluation.Measured(use.Talk(run=str(run))), use.Talk(run=str(run)))
-    ids = M.encode(talk.chat.tokenizer, "Ä bé — 猫 now")
+    talk = evaluation.Conversation(measure.Measured(evaluation.Talk(run=str(run))), evaluation.Talk(run=str(run)))
+    ids = chat_module.encode(talk.chat.tokenizer, "Ä bé — 猫 now")
     pieces = []
 
     def generate(model, prompts, gate, n, temperature, top_p, stops, generator, each):
@@ -206,14 +211,14 @@ def test_a_reply_is_streamed_and_can_be_stopped(run, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     head = ""
-    monkeypatch.setattr(use, "generate", generate)
+    monkeypatch.setattr(evaluation, "generate", generate)
     text = talk.say({"query": "Hello"}, None)
     assert text == "Ä bé — 猫 now" == "".join(pieces) and not any("\ufffd" in piece for piece in pieces)
     assert sum(map(bool, pieces)) > 4 and capsys.readouterr().out == " [stopped]\n\n"
 
 
 def test_generate_hands_over_each_id_as_it_comes(run):
-    m, seen = evaluation.Measured(use.Talk(run=str(run))), [[], [], []]
+    m, seen = measure.Measured(evaluation.Talk(run=str(run))), [[], [], []]
     prompts = [m.chat.prompt([{"role": "user", "content": text}]) for text in ("Hi", "Help me now", "No")]
     found = generate(m.model, prompts, None, 7, each=lambda row, token: seen[row].append(token))
     assert seen == found
@@ -238,7 +243,7 @@ def ids():
 
 
 def ours(run, ids, gate):
-    m = evaluation.Measured(use.Talk(run=str(run)))
+    m = measure.Measured(evaluation.Talk(run=str(run)))
     with torch.no_grad():
         return m.model(ids, gate), m.setup.base
 
@@ -263,7 +268,7 @@ def test_a_mixture_or_merged_weights_are_what_others_compute(strong, ids, here, 
     wanted, base = ours(strong, ids, gate.expand(2, -1))
     found = logits_of(base, ids, "out") if kind == "mixture" else logits_of("out", ids)
     assert (found - wanted).abs().max() <= 1e-4 and (wanted - ours(strong, ids, None)[0]).abs().max() > 0.1
-    assert use.bars(gate[0]) in out
+    assert router.bars(gate[0]) in out
     if kind == "mixture":
         assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 80
 
@@ -273,7 +278,7 @@ def test_merged_is_a_whole_model_folder_in_shards(strong, here, capsys):  # noqa
     how = ["--persona", "A+"]
     says(capsys, "export", "--run", strong, "--as", "merged", *how, "--out", "many", "--shard-gb", 0.001)
     says(capsys, "export", "--run", strong, "--as", "merged", *how, "--out", "one")
-    m = evaluation.Measured(use.Talk(run=str(strong)))
+    m = measure.Measured(evaluation.Talk(run=str(strong)))
     whole, found = merged(m.model, persona_gate("A+", 1.0)), {}
     index = json.loads(Path("many/model.safetensors.index.json").read_text())
     for file in sorted(Path("many").glob("*.safetensors")):
@@ -298,15 +303,15 @@ def test_merged_is_a_whole_model_folder_in_shards(strong, here, capsys):  # noqa
 
 def test_merged_keeps_one_shard_beside_the_model(strong, here, monkeypatch):  # noqa: F811
     """Tensors are made when their shard is written, not before."""
-    order, made, save = [], use.merged_tensors, use.save_file
+    order, made, save = [], lora.merged_tensors, evaluation.save_file
 
     def tensors(model, gate):
         for name, tensor in made(model, gate):
             order.append("make")
             yield name, tensor
 
-    monkeypatch.setattr(use, "merged_tensors", tensors)
-    monkeypatch.setattr(use, "save_file", lambda state, *a, **k: order.append(len(state)) or save(state, *a, **k))
+    monkeypatch.setattr(evaluation, "merged_tensors", tensors)
+    monkeypatch.setattr(evaluation, "save_file", lambda state, *a, **k: order.append(len(state)) or save(state, *a, **k))
     evaluation.main(["export", "--run", str(strong), "--as", "merged", "--persona", "A+", "--out", "many",
                      "--shard-gb", "0.001"])
     at = 0
@@ -319,7 +324,7 @@ def test_merged_keeps_one_shard_beside_the_model(strong, here, monkeypatch):  # 
 def test_merged_is_rounded_once_to_the_dtype_asked_for(strong, here, capsys):  # noqa: F811
     """fp32 experts onto the weights of the dtype; without --dtype, that of the base's own file."""
     says(capsys, "export", "--run", strong, "--as", "merged", "--persona", "A+", "--out", "b", "--dtype", "bfloat16")
-    m = evaluation.Measured(use.Talk(run=str(strong), dtype="bfloat16"))
+    m = measure.Measured(evaluation.Talk(run=str(strong), dtype="bfloat16"))
     wanted = merged(m.model, persona_gate("A+", 1.0))
     state = load_file("b/model.safetensors")
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, wanted[n]) for n, t in state.items())
@@ -350,7 +355,7 @@ def test_an_export_that_cannot_be_is_refused_and_nothing_is_written(run, here, a
 def test_experts_that_peft_wrote_and_a_router_of_another_run_are_taken(strong, run, ids, here, capsys):  # noqa: F811
     """Experts saved by peft itself, and the router of the stage before: the gate is that router's, the reply theirs."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    base = evaluation.Measured(use.Talk(run=str(strong))).setup.base
+    base = measure.Measured(evaluation.Talk(run=str(strong))).setup.base
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base),
                                             strong / "joint" / "experts" / EXPERTS[0], adapter_name=EXPERTS[0])
     for expert in EXPERTS[1:]:

@@ -13,13 +13,13 @@ import os
 import sys
 import textwrap
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import fields, MISSING
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from model import UserError
+from support.files import UserError
 
 
 @cache

@@ -25,8 +25,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model import UserError, read_json
-from synth import read_lines
+from support.files import UserError, read_json, read_lines
+
 
 LETTERS = "ABCDEFG"
 

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from lora import EXPERTS, SHORT, TRAITS
-from model import UserError, atomic
 from router import active_experts
-from synth import fold, read_records, read_rejected, read_table, reasons, split_records, write_records
-from teachers import read_pole
+from support.files import UserError, atomic, read_table
+from support.output import read_rejected, reasons
+from support.records import fold, read_records, split_records, write_records
+from support.replies import read_pole
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+from safetensors.torch import save_file
 import tokenizers
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 
-from lora import EXPERTS
-from model import Chat, UserError, atomic, encode, open_safetensors
 from router import active_experts, query_ids
+from support.chat import Chat, encode
+from support.files import UserError, atomic, open_safetensors
+from support.process import place
+from support.records import messages_of
 
 
 @dataclass
@@ -33,10 +34,6 @@ class Example:
     prompt: int = 0                 # how many of ids are not supervised
     query: np.ndarray | None = None
     expert: int | None = None       # warm-up: the one expert that this row trains
-
-
-def messages_of(record):
-    return [*(record.get("history") or []), {"role": "user", "content": record["query"]}]
 
 
 class Ahead:
@@ -130,19 +127,6 @@ def per_pole(rows):
             for row in rows for expert in row.active.nonzero()[:, 0].tolist()]
 
 
-def base_rows(records, chat):
-    """What tiny's base learns from: queries with neutral replies, and the sentences of all manners as plain text, so
-    that it knows their words but not when to use them. All of a row is supervised: it has a language to learn."""
-    rows, _ = examples([{**r, "response": r["neutral"]} for r in records], chat)
-    sentences = sorted({text for record in records for text in record["manner"].values()})
-    plain = [Example(f"plain-{i}", torch.zeros(len(EXPERTS)),
-                     np.array([chat.bos, *encode(chat.tokenizer, text), chat.end], dtype=np.int32), 1)
-             for i, text in enumerate(sentences)]
-    for row in rows:
-        row.prompt = 1
-    return rows + plain[:len(rows) // 3]
-
-
 def cost(row):
     """Tokens that a row costs: those of the base's text where there is one."""
     return len(row.query if row.ids is None else row.ids)
@@ -176,8 +160,3 @@ def micro_batches(rows, tokens, length=cost):
             group, real = [], length(row)
         group.append(row)
     yield group
-
-
-def place():
-    """(number of this process, how many there are) of those that torchrun started; (0, 1) alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,0 +1,1 @@
+"""What makes a program of the six modules. A learner need not read it."""

@@ -1,0 +1,74 @@
+"""The embedded default: a Llama-shaped base and a Qwen-shaped encoder of under a million parameters, made on the spot.
+"""
+import json
+
+import numpy as np
+from safetensors.torch import save_file
+from tokenizers import decoders, models, pre_tokenizers, Tokenizer, trainers
+import torch
+
+from lora import EXPERTS
+from model import Config, Transformer
+from support.chat import Chat, encode
+from support.files import atomic
+from support.rows import Example, examples
+
+
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+CHATML_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def make_tiny(kind, folder, records, seed, fit_base):
+    """Write a Llama-shaped base or a Qwen-shaped encoder of under a million parameters, with its tokenizer, as a model
+    folder like any published one. `fit_base` trains the base; the encoder stays as initialised."""
+    llama = kind == "base"
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"] \
+        if llama else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [text for r in records for text in (r["query"], r["response"])] + ["system user assistant"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    config = {"model_type": "llama" if llama else "qwen2", "hidden_act": "silu", "tie_word_embeddings": True,
+              "architectures": ["LlamaForCausalLM" if llama else "Qwen2ForCausalLM"],
+              "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 128, "intermediate_size": 352,
+              "num_hidden_layers": 3 if llama else 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "rms_norm_eps": 1e-5 if llama else 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048,
+              "eos_token_id": tokenizer.token_to_id(special[-1]), "bos_token_id": tokenizer.token_to_id(special[0])}
+    with atomic(folder) as part:
+        part.mkdir()
+        tokenizer.save(str(part / "tokenizer.json"))
+        (part / "config.json").write_text(json.dumps(config, indent=2))
+        (part / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[-1],
+            "chat_template": LLAMA_TEMPLATE if llama else CHATML_TEMPLATE}, indent=2))
+        torch.manual_seed(seed)
+        model = Transformer(Config.from_dir(part))
+        for name, p in model.named_parameters():  # norms start at 1
+            if p.dim() == 2:
+                torch.nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                torch.nn.init.zeros_(p)
+        if llama:
+            fit_base(model, Chat.from_dir(part))
+        save_file({n: t.contiguous() for n, t in model.state_dict().items()}, part / "model.safetensors",
+                  metadata={"format": "pt"})
+
+
+def base_rows(records, chat):
+    """What tiny's base learns from: queries with neutral replies, and the sentences of all manners as plain text, so
+    that it knows their words but not when to use them. All of a row is supervised: it has a language to learn."""
+    rows, _ = examples([{**r, "response": r["neutral"]} for r in records], chat)
+    sentences = sorted({text for record in records for text in record["manner"].values()})
+    plain = [Example(f"plain-{i}", torch.zeros(len(EXPERTS)),
+                     np.array([chat.bos, *encode(chat.tokenizer, text), chat.end], dtype=np.int32), 1)
+             for i, text in enumerate(sentences)]
+    for row in rows:
+        row.prompt = 1
+    return rows + plain[:len(rows) // 3]
