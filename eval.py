@@ -23,22 +23,22 @@ import numpy as np
 from safetensors.torch import save_file
 import torch
 
-from lora import EXPERTS, SHORT, export_mixture, merged_tensors, save_experts
+from lora import EXPERTS, SHORT_NAMES, export_mixture, merged_tensors, save_experts
 from model import generate
-from router import RULES, bars, gate_report, gates_under, persona_gate, query_ids, softmax_gate
+from router import GATE_RULES, format_gate, gate_statistics, gates_for_rule, persona_gate, query_ids, softmax_gate
 from support.bench import Bench, bench
 from support.chat import encode, load_tokenizer
 from support.command import Parser, add_fields, check_numbers, for_users, run_command
 from support.experiments import Experiment, experiment
 from support.files import UserError, atomic, open_safetensors, read_json, weight_files
 from support.inventory import Inventory, inventory
-from support.measure import (ByHand, Measured, OnRecords, bootstrap, by_hand, cases, losses, one_hot, pole_losses,
-                             subsets, update_gram)
+from support.measure import (GateOptions, LoadedRun, RecordOptions, bootstrap, gate_from_options, load_cases, losses, one_hot_gate, pole_losses,
+                             domain_subsets, update_gram)
 from support.plots import Plot, plot
 from support.records import load_data, messages_of, read_queries, write_records
-from support.rows import Example, examples
+from support.rows import Row, make_rows
 from synth import signatures
-from train import answer, heldout, similarities
+from train import generate_replies, evaluation_loss, score_queries
 
 try:
     import readline
@@ -50,7 +50,7 @@ except ImportError:  # Windows
 # routing
 
 @dataclass(kw_only=True)
-class Routing(OnRecords):
+class Routing(RecordOptions):
     show: int = 12
     """Queries in the heat map."""
 
@@ -72,7 +72,7 @@ def recall_at_k(similarity, active):
 
 def heat_map(gates, active, queries, width=40):
     """Gates (N, E) as text, a row a query: darker is more, relative to the largest; [ ] marks the labels' poles."""
-    top, lines = gates.max(), [" " * (width + 1) + "".join(f" {name} " for name in SHORT)]
+    top, lines = gates.max(), [" " * (width + 1) + "".join(f" {name} " for name in SHORT_NAMES)]
     for gate, poles, query in zip(gates, active, queries):
         cells = "".join(f"[{'·░▒▓█'[round(4 * w / top)] * 2}]" if p else f" {'·░▒▓█'[round(4 * w / top)] * 2} "
                         for w, p in zip(gate, poles))
@@ -83,17 +83,17 @@ def heat_map(gates, active, queries, width=40):
 
 def routing(args):
     """Per-expert average precision, recall at |P|, entropy and top-1 mass, and a heat map queries × experts."""
-    run = Measured(args)
+    run = LoadedRun(args)
     records, new_domain = run.records(need_response=False)
     rows = run.rows(records)
     active = torch.stack([row.active for row in rows])
-    similarity = similarities(run.router, rows, args.tokens)
-    gates, stage = gates_under("learned", active, similarity, run.setup.tau), run.folder("router").parent.name
+    similarity = score_queries(run.router, rows, args.tokens)
+    gates, stage = gates_for_rule("learned", active, similarity, run.setup.tau), run.folder("router").parent.name
     active, similarity = active.numpy(), similarity.numpy()
-    for name, part in subsets(new_domain):
+    for name, part in domain_subsets(new_domain):
         a, s = active[part], similarity[part]
         scores = [average_precision(s[:, e], a[:, e]) for e in range(len(EXPERTS))]
-        report = gate_report(gates[part])
+        report = gate_statistics(gates[part])
         print(f"\n{len(part)} test queries, {name}; router after {stage}, tau {run.setup.tau:g}\n\n"
               f"  {'expert':<24}{'queries':>8}{'AP':>8}{'by chance':>11}{'usage':>8}")
         for e, expert in enumerate(EXPERTS):
@@ -110,7 +110,7 @@ def routing(args):
 # ablate
 
 @dataclass(kw_only=True)
-class Ablate(OnRecords):
+class Ablate(RecordOptions):
     records: int | None = None
     """How many test records; all if not given."""
     control: str | None = None
@@ -122,20 +122,20 @@ class Ablate(OnRecords):
 def ablate(args):
     """Held-out loss under each gate rule, with intervals against the learned gate; and what each expert alone is
     worth on records of each pole."""
-    run = Measured(args)
+    run = LoadedRun(args)
     records, new_domain = run.records(limit=args.records)
-    rows, _ = examples(records, run.chat)
+    rows, _ = make_rows(records, run.chat)
     active = torch.stack([row.active for row in rows])
-    similarity = similarities(run.router, run.rows(records), args.tokens)
+    similarity = score_queries(run.router, run.rows(records), args.tokens)
     stage = run.folder("experts").parent.name
     nats = {}
-    for rule in RULES:
-        gates = gates_under(rule, active, similarity, run.setup.tau, args.seed)
-        nats[rule], counts = heldout(run.model, rows, gates, args.tokens)
+    for rule in GATE_RULES:
+        gates = gates_for_rule(rule, active, similarity, run.setup.tau, args.seed)
+        nats[rule], counts = evaluation_loss(run.model, rows, gates, args.tokens)
     if args.control:
-        control = Measured(replace(args, run=args.control, stage="joint"))
-        nats["control"], _ = heldout(control.model, rows, gates_under("uniform", active), args.tokens)
-    for name, part in subsets(new_domain):
+        control = LoadedRun(replace(args, run=args.control, stage="joint"))
+        nats["control"], _ = evaluation_loss(control.model, rows, gates_for_rule("uniform", active), args.tokens)
+    for name, part in domain_subsets(new_domain):
         print(f"\nHeld-out loss, {len(part)} records, {counts[part].sum():.0f} reply tokens, {name}; experts after "
               f"{stage}, tau {run.setup.tau:g}\n\n  {'gate':<10}{'nats/token':>10}   {'against learned, 95 %':<30} "
               "what the gate is")
@@ -143,8 +143,8 @@ def ablate(args):
             mean, low, high = bootstrap((found - nats["learned"])[part], counts[part], args.seed)
             against = "" if rule == "learned" else f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
             print(f"  {rule:<10}{found[part].sum() / counts[part].sum():>10.4f}   {against:<30} "
-                  f"{RULES.get(rule, 'trained and used with a uniform gate')}")
-    expert_table(Measured(replace(args, stage="warmup")), args)
+                  f"{GATE_RULES.get(rule, 'trained and used with a uniform gate')}")
+    expert_table(LoadedRun(replace(args, stage="warmup")), args)
 
 
 def expert_table(run, args):
@@ -156,7 +156,7 @@ def expert_table(run, args):
         return
     best = [p for p in set(poles) if np.nanargmin(table[:, p]) == p]
     print(f"\nWarm-up expert (row) alone on the {len(records)} records that call for one pole (column), nats/token; * "
-          "is\nthe best of a column\n\n  " + " " * 22 + "".join(f"{name:>7}" for name in SHORT))
+          "is\nthe best of a column\n\n  " + " " * 22 + "".join(f"{name:>7}" for name in SHORT_NAMES))
     for e, expert in enumerate(EXPERTS):
         print(f"  {expert:<22}" + "".join(
             f"{table[e, p]:>6.2f}" + ("*" if p in set(poles) and np.nanargmin(table[:, p]) == e else " ")
@@ -167,8 +167,8 @@ def expert_table(run, args):
     print(f"\nShare of {args.replies} replies with the pole's signature\n\n  {'pole':<22}{'base':>7}{'expert':>8}")
     for e in sorted(set(poles)):
         asked = [r for r, p in zip(records, poles) if p == e][:args.replies]
-        shares = [np.mean([signatures(text)[e] for text in answer(run.model, run.chat, asked, gate)])
-                  for gate in (None, one_hot(e))]
+        shares = [np.mean([signatures(text)[e] for text in generate_replies(run.model, run.chat, asked, gate)])
+                  for gate in (None, one_hot_gate(e))]
         print(f"  {EXPERTS[e]:<22}{shares[0]:>7.2f}{shares[1]:>8.2f}")
 
 
@@ -176,7 +176,7 @@ def expert_table(run, args):
 # health
 
 @dataclass(kw_only=True)
-class Health(OnRecords):
+class Health(RecordOptions):
     text: str | None = None
     """File of plain text, blank lines between its pieces, to see general ability on; the test queries, and the neutral
     replies of the template teacher's records, if not given."""
@@ -187,16 +187,16 @@ class Health(OnRecords):
 def plain_rows(run, texts):
     """Texts as rows in which all but the first token counts: nobody asks, nobody is in a manner."""
     tokenizer, bos = load_tokenizer(run.setup.encoder), [] if run.chat.bos is None else [run.chat.bos]
-    return [Example(str(i), torch.zeros(len(EXPERTS)), np.array([*bos, *encode(
+    return [Row(str(i), torch.zeros(len(EXPERTS)), np.array([*bos, *encode(
         run.chat.tokenizer, text), run.chat.end][:run.args.tokens], dtype=np.int32), 1,
         np.array(query_ids(tokenizer, text), dtype=np.int32)) for i, text in enumerate(texts)]
 
 
 def health(args):
     """Failure signatures, in words and figures; exit status 1 when one holds. The first three are the source's."""
-    run, alarms = Measured(args), []
-    c, (splits, zero) = cases(run, limit=args.records), load_data(run.setup.data, run.setup.seed)
-    similarity, tau, uniform = similarities(run.router, c.rows, args.tokens), run.setup.tau, math.log(len(EXPERTS))
+    run, alarms = LoadedRun(args), []
+    c, (splits, zero) = load_cases(run, limit=args.records), load_data(run.setup.data, run.setup.seed)
+    similarity, tau, uniform = score_queries(run.router, c.rows, args.tokens), run.setup.tau, math.log(len(EXPERTS))
     gates = softmax_gate(similarity, tau)
     print(f"{args.run}: experts after {run.folder('experts').parent.name}, tau {tau:g}, {len(c.rows)} test records\n")
 
@@ -218,8 +218,8 @@ def health(args):
         except (OSError, ValueError) as error:
             raise UserError(f"{args.text}: {error}") from None
     rows = plain_rows(run, texts)
-    base, counts = heldout(run.model, rows, None, args.tokens)
-    mixed, _ = heldout(run.model, rows, softmax_gate(similarities(run.router, rows, args.tokens), tau), args.tokens)
+    base, counts = evaluation_loss(run.model, rows, None, args.tokens)
+    mixed, _ = evaluation_loss(run.model, rows, softmax_gate(score_queries(run.router, rows, args.tokens), tau), args.tokens)
     mean, low, high = (x / (base.sum() / counts.sum()) for x in bootstrap(mixed - base, counts, args.seed))
     check("general ability", low > 0.1, f"the mixture's loss on plain text is {mean:+.1%} [{low:+.1%}, {high:+.1%}] of "
           f"the base's {base.sum() / counts.sum():.3f} nats/token; an interval above a tenth is too much")
@@ -234,7 +234,7 @@ def health(args):
     check("dead experts", dead, f"{', '.join(dead) or 'none'}; lowest mean weight {usage.min():.3f}, lowest share of "
           f"first choices {first.min():.3f}, smallest update {size.min() / size.max():.2f} of the largest (dead: 0.01)")
 
-    entropy = gate_report(gates)["entropy"]
+    entropy = gate_statistics(gates)["entropy"]
     check("collapsed gate", not 0.01 < entropy / uniform < 0.99, f"entropy {entropy:.3f} nats; within 1 % of 0 it is "
           f"one expert, within 1 % of {uniform:.3f} all alike")
 
@@ -242,8 +242,8 @@ def health(args):
     rows, poles = [c.rows[i] for i in alone], c.active[alone].argmax(-1)
     gain = np.full(len(EXPERTS), math.nan)
     if alone:
-        gains = (heldout(run.model, rows, torch.eye(len(EXPERTS))[poles], args.tokens)[0]
-                 - heldout(run.model, rows, None, args.tokens)[0])
+        gains = (evaluation_loss(run.model, rows, torch.eye(len(EXPERTS))[poles], args.tokens)[0]
+                 - evaluation_loss(run.model, rows, None, args.tokens)[0])
         for p in set(poles.tolist()):
             gain[p] = gains[poles == p].sum() / c.counts[alone][poles == p].sum()
     lost = [EXPERTS[e] for e in np.flatnonzero(gain > 0)]
@@ -263,7 +263,7 @@ def health(args):
 # What ask and chat share
 
 @dataclass(kw_only=True)
-class Talk(ByHand):
+class Talk(GateOptions):
     max_new_tokens: int = 200
     """Longest reply."""
     temperature: float = 0.0
@@ -301,11 +301,11 @@ def ask(args):
         check_text(query)
     records = read_queries(args.file)[0] if args.file else [
         {"id": str(i), "query": query} for i, query in enumerate(args.queries)]
-    run = Measured(args)
-    hand = by_hand(run, args)
+    run = LoadedRun(args)
+    hand = gate_from_options(run, args)
     gates = run.gates(records) if hand is None else hand.expand(len(records), -1)
     for record, gate in zip(records, gates):
-        base, reply = (answer(run.model, run.chat, [record], one, args.max_new_tokens, temperature=args.temperature,
+        base, reply = (generate_replies(run.model, run.chat, [record], one, args.max_new_tokens, temperature=args.temperature,
                               top_p=args.top_p, generator=torch.Generator().manual_seed(args.seed))[0]
                        for one in (None, gate[None]))
         if args.json:
@@ -313,7 +313,7 @@ def ask(args):
             print(json.dumps({"id": record["id"], "query": record["query"], "gate": weights, "base": base,
                               "reply": reply}, ensure_ascii=False), flush=True)
         else:
-            print(f"\n{record['query']}\n\n{bars(gate)}\n\nbase:        {printable(base)}\n\n"
+            print(f"\n{record['query']}\n\n{format_gate(gate)}\n\nbase:        {printable(base)}\n\n"
                   f"PersonaFuse: {printable(reply)}", flush=True)
 
 
@@ -336,7 +336,7 @@ class Conversation:
     gate, is of no use: the whole conversation is read again."""
 
     def __init__(self, run, args):
-        self.run, self.args, self.hand, self.turns = run, args, by_hand(run, args), []
+        self.run, self.args, self.hand, self.turns = run, args, gate_from_options(run, args), []
         self.model, self.chat = run.model, run.chat
         if self.hand is None:
             run.router  # loaded now, and not at the first message
@@ -372,7 +372,7 @@ class Conversation:
         check_text(query)
         record = self.record(query, self.turns)
         gate = self.run.gates([record | {"id": "0"}]) if self.hand is None else self.hand
-        weights = " ".join(name + f"{weight:.2f}".lstrip("0") for name, weight in zip(SHORT, gate[0].tolist()))
+        weights = " ".join(name + f"{weight:.2f}".lstrip("0") for name, weight in zip(SHORT_NAMES, gate[0].tolist()))
         print(f"{'router' if self.hand is None else 'by hand'}  {weights}\n", flush=True)
         text = self.say(record, gate)
         self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, gate[0].tolist()))})
@@ -412,7 +412,7 @@ class Conversation:
 
 def chat(args):
     """A conversation in the terminal. Each turn is routed anew; /help lists the commands."""
-    talk = Conversation(Measured(args), args)
+    talk = Conversation(LoadedRun(args), args)
     if sys.stdin.isatty():
         if readline is not None:
             readline.set_auto_history(True)  # and the arrow keys, in input() below
@@ -438,7 +438,7 @@ def chat(args):
 # export
 
 @dataclass(kw_only=True)
-class Export(ByHand):
+class Export(GateOptions):
     as_: typing.Literal["experts", "mixture", "merged"] = "experts"
     """experts: ten PEFT adapters. mixture: one PEFT adapter of ten times the rank that equals the mixture under one
     gate. merged: a whole model folder with the mixture under one gate in its weights."""
@@ -461,12 +461,12 @@ def export(args):
     out = Path(args.out)
     if out.exists():
         raise UserError(f"{out} is there already: give another name, or remove it")
-    run = Measured(args)
+    run = LoadedRun(args)
     if args.as_ == "merged" and not args.dtype:  # as the base is stored, whatever it is computed in here
         run.setup.dtype = stored_dtype(run.setup.base)
     if args.query:
         check_text(args.query)
-    gate = run.gates([{"id": "0", "query": args.query}]) if args.query else by_hand(run, args)
+    gate = run.gates([{"id": "0", "query": args.query}]) if args.query else gate_from_options(run, args)
     if args.as_ == "experts":
         with atomic(out) as part:
             save_experts(run.model, part, run.setup.base)
@@ -475,7 +475,7 @@ def export(args):
     else:
         write_model(run, gate, out, args.shard_gb * 1e9)
     print(f"{out}: {args.as_}, {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:,.0f} MB"
-          + ("" if gate is None else f", for the gate\n{bars(gate[0])}"))
+          + ("" if gate is None else f", for the gate\n{format_gate(gate[0])}"))
 
 
 def stored_dtype(folder):

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from model import Linear, linear
-from support.files import UserError, atomic, read_json, read_tensors, short
+from support.files import UserError, atomic, read_json, read_tensors, shorten
 
 
 TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
 EXPERTS = tuple(f"{pole}_{trait}" for trait in TRAITS for pole in ("high", "low"))  # trait t: high 2t, low 2t + 1
-SHORT = tuple(f"{e.split('_')[1][0].upper()}{'+' if e.startswith('high') else '-'}" for e in EXPERTS)  # O+ O- C+ …
+SHORT_NAMES = tuple(f"{e.split('_')[1][0].upper()}{'+' if e.startswith('high') else '-'}" for e in EXPERTS)  # O+ O- C+ …
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all seven, as in the source
 
 
@@ -116,7 +116,7 @@ def adapter_shape(folder):
     settings = read_json(file)
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or type(alpha) not in (int, float) or not 1 <= rank < 2**16 or not 0 < alpha < 2**31:
-        raise UserError(f"{file}: r is {short(rank)} and lora_alpha {short(alpha)}, expected positive numbers")
+        raise UserError(f"{file}: r is {shorten(rank)} and lora_alpha {shorten(alpha)}, expected positive numbers")
     return rank, alpha
 
 
@@ -140,10 +140,10 @@ def load_experts(model, folder):
         for key, value in expected.items():
             given = settings.get(key, 8 if key in ("r", "lora_alpha") else value)  # 8: PEFT's own default
             if given not in (value, None if value in (False, {}) else value):
-                raise UserError(f"{file}: {key} is {short(given)}, expected {value!r}")
+                raise UserError(f"{file}: {key} is {shorten(given)}, expected {value!r}")
         targets = settings.get("target_modules")
         if not isinstance(targets, list) or sorted(map(str, targets)) != sorted(TARGETS):
-            raise UserError(f"{file}: target_modules is {short(targets)}, expected {sorted(TARGETS)}")
+            raise UserError(f"{file}: target_modules is {shorten(targets)}, expected {sorted(TARGETS)}")
         file = file.with_name("adapter_model.safetensors")
         shapes = {f"base_model.model.{name}.lora_{ab}.weight": shape for name, layer in layers.items()
                   for ab, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank)))}

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support.files import UserError, finite, open_safetensors, read_json, short, weight_files
+from support.files import UserError, all_finite, open_safetensors, read_json, shorten, weight_files
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,16 +61,16 @@ class Config:
             value = found.get(key)
             value = default if value is None else value
             if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < LARGEST:
-                raise UserError(f"{file}: {key} is {short(value)}, expected a positive number")
+                raise UserError(f"{file}: {key} is {shorten(value)}, expected a positive number")
             return value
 
         def refuse(key, allowed, why):
             if found.get(key, allowed[0]) not in allowed:
-                raise UserError(f"{file}: {key} is {short(found[key])}, expected {allowed[0]!r}: {why}")
+                raise UserError(f"{file}: {key} is {shorten(found[key])}, expected {allowed[0]!r}: {why}")
 
         family = found.get("model_type")
         if family not in ("llama", "qwen2"):
-            raise UserError(f"{file}: model_type is {short(family)}, expected 'llama' (Llama 3, SmolLM2) or 'qwen2' "
+            raise UserError(f"{file}: model_type is {shorten(family)}, expected 'llama' (Llama 3, SmolLM2) or 'qwen2' "
                             "(Qwen2)")
         refuse("hidden_act", ("silu",), "the feed-forward layer here is SwiGLU")
         refuse("mlp_bias", (False, None), "the feed-forward layers here have no bias")
@@ -79,7 +79,7 @@ class Config:
         refuse("tie_word_embeddings", (False, True, None), "the head is the embedding or it is not")
         for key in ("rope_parameters", "rope_scaling"):
             if not isinstance(found.get(key) or {}, dict):
-                raise UserError(f"{file}: {key} is {short(found[key])}, expected an object or null")
+                raise UserError(f"{file}: {key} is {shorten(found[key])}, expected an object or null")
 
         rope = dict(found.get("rope_parameters") or {})
         theta = rope.pop("rope_theta", None) or found.get("rope_theta")
@@ -87,11 +87,11 @@ class Config:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if kind not in ("default", "llama3"):
-            raise UserError(f"{file}: RoPE scaling is {short(kind)}, expected 'llama3' or none")
+            raise UserError(f"{file}: RoPE scaling is {shorten(kind)}, expected 'llama3' or none")
         if kind == "llama3" and not (all(isinstance(scaling.get(n), (int, float)) and 0 < scaling[n] < LARGEST
                                          for n in numbers) and scaling[numbers[1]] < scaling[numbers[2]]):
             raise UserError(f"{file}: RoPE scaling 'llama3' needs the positive numbers {', '.join(numbers)}, the "
-                            f"second below the third; found {short(scaling)}")
+                            f"second below the third; found {shorten(scaling)}")
         found["rope_theta"] = theta
 
         heads, dim = need("num_attention_heads", int), need("hidden_size", int)
@@ -125,7 +125,7 @@ def context_length(path):
     """max_position_embeddings of a model folder's config.json, or None where it is not said."""
     found = read_json(Path(path) / "config.json").get("max_position_embeddings")
     if found is not None and (type(found) is not int or found < 1):
-        raise UserError(f"{path}/config.json: max_position_embeddings is {short(found)}, expected a positive number")
+        raise UserError(f"{path}/config.json: max_position_embeddings is {shorten(found)}, expected a positive number")
     return found
 
 
@@ -343,7 +343,7 @@ class Transformer(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
         except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product is beyond 64 bits
-            why = short(str(error).partition("\n")[0])
+            why = shorten(str(error).partition("\n")[0])
             raise UserError(f"{path}/config.json: no model of this shape can be made ({why})") from None
         model.context = context_length(path)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -377,7 +377,7 @@ class Transformer(nn.Module):
                     found = tensors.get_tensor(name)
                     state[name], taken = found.to(dtype), taken + found.nbytes
                     # a cast to a wider type makes no infinities; reading half the bytes is faster
-                    if not finite(min(state[name], found, key=torch.Tensor.element_size)):
+                    if not all_finite(min(state[name], found, key=torch.Tensor.element_size)):
                         raise UserError(f"{file}: {name} has values that are NaN or infinite as {str(dtype)[6:]}: a "
                                         "training that went wrong, or a broken download")
         head = state.pop("lm_head.weight", None) if config.tied else None
@@ -499,10 +499,10 @@ def pad(rows, device="cpu"):
     ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # by numpy: a tensor a row takes several times as long
     for line, row in zip(ids, rows):
         line[:len(row)] = row
-    return send(ids, device), send(lengths, device)
+    return to_device(ids, device), to_device(lengths, device)
 
 
-def send(values, device):
+def to_device(values, device):
     """Numbers -> a tensor on the device. To a GPU from pinned memory, so that the next step is laid out while the
     last one computes."""
     values = torch.as_tensor(values)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from lora import EXPERTS, TRAITS
 from model import last_positions
 from support.chat import encode
-from support.files import UserError, atomic, read_json, read_tensors, short
+from support.files import UserError, atomic, read_json, read_tensors, shorten
 
 
 MAX_QUERY_TOKENS = 512  # ours: the router reads the end of what is longer
@@ -100,13 +100,13 @@ def raw_gate(text):
     return torch.tensor([weights])
 
 
-RULES = {  # gate rules: what each one is, in words for the tables
+GATE_RULES = {  # gate rules: what each one is, in words for the tables
     "base": "no experts at all", "uniform": "0.1 for each", "random": "drawn from Dirichlet(1) for each query",
     "shuffled": "the router's gate of another query", "learned": "the router's gate",
     "oracle": "softmax of +1 for active poles, -1 for others", "labels": "1/k for each of k active poles"}
 
 
-def gates_under(rule, active, similarity=None, tau=1.0, seed=0):
+def gates_for_rule(rule, active, similarity=None, tau=1.0, seed=0):
     """Gates for a rule of RULES: active (N, E), similarity (N, E) -> (N, E), or None for the base alone."""
     n, n_experts = active.shape
     rng = np.random.default_rng(seed)
@@ -128,16 +128,16 @@ def gates_under(rule, active, similarity=None, tau=1.0, seed=0):
         shuffled = torch.empty_like(learned)
         shuffled[cycle] = learned[cycle.roll(1)]
         return shuffled
-    raise ValueError(f"unknown gate rule {rule!r}, expected one of {', '.join(RULES)}")
+    raise ValueError(f"unknown gate rule {rule!r}, expected one of {', '.join(GATE_RULES)}")
 
 
-def gate_report(gates):
+def gate_statistics(gates):
     """Gates (N, E) -> mean entropy in nats (log 10 = 2.303 is uniform), mean largest weight, mean weight per expert."""
     return {"entropy": -(gates * gates.clamp(min=1e-30).log()).sum(-1).mean().item(),
             "top1": gates.max(-1).values.mean().item(), "usage": [round(u, 5) for u in gates.mean(0).tolist()]}
 
 
-def bars(gate, width=16):
+def format_gate(gate, width=16):
     """A gate (E,) as five lines of text, one a trait, bars relative to the largest weight."""
     top, lines = max(gate.tolist()), []
     for t in range(0, len(EXPERTS), 2):
@@ -220,7 +220,7 @@ def load_router(router, folder):
     """Fill a Router from `folder`; its temperature stays the caller's. UserError names what is missing or differs."""
     settings = read_json(Path(folder) / "config.json")
     if settings.get("experts") != list(EXPERTS):
-        raise UserError(f"{folder}: the router's experts are {short(settings.get('experts'), 300)}, expected "
+        raise UserError(f"{folder}: the router's experts are {shorten(settings.get('experts'), 300)}, expected "
                         f"{list(EXPERTS)}")
     own = {name.removeprefix("encoder."): tensor for name, tensor in router.state_dict().items()}
     state = read_tensors(Path(folder) / "model.safetensors", {name: tensor.shape for name, tensor in own.items()},

@@ -34,7 +34,7 @@ from support.chat import Chat
 from support.command import field_help, parse, pick_device, pick_dtype, run_command
 from support.compile import compile_decoding
 from support.files import UserError, read_json
-from support.output import Sink, reasons
+from support.output import RecordWriter, reasons
 from support.records import SPLITS, check_record, read_queries, write_records
 from support.replies import (CHOICES, Fault, LONGEST, Reply, Unusable, check_language, read_object, read_text,
                              read_traits)
@@ -419,7 +419,7 @@ def from_templates(args):
               f"  traits:   {first['traits']}")
 
 
-def check(args):
+def check_args(args):
     """UserError for arguments that are missing or don't go with the teacher."""
     if not args.out:
         raise UserError("--out is missing: where should the records go?")
@@ -446,7 +446,7 @@ def check(args):
 def synthesise(args):
     """Every query of a file to a record, or to the rejected file; what is done already is skipped."""
     items, duplicates = read_queries(args.queries)
-    sink = Sink(args.out)
+    sink = RecordWriter(args.out)
     todo = [item for item in items if str(item["id"]) not in sink.done
             and (args.retry_rejected or str(item["id"]) not in sink.refused)]
     print(f"{args.queries}: {len(items)} queries, {duplicates} duplicates dropped; {len(items) - len(todo)} are done, "
@@ -489,7 +489,7 @@ def main(argv=None):
         cls, function = COMMANDS[argv[0]]
         return function(parse(cls, argv[1:], function.__doc__, f"synth.py {argv[0]}"))
     args = parse(Args, argv, __doc__)
-    check(args)
+    check_args(args)
     return from_templates(args) if args.teacher == "template" else synthesise(args)
 
 

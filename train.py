@@ -38,18 +38,18 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lora import EXPERTS, expert_layers, save_experts
-from model import Transformer, generate, pad, send
-from router import RULES, bars, contrastive_loss, gate_report, gates_under, save_router
+from model import Transformer, generate, pad, to_device
+from router import GATE_RULES, format_gate, contrastive_loss, gate_statistics, gates_for_rule, save_router
 from support.chat import Chat, load_tokenizer
 from support.checkpoints import Stopped, append, check_room, read_log, restore, rewind_log, room_for, save_state, states
 from support.command import parse, run_command
 from support.compile import compile_layers
-from support.files import UserError, atomic, in_words, read_json
-from support.process import add_up, agreed, join, keep_memory, place
+from support.files import UserError, atomic, human_readable_size, read_json
+from support.process import all_reduce_sum, any_process_wants_to_stop, join_process_group, keep_freed_memory, rank_and_world_size
 from support.records import messages_of
-from support.rows import batches, cost, examples, micro_batches, per_pole
-from support.runs import STAGES, held, note_content, open_run, remaining, resolve, stage_settings, unbegin
-from support.tiny import base_rows, make_tiny
+from support.rows import batches, n_tokens, make_rows, micro_batches, rows_per_pole
+from support.runs import STAGES, lock, note_content, open_run, remaining, resolve, stage_settings, unbegin
+from support.tiny import pretraining_rows, make_tiny
 from synth import template_records
 
 
@@ -181,15 +181,15 @@ def row_losses(model, rows, gate=None):
     at = np.concatenate([i * T + np.arange(row.prompt - 1, len(row.ids) - 1) for i, row in enumerate(rows)])     # (N,)
     targets = np.concatenate([row.ids[row.prompt:] for row in rows]).astype(np.int64)                            # (N,)
     owner = np.repeat(np.arange(len(rows)), [len(row.ids) - row.prompt for row in rows])                         # (N,)
-    hidden = model.hidden(ids, gate, at=send(at, model.device))  # (N, D)
-    losses = token_losses(model, hidden, send(targets, model.device))
-    return losses.new_zeros(len(rows)).index_add(0, send(owner, model.device), losses)
+    hidden = model.hidden(ids, gate, at=to_device(at, model.device))  # (N, D)
+    losses = token_losses(model, hidden, to_device(targets, model.device))
+    return losses.new_zeros(len(rows)).index_add(0, to_device(owner, model.device), losses)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A stage: what trains, and its loss
 
-class Task:
+class Stage:
     """One stage's parameters, loss and optimiser step.
 
     stage "pretrain" (tiny's base only) trains all of `model` on plain text. `s` holds lr, router_lr, tokens, clip, lam,
@@ -199,7 +199,7 @@ class Task:
     def __init__(self, stage, model=None, router=None, s=None):
         self.stage, self.model, self.router, self.s = stage, model, router, s
         # tiny's base is made by the first process alone
-        self.rank, self.world_size = place() if stage != "pretrain" else (0, 1)
+        self.rank, self.world_size = rank_and_world_size() if stage != "pretrain" else (0, 1)
         groups = []
         if stage == "pretrain":
             groups.append({"params": list(model.parameters()), "lr": s.lr})
@@ -248,7 +248,7 @@ class Task:
             mixture = F.one_hot(torch.tensor([row.expert for row in rows]), len(EXPERTS)).float().to(self.device)
         elif self.stage == "joint" and self.s.joint_gate == "uniform":
             mixture = torch.full_like(gate, 1 / len(EXPERTS))
-        weight = send([1 / tokens[row.expert] for row in rows], self.device)
+        weight = to_device([1 / tokens[row.expert] for row in rows], self.device)
         return (row_losses(self.model, rows, mixture) * weight).sum(), contrast, gate
 
     def step(self, rows, factor=1.0):
@@ -260,10 +260,10 @@ class Task:
         """
         tokens = Counter()
         for row in rows:
-            tokens[row.expert] += cost(row) - row.prompt
+            tokens[row.expert] += n_tokens(row) - row.prompt
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, contrastive part
         gates, lam = [], self.s.lam if self.stage == "joint" else 1.0
-        for group in micro_batches(sorted(rows, key=cost)[self.rank::self.world_size], self.s.tokens):
+        for group in micro_batches(sorted(rows, key=n_tokens)[self.rank::self.world_size], self.s.tokens):
             with self.autocast:
                 language, contrast, gate = self.losses(group, tokens)
                 parts = [] if language is None else [language]
@@ -279,7 +279,7 @@ class Task:
             every = gates[0].new_zeros(len(rows), len(EXPERTS))
             every[self.rank::self.world_size] = torch.cat(gates)
         if self.world_size > 1:
-            add_up([sums, *([every] if gates else []), *(p.grad for p in trained if p.grad is not None)])
+            all_reduce_sum([sums, *([every] if gates else []), *(p.grad for p in trained if p.grad is not None)])
         norm = self.clip({row.expert for row in rows})
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
@@ -318,11 +318,11 @@ class Task:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def figures(report):
+def metrics_to_floats(report):
     """What Task.step returned, as numbers. They are asked for where the log is written, since the device then has to
     finish what it was given."""
     numbers = {k: v.item() if torch.is_tensor(v) else v for k, v in report.items() if k != "gates"}
-    return numbers | (gate_report(report["gates"]) if "gates" in report else {})
+    return numbers | (gate_statistics(report["gates"]) if "gates" in report else {})
 
 
 def schedule(step, steps, warmup):
@@ -335,7 +335,7 @@ def schedule(step, steps, warmup):
 
 def fit(task, rows, s, run, stop=lambda: False):
     """Train `task` on `rows` for s.steps steps, from the run folder's last checkpoint if it has one."""
-    lengths, skipped = [cost(row) for row in rows], Counter()
+    lengths, skipped = [n_tokens(row) for row in rows], Counter()
     order = supervised(rows, batches(lengths, s.batch, [s.seed, *task.stage.encode()]), task, skipped)
     done, first = restore(task, run), task.rank == 0  # the first process writes
     log = rewind_log(run, task.stage, done) if first else None
@@ -355,12 +355,12 @@ def fit(task, rows, s, run, stop=lambda: False):
             raise UserError(f"{task.stage}, step {step}: {memory_advice(task, error)}") from None
         real += sum((0 if row.ids is None or task.model is None else len(row.ids))
                     + (0 if task.router is None else len(row.query)) for row in batch)
-        stopping = agreed(stop, task.world_size)
+        stopping = any_process_wants_to_stop(stop, task.world_size)
         line = step % s.log_every == 0 or step == s.steps
         save = step % s.save_every == 0 or step == s.steps or stopping
         if line or save or task.device.type == "cpu":  # on a GPU, steps in between are not waited for
             for at, rows_then, report in pending:
-                report = {"step": at, "stage": task.stage, **figures(report)}
+                report = {"step": at, "stage": task.stage, **metrics_to_floats(report)}
                 bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(report[key])), None)
                 if bad:  # nothing of it is saved: the last checkpoint is before it
                     kept = states(run, task.stage)[-1:]
@@ -412,15 +412,15 @@ def memory_advice(task, error):
     if_recomputed = sum(activations(part, task.s.tokens, True) for part in decoders(task))
     said = " ".join(str(error).split())[:150]
     advice = (f"the device's memory is full ({said}). "
-              + (f"The frozen base takes {in_words(frozen)}, what trains " if frozen > 0 else "What trains takes ")
-              + f"{in_words(16 * trained)} (values, gradients, two moments) and a micro-batch of {task.s.tokens} "
-              f"tokens about {in_words(kept)}. --tokens {max(1, task.s.tokens // 2)} with --overwrite halves the last")
+              + (f"The frozen base takes {human_readable_size(frozen)}, what trains " if frozen > 0 else "What trains takes ")
+              + f"{human_readable_size(16 * trained)} (values, gradients, two moments) and a micro-batch of {task.s.tokens} "
+              f"tokens about {human_readable_size(kept)}. --tokens {max(1, task.s.tokens // 2)} with --overwrite halves the last")
     if if_recomputed < kept:
-        advice += f"; --recompute, with --resume too, leaves {in_words(if_recomputed)} of it, at a third more time"
+        advice += f"; --recompute, with --resume too, leaves {human_readable_size(if_recomputed)} of it, at a third more time"
     if task.model is not None and task.stage != "pretrain":
         r = expert_layers(task.model)["model.layers.0.self_attn.q_proj"].A.shape[1]
         experts = sum(tensor.numel() for tensor in task.expert_tensors())
-        advice += f"; half of --rank {r} saves {in_words(8 * experts)}" if r > 1 else ""
+        advice += f"; half of --rank {r} saves {human_readable_size(8 * experts)}" if r > 1 else ""
     return advice
 
 
@@ -449,7 +449,7 @@ def log_line(report, steps):
 # ----------------------------------------------------------------------------------------------------------------------
 # Stages, one after the other
 
-def check(args):
+def check_args(args):
     """UserError for arguments that contradict each other."""
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what is there, --overwrite removes it: choose one")
@@ -472,7 +472,7 @@ def prepare(setup, settings, stop):
 
             def fit_base(model, chat):
                 print("making the tiny base: a Llama of under a million parameters that answers neutrally")
-                fit(Task("pretrain", model, s=settings), base_rows(records, chat), settings, setup.run, stop)
+                fit(Stage("pretrain", model, s=settings), pretraining_rows(records, chat), settings, setup.run, stop)
             make_tiny(role, folder, records, setup.seed, fit_base)
 
 
@@ -486,21 +486,21 @@ def train_stage(stage, setup, s, stop, later=0):
     if stage != "warmup":
         router = setup.load_router(setup.run / "router" / "router" if stage == "joint" else None)
         router.encoder.recompute, tokenizer = s.recompute, load_tokenizer(setup.encoder)
-    if place()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         note_content(setup)
     limit = min(s.tokens, model.context or s.tokens) if model else s.tokens
-    rows, long = examples(records, chat, tokenizer, limit, setup.run / "tokens")
+    rows, long = make_rows(records, chat, tokenizer, limit, setup.run / "tokens")
     if long:
         why = "--tokens" if limit == s.tokens else "the base's context"
         print(f"{stage}: left out {long} of {len(records)} records, longer than {limit} tokens ({why})")
     if not rows:
         raise UserError(f"{setup.data}: no record is short enough to train on; raise --tokens")
     if stage == "warmup":
-        rows = per_pole(rows)
+        rows = rows_per_pole(rows)
         idle = [EXPERTS[e] for e in sorted(set(range(len(EXPERTS))) - {row.expert for row in rows})]
         if idle:
             print(f"warmup: no record calls for {', '.join(idle)}; these experts stay as they are, without effect")
-    task = Task(stage, model, router, s)
+    task = Stage(stage, model, router, s)
     for decoder in decoders(task) if s.compile else ():
         compile_layers(decoder)
     if task.rank == 0:
@@ -518,7 +518,7 @@ def train_stage(stage, setup, s, stop, later=0):
 # Held-out loss under a gate rule, and what a run ends with
 
 @torch.no_grad()
-def similarities(router, rows, tokens=8192):
+def score_queries(router, rows, tokens=8192):
     """What the router sees in each row's query: -> (N, E), fp32, on the CPU."""
     found = torch.zeros(len(rows), len(EXPERTS))
     order = {id(row): i for i, row in enumerate(rows)}
@@ -529,7 +529,7 @@ def similarities(router, rows, tokens=8192):
 
 
 @torch.no_grad()
-def heldout(model, rows, gates=None, tokens=8192):
+def evaluation_loss(model, rows, gates=None, tokens=8192):
     """Loss of every row's reply: -> (summed nats (N,), supervised tokens (N,)), numpy fp64. gates: (N, E) or None."""
     nats, order = np.zeros(len(rows)), {id(row): i for i, row in enumerate(rows)}
     for row in rows:
@@ -540,28 +540,28 @@ def heldout(model, rows, gates=None, tokens=8192):
         where = [order[id(row)] for row in group]
         gate = None if gates is None else gates[where].to(model.device)
         nats[where] = row_losses(model, group, gate).double().cpu().numpy()
-    return nats, np.array([float(cost(row) - row.prompt) for row in rows])
+    return nats, np.array([float(n_tokens(row) - row.prompt) for row in rows])
 
 
-def answer(model, chat, records, gates=None, max_new_tokens=80, **sampling):
+def generate_replies(model, chat, records, gates=None, max_new_tokens=80, **sampling):
     """Replies of the base (gates None) or of the mixture to records -> texts."""
     prompts = [chat.prompt(messages_of(record)) for record in records]
     return [chat.text(ids) for ids in generate(model, prompts, gates, max_new_tokens, stops=chat.stops, **sampling)]
 
 
-def closing(setup):
+def print_results(setup):
     """What a run ends with: held-out loss under each gate rule, and five held-out queries with gate and replies."""
     need = setup.stage_folder("experts") is not None
     records = setup.load_data(need)["test"][:setup.eval_records]
     chat = Chat.from_dir(setup.base) if need else None
     router = setup.load_router(setup.stage_folder("router")) if setup.stage_folder("router") else None
-    rows, _ = examples(records, chat, load_tokenizer(setup.encoder) if router else None)
+    rows, _ = make_rows(records, chat, load_tokenizer(setup.encoder) if router else None)
     active = torch.stack([row.active for row in rows])
-    similarity = similarities(router, rows, setup.tokens) if router else None
+    similarity = score_queries(router, rows, setup.tokens) if router else None
     rules = ["base", "uniform", "shuffled", "learned", "oracle"] if router else ["base", "uniform", "oracle"]
-    gates = {rule: gates_under(rule, active, similarity, setup.tau, setup.seed) for rule in rules}
+    gates = {rule: gates_for_rule(rule, active, similarity, setup.tau, setup.seed) for rule in rules}
     if router:
-        report = gate_report(gates["learned"])
+        report = gate_statistics(gates["learned"])
         chance, hit = active.mean().item(), (active * F.one_hot(similarity.argmax(-1), len(EXPERTS))).sum(-1).mean()
         print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: its first choice is called for in "
               f"{hit:.0%}\n(by chance {chance:.0%}), gate entropy {report['entropy']:.3f} (uniform {math.log(len(EXPERTS)):.3f}), "
@@ -574,17 +574,17 @@ def closing(setup):
           f"  {'gate':<10}{'nats/token':>10}{'against base':>14}   what the gate is")
     losses = {}
     for rule in rules:
-        nats, count = heldout(model, rows, gates[rule], setup.tokens)
+        nats, count = evaluation_loss(model, rows, gates[rule], setup.tokens)
         losses[rule] = nats.sum() / count.sum()
-        print(f"  {rule:<10}{losses[rule]:>10.4f}{losses[rule] - losses['base']:>+14.4f}   {RULES[rule]}")
+        print(f"  {rule:<10}{losses[rule]:>10.4f}{losses[rule] - losses['base']:>+14.4f}   {GATE_RULES[rule]}")
     if stage == "joint":
         print("\n  After joint training a uniform gate is not what the experts were trained for, so it is\n"
               "  no fair control; shuffled is. See README, Results.")
     few = records[:5]
     rule = "learned" if router else "oracle"
-    replies = answer(model, chat, few), answer(model, chat, few, gates[rule][:5])
+    replies = generate_replies(model, chat, few), generate_replies(model, chat, few, gates[rule][:5])
     for i, record in enumerate(few):
-        print(f"\nQuery {i + 1}: {record['query']}\n{bars(gates[rule][i])}\n  base:        {replies[0][i]}\n"
+        print(f"\nQuery {i + 1}: {record['query']}\n{format_gate(gates[rule][i])}\n  base:        {replies[0][i]}\n"
               f"  PersonaFuse: {replies[1][i]}")
 
 
@@ -593,19 +593,19 @@ def main(argv=None, close=True):
     if int(os.environ.get("RANK", 0)):
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     args = parse(Args, argv, __doc__)
-    check(args)
+    check_args(args)
     stages = STAGES if args.stage == "all" else (args.stage,)
     setup = resolve(args, stages)
     settings = {stage: stage_settings(args, stage, setup.dtype) for stage in stages}
-    rank, config = join(setup, settings), setup.run / "config.json"
+    rank, config = join_process_group(setup, settings), setup.run / "config.json"
     if setup.device.type == "cpu":
-        keep_memory()
+        keep_freed_memory()
     before = config.read_bytes() if config.is_file() else None
     to_do, alone, stop, status = [], ExitStack(), threading.Event(), None
 
     def ask_to_stop(*_):  # the step is finished and saved; a second signal ends at once, but torchrun always sends one
         stop.set()
-        for number in (signal.SIGINT, signal.SIGTERM) if place()[1] == 1 else ():
+        for number in (signal.SIGINT, signal.SIGTERM) if rank_and_world_size()[1] == 1 else ():
             signal.signal(number, was[number])
 
     was = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -613,14 +613,14 @@ def main(argv=None, close=True):
         if rank == 0:
             new = not setup.run.is_dir()
             if not new:
-                alone.enter_context(held(setup.run))
+                alone.enter_context(lock(setup.run))
             to_do = open_run(setup, settings, args)
             if new:
-                alone.enter_context(held(setup.run))
+                alone.enter_context(lock(setup.run))
         if setup.preset == "tiny" and rank == 0:
             prepare(setup, SimpleNamespace(**stage_settings(Args(preset="tiny", seed=args.seed), "pretrain")),
                     stop.is_set)
-        if place()[1] > 1:
+        if rank_and_world_size()[1] > 1:
             if rank == 0:
                 setup.load_data(args.stage != "router")  # made, where it is missing, before others look for it
             dist.barrier()
@@ -648,7 +648,7 @@ def main(argv=None, close=True):
         return status
     if not to_do:
         print(f"{setup.run} is complete")
-    closing(setup)
+    print_results(setup)
     print(f"\nResults are in {setup.run}; python eval.py ask --run {setup.run} \"…\" asks it something")
 
 

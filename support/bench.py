@@ -23,13 +23,14 @@ from support.benchmarks import BENCHMARKS, PROMPTS, grouped
 from support.chat import Chat, encode
 from support.command import pick_device, pick_dtype
 from support.files import UserError, atomic, read_json, read_lines
-from support.measure import ByHand, Measured, bootstrap, by_hand, show
+from support.measure import GateOptions, LoadedRun, bootstrap, gate_from_options
 from support.rows import micro_batches
 from support.runs import differences, fingerprint
+from support.tables import print_table
 
 
 @dataclass(kw_only=True)
-class Bench(ByHand):
+class Bench(GateOptions):
     names: list[str]
     """Which: emobench, eqbench, tombench, safetybench, gpqa, or all that --data holds."""
     run: str | None = None
@@ -82,7 +83,7 @@ class Subjects:
     def __init__(self, args):
         if not args.run and not (args.base and args.only != "personafuse"):
             raise UserError("which model? --run with a run folder, or --base with a model folder to measure it alone")
-        self.args, self.run, self.routed = args, Measured(replace(args, data=None)) if args.run else None, {}
+        self.args, self.run, self.routed = args, LoadedRun(replace(args, data=None)) if args.run else None, {}
         self.base = self.run.setup.base if self.run else args.base
         self.dtype = pick_dtype(args.dtype, pick_device(args.device))
         fused = "by hand" if args.persona or args.gate else "PersonaFuse"
@@ -123,7 +124,7 @@ class Subjects:
         """One gate (1, E) for all questions, None for the base, or what makes the gates of items: items -> (B, E)."""
         if name == "base":
             return None
-        hand = by_hand(self.run, self.args)
+        hand = gate_from_options(self.run, self.args)
         return self.route if hand is None else hand
 
     def route(self, items):
@@ -255,14 +256,14 @@ def run_bench(args, bench, rows, chosen, subjects, name, folder):
     return {id: tries for id, tries in replies.items() if id in by_id}
 
 
-def wilson(share, n):
+def wilson_interval(share, n):
     """95 % interval of a share of n."""
     z = 1.96
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def mcnemar(a, b):
+def mcnemar_p(a, b):
     """Exact two-sided p of two arrays of 0/1 on the same items: those that differ fall either way like a fair coin."""
     gained, lost = int((a < b).sum()), int((a > b).sum())
     n = gained + lost
@@ -272,7 +273,7 @@ def mcnemar(a, b):
 def estimate(values, seed=0):
     """Scores of items (N,), out of 100 -> (mean, low, high): Wilson for right and wrong, else a bootstrap."""
     if np.isin(values, (0, 100)).all():
-        return values.mean(), *(100 * x for x in wilson(values.mean() / 100, len(values)))
+        return values.mean(), *(100 * x for x in wilson_interval(values.mean() / 100, len(values)))
     return bootstrap(values, np.ones(len(values)), seed)
 
 
@@ -281,7 +282,7 @@ def paired(a, b, seed=0):
     p is McNemar's for right and wrong, else how often the bootstrap falls on the other side of 0."""
     found = bootstrap(b - a, np.ones(len(a)), seed)
     if np.isin([a, b], (0, 100)).all():
-        return *found, mcnemar(a, b)
+        return *found, mcnemar_p(a, b)
     means = (b - a)[np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))].mean(1)
     return *found, min(1.0, 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / 2001)
 
@@ -458,7 +459,7 @@ def bench_report(bench, rows, replies, scores, seed):
     for who in replies:
         print(f"\n{bench.title}, {who}; out of 100\n")
         table = score_rows(lines, who)
-        show(table)
+        print_table(table[0], table[1:], width=80)
         official = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scores[who].items()
                              if bench.name != "safetybench" and not isinstance(v, dict))
         print(f"\n  the authors' own: {official}" if official else "")
@@ -467,5 +468,5 @@ def bench_report(bench, rows, replies, scores, seed):
     if len(replies) == 2:
         table = comparison_rows(lines, bench.reported)
         print(f"\n{bench.title}, side by side; reported: the source's relative improvement at 8B\n")
-        show(table)
+        print_table(table[0], table[1:], width=80)
     return table

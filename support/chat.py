@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from support.files import UserError, read_json, short
+from support.files import UserError, read_json, shorten
 
 
 def load_tokenizer(path):
@@ -18,7 +18,7 @@ def load_tokenizer(path):
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the library raises plain Exception, and its panics are not even that
-        raise UserError(f"{file}: not a tokenizer ({short(str(error), 300)})") from None
+        raise UserError(f"{file}: not a tokenizer ({shorten(str(error), 300)})") from None
     check_ids(tokenizer, file)
     tokenizer.encode_special_tokens = True  # "<|eot_id|>" typed by someone is nine characters, not the end of a turn
     tokenizer.no_truncation()
@@ -48,7 +48,7 @@ def end_ids(file):
     eos = read_json(file).get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(type(e) is int and 0 <= e < 2**31 for e in eos):
-        raise UserError(f"{file}: eos_token_id is {short(eos)}, expected a number or a list of numbers")
+        raise UserError(f"{file}: eos_token_id is {shorten(eos)}, expected a number or a list of numbers")
     return set(eos)
 
 
@@ -99,7 +99,7 @@ class Chat:
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path / 'chat_template.jinja'}: not readable as text ({error})") from None
         if not isinstance(template, str):
-            raise UserError(f"{path / 'tokenizer_config.json'}: chat_template is {short(template)}, expected text")
+            raise UserError(f"{path / 'tokenizer_config.json'}: chat_template is {shorten(template)}, expected text")
         files = [path / name for name in ("config.json", "generation_config.json") if (path / name).exists()]
         stops = set().union(*map(end_ids, files))
         try:

@@ -9,7 +9,7 @@ import torch
 
 from lora import EXPERTS, TARGETS
 from model import Config, Transformer
-from support.files import UserError, atomic, finite, in_words, open_safetensors, remove, short
+from support.files import UserError, atomic, all_finite, human_readable_size, open_safetensors, remove, shorten
 
 
 REPLACED = "replaced"  # where what --overwrite replaces is kept until the first checkpoint of what replaces it
@@ -61,7 +61,7 @@ def save_state(task, step, s, run):
     """Everything that resuming needs in one file: parameters, moments, step counts. The last s.keep of them stay."""
     tensors = {}
     for i, p in enumerate(task.parameters()):
-        if not finite(p):
+        if not all_finite(p):
             raise UserError(f"{task.stage}, step {step}: a parameter is NaN or infinite, so nothing is saved over the "
                             "last good checkpoint. Try a lower --lr or --router-lr with --overwrite")
         tensors[f"{i}.value"] = p.detach().contiguous()
@@ -98,7 +98,7 @@ def restore_from(file, task):
     with open_safetensors(file) as tensors:
         found, step = set(tensors.keys()), (tensors.metadata() or {}).get("step", "")
         if not step.isascii() or not step.isdigit() or file.stem != f"{task.stage}-{int(step):07d}":
-            raise UserError(f"{file}: step is {short(step)}, expected the one in the file's name")
+            raise UserError(f"{file}: step is {shorten(step)}, expected the one in the file's name")
         values, moments = [], []
         for i, p in enumerate(task.parameters()):
             names = [f"{i}.value", *([f"{i}.exp_avg", f"{i}.exp_avg_sq"] if f"{i}.step" in found else [])]
@@ -106,7 +106,7 @@ def restore_from(file, task):
                 raise UserError(f"{file}: does not fit this run's models; use --overwrite to train anew")
             value, *rest = (tensors.get_tensor(name) for name in names)
             count = [tensors.get_tensor(f"{i}.step")] if rest else []
-            if not all(t.is_floating_point() and finite(t) for t in (value, *rest, *count)) or count and count[0].dim():
+            if not all(t.is_floating_point() and all_finite(t) for t in (value, *rest, *count)) or count and count[0].dim():
                 raise UserError(f"{file}: parameter {i} of it is not all finite floats")
             values.append(value)
             kinds = zip(("step", "exp_avg", "exp_avg_sq"), (*count, *rest))
@@ -139,7 +139,7 @@ def check_room(task, s, run, later=0):
     checkpoints = max(1, min(s.keep + 1, -(-s.steps // s.save_every)) - there)  # the oldest goes last
     need = 3 * trained * checkpoints + trained
     if need + later > have:
-        raise UserError(f"{run}: its disk has {in_words(have)} free, and {task.stage} needs {in_words(need)} more: "
-                        f"{checkpoints} checkpoint(s) of {in_words(3 * trained)} and its result"
-                        + (f"; the stages after it about {in_words(later)}" if later else "")
+        raise UserError(f"{run}: its disk has {human_readable_size(have)} free, and {task.stage} needs {human_readable_size(need)} more: "
+                        f"{checkpoints} checkpoint(s) of {human_readable_size(3 * trained)} and its result"
+                        + (f"; the stages after it about {human_readable_size(later)}" if later else "")
                         + ". Free some, lower --keep, or give a --run on another disk")

@@ -22,21 +22,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora import EXPERTS, SHORT, expert_layers, save_experts
+from lora import EXPERTS, SHORT_NAMES, expert_layers, save_experts
 from model import gate_at, pad
-from router import gate_report, gates_under, persona_gate, save_router, softmax_gate
+from router import gate_statistics, gates_for_rule, persona_gate, save_router, softmax_gate
 import train
-from support.files import UserError, atomic, read_json, short
-from support.measure import (Common, Measured, bootstrap, cases, losses, one_hot, opened, show_table, subsets,
+from support.files import UserError, atomic, read_json, shorten
+from support.measure import (RunOptions, LoadedRun, bootstrap, load_cases, losses, one_hot_gate, load_run, domain_subsets,
                              update_gram)
 from support.records import write_records
-from support.rows import examples, micro_batches
+from support.rows import make_rows, micro_batches
 from support.runs import STAGES, Setup, read_run
-from train import heldout, similarities
+from support.tables import print_table
+from train import evaluation_loss, score_queries
 
 
 @dataclass(kw_only=True)
-class Experiment(Common):
+class Experiment(RunOptions):
     names: list[str]
     """Which: routing, temperature, rank, domain, stages, baselines; several are done in turn."""
     seeds: int | None = None
@@ -75,7 +76,7 @@ def variant(args, source, name, stages, fresh=(), data=None, **changes):
     was = read_run(folder)["stages"]
     if any(was.get(stage) != s for stage, s in settings.items()):
         raise UserError(f"{folder} was made from other stages than {source} has now: remove it to train it anew")
-    setup = opened(args, folder).setup
+    setup = load_run(args, folder).setup
     for stage in fresh:
         if not (folder / stage).is_dir():
             with atomic(folder / stage) as part:
@@ -98,13 +99,13 @@ def variant(args, source, name, stages, fresh=(), data=None, **changes):
 def seeded(args, default=1):
     """The run from each of several seeds, one after the other: itself, then all three stages anew from other seeds on
     the same models and records -> seed and folder of each."""
-    run = Measured(args)
+    run = LoadedRun(args)
     for seed in range(run.setup.seed, run.setup.seed + (args.seeds or default)):
         yield seed, Path(args.run) if seed == run.setup.seed else variant(
             args, Path(args.run), f"seed-{seed}", STAGES, data=run.setup.load_data(), seed=seed)
 
 
-def spread(values):
+def mean_and_std(values):
     """-> [mean, standard deviation over seeds], as tables and results.json have it."""
     return [float(np.mean(values)), float(np.std(values))]
 
@@ -115,20 +116,20 @@ def compared(found, c, reference, part=slice(None), seed=0):
     rows, counts = [], c.counts[part]
     for name, runs in found.items():
         difference = (np.mean(runs, 0) - np.mean(found[reference], 0))[part]
-        rows.append([name, spread([nats[part].sum() / counts.sum() for nats in runs]),
+        rows.append([name, mean_and_std([nats[part].sum() / counts.sum() for nats in runs]),
                      "" if name == reference else [*map(float, bootstrap(difference, counts, seed))]])
     return rows
 
 
 def routing_tables(args, run):
     """Is the router's gate worth more than other gates, on the experts before and after joint training?"""
-    tests, validation = cases(run, "test", args.records), cases(run, "validation", args.records)
+    tests, validation = load_cases(run, "test", args.records), load_cases(run, "validation", args.records)
 
     def measure(folder, stage):
-        m = opened(args, folder, stage)
+        m = load_run(args, folder, stage)
 
         def alone(c, e):
-            return heldout(m.model, c.rows, one_hot(e).expand(len(c.rows), -1), args.tokens)[0]
+            return evaluation_loss(m.model, c.rows, one_hot_gate(e).expand(len(c.rows), -1), args.tokens)[0]
         nats = losses(m, tests, ("base", "uniform", "shuffled", "learned", "oracle", "labels"))
         nats["random"] = np.mean([losses(m, tests, ["random"], seed=draw)["random"] for draw in range(3)], 0)
         nats["best single"] = alone(tests, min(range(len(EXPERTS)), key=lambda e: alone(validation, e).sum()))
@@ -140,11 +141,11 @@ def routing_tables(args, run):
         for stage in found:
             for rule, nats in measure(folder, stage).items():
                 found[stage][rule].append(nats)
-        found["joint"]["control"].append(losses(opened(args, control, "joint"), tests, ["uniform"])["uniform"])
+        found["joint"]["control"].append(losses(load_run(args, control, "joint"), tests, ["uniform"])["uniform"])
     return [{"title": f"Experts after {stage}, tau {run.setup.tau:g}; {len(part)} test records, {name}: loss in "
                       f"nats/token, mean and spread of {len(runs['learned'])} seeds, against the learned gate, 95 %",
              "head": ["gate", "loss", "against learned"], "rows": compared(runs, tests, "learned", part, args.seed)}
-            for stage, runs in found.items() for name, part in subsets(tests.new_domain)]
+            for stage, runs in found.items() for name, part in domain_subsets(tests.new_domain)]
 
 
 TAUS = (1.0, 0.5, 0.2, 0.1, 0.05)
@@ -153,28 +154,28 @@ LENGTHS = {"before joint": 0, "short joint": 1, "long joint": 3}  # in the joint
 
 def temperature_tables(args, run):
     """Which τ, for the gate as it is and for joint training at it, short and long; what becomes of single experts."""
-    tests, validation = cases(run, "test", args.records), cases(run, "validation", args.records)
+    tests, validation = load_cases(run, "test", args.records), load_cases(run, "validation", args.records)
     alone = [i for i, a in enumerate(tests.active) if a.sum() == 1]  # records that call for one pole
     rows, poles = [tests.rows[i] for i in alone], tests.active[alone].argmax(-1)
 
     def measure(folder, stage, tau, first):
-        m = opened(args, folder, stage)
-        gram, gates = update_gram(m.model), softmax_gate(similarities(m.router, tests.rows, args.tokens), tau)
-        size, report, pair = gram.diagonal().sqrt(), gate_report(gates), torch.arange(len(EXPERTS)) // 2
+        m = load_run(args, folder, stage)
+        gram, gates = update_gram(m.model), softmax_gate(score_queries(m.router, tests.rows, args.tokens), tau)
+        size, report, pair = gram.diagonal().sqrt(), gate_statistics(gates), torch.arange(len(EXPERTS)) // 2
         cosines = gram / size.outer(size).clamp(min=1e-30)
         opposite, other = (pair[:, None] == pair) & ~torch.eye(len(pair), dtype=bool), pair[:, None] != pair
         gates = gates.double()
         nats = losses(m, tests, ["learned"], tau)["learned"]
         count = tests.counts[alone].sum()
-        by_hand = torch.stack([persona_gate(SHORT[e], tau) for e in poles])
+        by_hand = torch.stack([persona_gate(SHORT_NAMES[e], tau) for e in poles])
         return {"entropy": report["entropy"], "top-1": report["top1"], "opposite": cosines[opposite].mean().item(),
                 "others": cosines[other].mean().item(), "size": size.mean().item(),
                 "norm": ((gates @ gram * gates).sum(-1).sqrt().mean() / size.mean()).item(),
                 "growth": size.mean().item() / (first or size.mean().item()),
                 "validation": losses(m, validation, ["learned"], tau)["learned"].sum() / validation.counts.sum(),
                 "test": nats.sum() / tests.counts.sum(), "nats": nats, "one-pole": nats[alone].sum() / count,
-                "single": heldout(m.model, rows, torch.eye(len(EXPERTS))[poles], args.tokens)[0].sum() / count,
-                "persona": heldout(m.model, rows, by_hand, args.tokens)[0].sum() / count}
+                "single": evaluation_loss(m.model, rows, torch.eye(len(EXPERTS))[poles], args.tokens)[0].sum() / count,
+                "persona": evaluation_loss(m.model, rows, by_hand, args.tokens)[0].sum() / count}
 
     found = defaultdict(list)
     for seed, folder in seeded(args, 3):
@@ -194,7 +195,7 @@ def temperature_tables(args, run):
                         "one expert's; how far experts grew; mean cosine of opposite poles' updates and of others'; "
                         "loss in nats/token on validation and test, learned gate",
                "head": ["tau", "entropy", "top-1", "norm", "grown", "cos opp", "cos oth", "valid.", "test"],
-               "rows": [[f"{tau:g}", *mean(when, tau, *keys), spread([m["test"] for m in found[when, tau]])]
+               "rows": [[f"{tau:g}", *mean(when, tau, *keys), mean_and_std([m["test"] for m in found[when, tau]])]
                         for tau in TAUS]} for when in LENGTHS]
     tables.append({"title": f"The {len(alone)} test records with one active pole: loss under the router's gate, with "
                             "that expert alone, and under a persona of that pole at the same tau",
@@ -212,7 +213,7 @@ def temperature_tables(args, run):
 
 def joint_loss(args, folder, c, rule="learned"):
     """Nats of every case's reply under a run's joint experts."""
-    return losses(opened(args, folder, "joint"), c, [rule])[rule]
+    return losses(load_run(args, folder, "joint"), c, [rule])[rule]
 
 
 def seconds_of(folder):
@@ -220,25 +221,25 @@ def seconds_of(folder):
     file = folder / "seconds.json"
     seconds = read_json(file).get("seconds") if file.exists() else math.nan
     if not isinstance(seconds, (int, float)):
-        raise UserError(f"{file}: seconds is {short(seconds)}, expected a number; remove the file")
+        raise UserError(f"{file}: seconds is {shorten(seconds)}, expected a number; remove the file")
     return seconds
 
 
 def rank_tables(args, run):
     """What a larger rank costs and brings, α/r kept as it is."""
-    tests, rows = cases(run, "test", args.records), []
+    tests, rows = load_cases(run, "test", args.records), []
     for rank in (4, 8, 16):
         found = defaultdict(list)
         for seed, source in seeded(args):
             folder = variant(args, source, f"rank/rank-{rank}-seed-{seed}", ["warmup", "joint"], rank=rank,
                              alpha=run.setup.alpha / run.setup.rank * rank)
             for stage in ("warmup", "joint"):
-                m = opened(args, folder, stage)
+                m = load_run(args, folder, stage)
                 found[stage].append(losses(m, tests, ["learned"])["learned"].sum() / tests.counts.sum())
                 found["seconds"].append(seconds_of(folder / stage))
             size = sum(layer.A.numel() + layer.B.numel() for layer in expert_layers(m.model).values())
         rows.append([str(rank), size, f"{sum(found['seconds']) / len(found['joint']):.0f}",
-                     spread(found["warmup"]), spread(found["joint"])])
+                     mean_and_std(found["warmup"]), mean_and_std(found["joint"])])
     return [{"title": f"Rank, alpha/r {run.setup.alpha / run.setup.rank:g}: parameters of all experts, seconds of "
                       f"warm-up and joint, loss in nats/token on {len(tests.rows)} test records, learned gate",
              "head": ["rank", "parameters", "seconds", "after warm-up", "after joint"], "rows": rows}]
@@ -246,7 +247,7 @@ def rank_tables(args, run):
 
 def domain_tables(args, run):
     """Trained on one domain, tested on the others."""
-    tests, splits = cases(run, "test", args.records), run.setup.load_data()
+    tests, splits = load_cases(run, "test", args.records), run.setup.load_data()
     names = [name for name, _ in Counter(r["domain"] for r in splits["train"] if r.get("domain")).most_common(3)]
     if len(names) < 3:
         raise UserError(f"{run.setup.data}: the training records name {len(names)} domains, expected three or more")
@@ -256,7 +257,7 @@ def domain_tables(args, run):
     parts = {name: part for name, part in parts.items() if part.any()}
     folders = {f"only {name}": variant(args, Path(args.run), f"domain/{i}-{name.replace('/', '-')}", STAGES, data={
         **splits, "train": [r for r in splits["train"] if r.get("domain") == name]}) for i, name in enumerate(names)}
-    found = {name: losses(opened(args, folder, "joint"), tests, ("base", "learned", "shuffled"))
+    found = {name: losses(load_run(args, folder, "joint"), tests, ("base", "learned", "shuffled"))
              for name, folder in (folders | {"all domains": Path(args.run)}).items()}
 
     def table(title, values):
@@ -271,12 +272,12 @@ def domain_tables(args, run):
 
 def stages_tables(args, run):
     """What each stage, and λ, is worth."""
-    tests, found = cases(run, "test", args.records), defaultdict(list)
+    tests, found = load_cases(run, "test", args.records), defaultdict(list)
     plans = {"no warm-up": dict(fresh=["warmup"]), "no router stage": dict(fresh=["router"]), "lambda 0": dict(lam=0.0),
              "lambda 0.1": dict(lam=0.1), "lambda 1": dict(lam=1.0)}
     for seed, source in seeded(args):
         found["all stages"].append(joint_loss(args, source, tests))
-        found["no joint stage"].append(losses(opened(args, source, "warmup"), tests, ["learned"])["learned"])
+        found["no joint stage"].append(losses(load_run(args, source, "warmup"), tests, ["learned"])["learned"])
         for name, plan in plans.items():
             folder = variant(args, source, f"stages/{name}-seed-{seed}".replace(" ", "-"), ["joint"], **plan)
             found[name].append(joint_loss(args, folder, tests))
@@ -323,7 +324,7 @@ def steered(model, layer, vectors):
 
 def instructed_and_steered(args, run, c, cosines):
     """The base told, or pushed towards, the poles that labels or the router name -> {method: nats}."""
-    base, found = opened(args, args.run, "warmup").setup.load_base(), {}  # experts as initialised add nothing
+    base, found = load_run(args, args.run, "warmup").setup.load_base(), {}  # experts as initialised add nothing
 
     def called(split, threshold):  # what the router names: its first choice, and all poles above a cosine
         s = cosines[split]
@@ -335,12 +336,12 @@ def instructed_and_steered(args, run, c, cosines):
 
     threshold = max(np.arange(-0.5, 1, 0.05), key=f1)  # the best one on validation
     named = {"labels": {split: c[split].active for split in c}, "router": {s: called(s, threshold) for s in c}}
-    found["base"] = heldout(base, c["test"].rows, None, args.tokens)[0]
+    found["base"] = evaluation_loss(base, c["test"].rows, None, args.tokens)[0]
     for who, active in named.items():
         told = [{**record, "history": [{"role": "system", "content": "Answer as someone of " + " and ".join(
             EXPERTS[e].replace("_", " ") for e in poles.nonzero()[:, 0]) + "."}, *(record.get("history") or [])]}
             for record, poles in zip(c["test"].records, active["test"])]
-        found[f"instruction, {who}"] = heldout(base, examples(told, run.chat)[0], None, args.tokens)[0]
+        found[f"instruction, {who}"] = evaluation_loss(base, make_rows(told, run.chat)[0], None, args.tokens)[0]
 
     states, a = reply_states(base, c["train"].rows, args.tokens), c["train"].active        # (N, L, D), (N, E)
     contrast = a / a.sum(0).clamp(min=1) - (1 - a) / (1 - a).sum(0).clamp(min=1)           # (N, E)
@@ -349,7 +350,7 @@ def instructed_and_steered(args, run, c, cosines):
     for who, active in named.items():
         def steer(split, layer, strength):
             with steered(base, layer, strength * vectors[layer]):
-                return heldout(base, c[split].rows, gates_under("labels", active[split]), args.tokens)[0]
+                return evaluation_loss(base, c[split].rows, gates_for_rule("labels", active[split]), args.tokens)[0]
         choice = min(product(layers, (0.5, 1, 2, 4)), key=lambda choice: steer("validation", *choice).sum())
         found[f"steering, {who} (block {choice[0]}, x{choice[1]:g})"] = steer("test", *choice)
     return found
@@ -358,7 +359,7 @@ def instructed_and_steered(args, run, c, cosines):
 def routers_without_joint(args, c, cosines):
     """Warm-up experts under a router whose embeddings are each pole's mean state of the public encoder (nothing is
     trained; the overall mean is taken off), and under the trained router -> {method: nats}."""
-    warm, found = opened(args, args.run, "warmup"), {}
+    warm, found = load_run(args, args.run, "warmup"), {}
     fresh = warm.setup.load_router()
     with torch.no_grad():
         h = {split: torch.cat([fresh.embed(*pad([row.query], fresh.encoder.device)) for row in c[split].rows])
@@ -368,7 +369,7 @@ def routers_without_joint(args, c, cosines):
         prototype = {split: fresh.similarity(h[split] - mean).cpu() for split in c}
     for name, cosine in (("prototype", prototype), ("trained", cosines)):
         def routed(split, tau):
-            return heldout(warm.model, c[split].rows, softmax_gate(cosine[split], tau), args.tokens)[0]
+            return evaluation_loss(warm.model, c[split].rows, softmax_gate(cosine[split], tau), args.tokens)[0]
         tau = min(TAUS, key=lambda tau: routed("validation", tau).sum())
         found[f"warm-up experts, {name} router (tau {tau:g})"] = routed("test", tau)
     return found
@@ -392,10 +393,10 @@ def one_lora(args, run, c):
 
 def baselines_tables(args, run):
     """What simpler methods make of the same records: instructions, steering, one LoRA, a router that is not trained."""
-    c = {split: cases(run, split, n) for split, n in (
+    c = {split: load_cases(run, split, n) for split, n in (
         ("train", 1000), ("validation", args.records), ("test", args.records))}
-    router = opened(args, args.run, "warmup").router
-    cosines = {split: similarities(router, c[split].rows, args.tokens) for split in c}
+    router = load_run(args, args.run, "warmup").router
+    cosines = {split: score_queries(router, c[split].rows, args.tokens) for split in c}
     found = (instructed_and_steered(args, run, c, cosines) | routers_without_joint(args, c, cosines)
              | one_lora(args, run, c) | {"PersonaFuse": joint_loss(args, args.run, c["test"])})
     found = {name: [nats] for name, nats in found.items()}
@@ -418,7 +419,7 @@ def experiment(args):
     if args.stage:
         raise UserError("an experiment measures the stages that it is about: leave out --stage")
     for name in args.names:
-        run, file = Measured(args), Path(args.run) / "experiments" / name / "results.json"
+        run, file = LoadedRun(args), Path(args.run) / "experiments" / name / "results.json"
         stages = read_json(run.setup.run / "config.json")["stages"]
         for stage in STAGES:
             if not (run.setup.run / stage).is_dir():
@@ -434,7 +435,7 @@ def experiment(args):
         print("\n" + textwrap.fill(f"{name}: {EXPERIMENTS[name].__doc__}", 80))
         try:
             for table in found["tables"]:
-                show_table(table)
+                print_table(**table)
             print(f"\n{file}: {found['seconds']:.0f} s of this start")
         except NOT_WRITTEN_BY_US as error:
             raise UserError(f"{file}: not what this experiment writes ({type(error).__name__}: {error}); --again "

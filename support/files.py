@@ -16,7 +16,7 @@ class UserError(Exception):
     """Something that the person at the keyboard can mend. The commands print it as one line and exit with status 2."""
 
 
-def short(value, length=80):
+def shorten(value, length=80):
     """A value as messages show it: its beginning, if it is long."""
     text = repr(value)
     return text if len(text) <= length else text[:length] + "…"
@@ -136,7 +136,7 @@ def weight_files(path):
     where = read_json(index).get("weight_map")
     for name, file in where.items() if isinstance(where, dict) else ():
         if not isinstance(file, str) or Path(file).name != file or "\0" in file:
-            raise UserError(f"{index}: {name} is said to be in {short(file)}, expected the name of a file in this "
+            raise UserError(f"{index}: {name} is said to be in {shorten(file)}, expected the name of a file in this "
                             "folder")
         files.setdefault(path / file, []).append(name)
     if not files:
@@ -170,19 +170,19 @@ def read_tensors(file, shapes, whose):
         tensor = found[name]
         if tuple(tensor.shape) != tuple(shape):
             raise UserError(f"{file}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}: {whose}")
-        if not tensor.is_floating_point() or not finite(tensor.float()):
+        if not tensor.is_floating_point() or not all_finite(tensor.float()):
             raise UserError(f"{file}: {name} ({str(tensor.dtype)[6:]}) is not all finite floats: a training that went "
                             "wrong, or a broken copy")
     return found
 
 
-def finite(tensor):
+def all_finite(tensor):
     """Whether no value is NaN or infinite; without a copy."""
     tensor = tensor.detach()
     # A sum is finite of finite values only, and takes half as long as the extremes. It can overflow: then they decide
     return bool(tensor.sum().isfinite()) or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def in_words(n):
+def human_readable_size(n):
     """Bytes in words."""
     return f"{n / 2**30:.1f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"

@@ -11,12 +11,13 @@ from lora import EXPERTS, TRAITS
 from model import pad
 from support.chat import encode
 from support.files import UserError, read_table
-from support.measure import Common, Measured, one_hot, show_table
-from support.rows import Example, micro_batches
+from support.measure import RunOptions, LoadedRun, one_hot_gate
+from support.rows import Row, micro_batches
+from support.tables import print_table
 
 
 @dataclass(kw_only=True)
-class Inventory(Common):
+class Inventory(RunOptions):
     items: str | None = None
     """Statements, a .csv file with the columns label_raw (facet), text ("Like to …"), label_ocean (a letter of OCEAN)
     and key (1, or -1 where agreeing means less of the trait); our own data/inventory.csv if not given."""
@@ -52,7 +53,7 @@ def ratings(run, texts, gate):
         prompts = [run.chat.prompt([{"role": "user", "content": (
             f"How accurately does this statement describe you? \"You {text[0].lower()}{text[1:].rstrip('. ')}.\"\n"
             f"{listed}\nAnswer with one letter.")}]) for text in texts]
-        rows = [Example(i, None, np.array(ids), 0) for i, ids in enumerate(prompts)]
+        rows = [Row(i, None, np.array(ids), 0) for i, ids in enumerate(prompts)]
         for group in micro_batches(rows, run.args.tokens):
             ids, lengths = pad([row.ids for row in group], run.model.device)
             h = run.model.hidden(ids, None if gate is None else gate.expand(len(group), -1).to(ids.device))
@@ -63,11 +64,11 @@ def ratings(run, texts, gate):
 
 def inventory(args):
     """An inventory answered by the base and by each expert alone: trait scores, pole separation, leakage."""
-    run, items = Measured(replace(args, stage=args.stage or "warmup")), read_items(
+    run, items = LoadedRun(replace(args, stage=args.stage or "warmup")), read_items(
         args.items or Path(__file__).parent.parent / "data" / "inventory.csv")
     keys, letters = np.array([int(item["key"]) for item in items]), np.array([item["label_ocean"] for item in items])
     agreed = np.stack([ratings(run, [item["text"].strip() for item in items], gate)
-                       for gate in (None, *map(one_hot, range(len(EXPERTS))))])  # (1 + E, 2, I)
+                       for gate in (None, *map(one_hot_gate, range(len(EXPERTS))))])  # (1 + E, 2, I)
     scores, who = np.where(keys > 0, agreed, 6 - agreed), ("base", *EXPERTS)
     traits = [letter for letter in INITIALS if letter in letters]
     stage = run.folder("experts").parent.name
@@ -78,17 +79,17 @@ def inventory(args):
     cells = [[(mean(e, letters == t), np.abs(np.subtract(*scores[e][:, letters == t])).mean(),
                mean(e, (letters == t) & (keys > 0)), mean(e, (letters == t) & (keys < 0))) for t in traits]
              for e in range(len(who))]
-    show_table({"title": f"{len(items)} statements, experts after {stage}, each alone: trait scores from 1 to 5 ± the "
+    print_table(**{"title": f"{len(items)} statements, experts after {stage}, each alone: trait scores from 1 to 5 ± the "
                          "mean gap between the two orders of the answers", "head": ["", *traits],
                 "rows": [[name, *(f"{x:.2f}±{gap:.2f}" for x, gap, _, _ in row)] for name, row in zip(who, cells)]})
-    show_table({"title": "The same from the positively / negatively keyed statements alone: halves that differ show a "
+    print_table(**{"title": "The same from the positively / negatively keyed statements alone: halves that differ show a "
                          "habit of agreeing, not a trait", "head": ["", *traits],
                 "rows": [[name, *(f"{plus:.2f}/{minus:.2f}" for _, _, plus, minus in row)]
                          for name, row in zip(who, cells)]})
     moved = scores.mean(1)[1::2] - scores.mean(1)[2::2]  # (5, I): high expert minus low expert, a row a trait
     apart = np.array([[row[letters == t].mean() / max(row[letters == t].std(), 1e-9) for t in traits] for row in moved])
     own = np.array([[TRAITS[INITIALS.index(t)] == trait for t in traits] for trait in TRAITS])
-    show_table({"title": "High expert minus low expert, in standard deviations of that difference over statements; "
+    print_table(**{"title": "High expert minus low expert, in standard deviations of that difference over statements; "
                          "rows: whose experts, columns: whose statements", "head": ["", *traits],
                 "rows": [[trait, *(f"{x:+.2f}" for x in row)] for trait, row in zip(TRAITS, apart)]})
     print(f"\n  pole separation (own trait) {apart[own].mean():+.2f}, leakage to other traits (mean size) "

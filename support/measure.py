@@ -2,7 +2,6 @@
 """
 import math
 import sys
-import textwrap
 import typing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,17 +12,17 @@ import numpy as np
 import torch
 
 from lora import EXPERTS, adapter_shape, expert_layers
-from router import gates_under, persona_gate, raw_gate, softmax_gate
+from router import gates_for_rule, persona_gate, raw_gate, softmax_gate
 from support.chat import Chat, load_tokenizer
 from support.command import pick_device, pick_dtype
 from support.files import UserError
-from support.rows import cost, examples
+from support.rows import n_tokens, make_rows
 from support.runs import Setup, fingerprint, read_run
-from train import heldout, similarities
+from train import evaluation_loss, score_queries
 
 
 @dataclass(kw_only=True)
-class Common:
+class RunOptions:
     run: str = "runs/paper"
     """Run folder that train.py made."""
     stage: typing.Literal["warmup", "joint"] | None = None
@@ -49,13 +48,13 @@ class Common:
 
 
 @dataclass(kw_only=True)
-class OnRecords(Common):
+class RecordOptions(RunOptions):
     data: str | None = None
     """Other records than the run's: a .jsonl file or a folder, as for train.py."""
 
 
 @dataclass(kw_only=True)
-class ByHand(Common):
+class GateOptions(RunOptions):
     persona: str | None = None
     """Set the gate by hand, through the same softmax: O+,E-:0.5 is open, and half as strongly introverted."""
     gate: str | None = None
@@ -66,7 +65,7 @@ class ByHand(Common):
             raise UserError("--persona and --gate both set the gate: choose one")
 
 
-class Measured:
+class LoadedRun:
     """A run opened for measuring: its Setup, and of models and data what a command asks for, when it does."""
 
     def __init__(self, args):
@@ -128,12 +127,12 @@ class Measured:
     def rows(self, records):
         """Records as rows for the router alone."""
         self.folder("router")
-        return examples(records, tokenizer=load_tokenizer(self.setup.encoder))[0]
+        return make_rows(records, tokenizer=load_tokenizer(self.setup.encoder))[0]
 
     def gates(self, records):
         """The router's gates for records, whose traits may be unknown: (N, E)."""
         rows = self.rows([record | {"traits": {}} for record in records])
-        return softmax_gate(similarities(self.router, rows, self.args.tokens), self.setup.tau)
+        return softmax_gate(score_queries(self.router, rows, self.args.tokens), self.setup.tau)
 
     def records(self, split="test", need_response=True, limit=None):
         """-> records of a split, and a mask (N,): True where training has never seen the record's domain."""
@@ -142,7 +141,7 @@ class Measured:
         return records, np.array([record.get("domain") not in known for record in records])
 
 
-def by_hand(run, args):
+def gate_from_options(run, args):
     """The gate that --gate or --persona sets, (1, E), or None."""
     if args.persona:
         return persona_gate(args.persona, run.setup.tau)[None]
@@ -153,30 +152,30 @@ def by_hand(run, args):
     return gate
 
 
-def one_hot(expert):
+def one_hot_gate(expert):
     """(1, E) with all the weight on one expert."""
     return torch.eye(len(EXPERTS))[expert:expert + 1]
 
 
-def opened(args, folder, stage=None):
+def load_run(args, folder, stage=None):
     """The run in `folder`, to be measured with the other arguments of `args`."""
-    return Measured(replace(args, run=str(folder), stage=stage))
+    return LoadedRun(replace(args, run=str(folder), stage=stage))
 
 
-def cases(run, split="test", limit=None):
+def load_cases(run, split="test", limit=None):
     """Records of a split as rows for base and encoder, and what gate rules and comparisons need of them."""
     records, new_domain = run.records(split, limit=limit)
-    rows, _ = examples(records, run.chat, load_tokenizer(run.setup.encoder))
+    rows, _ = make_rows(records, run.chat, load_tokenizer(run.setup.encoder))
     return SimpleNamespace(
         records=records, rows=rows, active=torch.stack([row.active for row in rows]),
-        counts=np.array([float(cost(row) - row.prompt) for row in rows]),
+        counts=np.array([float(n_tokens(row) - row.prompt) for row in rows]),
         new_domain=new_domain)
 
 
 def losses(run, c, rules, tau=None, seed=0):
     """Nats of every case's reply under each gate rule, {rule: (N,)}."""
-    similarity = similarities(run.router, c.rows, run.args.tokens)
-    return {rule: heldout(run.model, c.rows, gates_under(rule, c.active, similarity, tau or run.setup.tau, seed),
+    similarity = score_queries(run.router, c.rows, run.args.tokens)
+    return {rule: evaluation_loss(run.model, c.rows, gates_for_rule(rule, c.active, similarity, tau or run.setup.tau, seed),
                           run.args.tokens)[0] for rule in rules}
 
 
@@ -200,16 +199,16 @@ def pole_losses(run, args):
     as (E, E), NaN where there are none."""
     records, _ = run.records(limit=args.records)
     records = [record for record in records if sum(map(abs, record["traits"].values())) == 1]
-    rows, _ = examples(records, run.chat)
+    rows, _ = make_rows(records, run.chat)
     poles, table = np.array([int(row.active.argmax()) for row in rows]), np.full((len(EXPERTS),) * 2, math.nan)
     for e in range(len(EXPERTS) if rows else 0):
-        nats, counts = heldout(run.model, rows, one_hot(e).expand(len(rows), -1), args.tokens)
+        nats, counts = evaluation_loss(run.model, rows, one_hot_gate(e).expand(len(rows), -1), args.tokens)
         for p in set(poles):
             table[e, p] = nats[poles == p].sum() / counts[poles == p].sum()
     return records, poles, table
 
 
-def subsets(new_domain):
+def domain_subsets(new_domain):
     """[(name, row numbers)]: all records, and seen and held-out domains apart where there are both."""
     parts = [("all", np.arange(len(new_domain)))]
     if new_domain.any() and not new_domain.all():
@@ -224,25 +223,3 @@ def bootstrap(difference, counts, seed=0, n=2000):
     drawn = [rng.integers(0, size, size) for _ in range(n)]
     means = [difference[i].sum() / counts[i].sum() for i in drawn]
     return difference.sum() / counts.sum(), *np.percentile(means, (2.5, 97.5))
-
-
-def show(table, width=80):
-    """Print rows of text as columns, the first one cut where lines would be longer than `width`."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    widths[0] = min(widths[0], width - 2 - sum(w + 2 for w in widths[1:]))
-    for row in table:
-        first = row[0] if len(row[0]) <= widths[0] else row[0][:widths[0] - 1] + "…"
-        line = "  " + first.ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:]))
-        print(line.rstrip())
-
-
-def show_table(table):
-    """Print a table {"title", "head", "rows"}: [mean, spread] as 1.234 ± 0.005, [mean, low, high] as an interval."""
-    def text(x):
-        if isinstance(x, list):
-            if len(x) == 2:  # without spread: one seed
-                return f"{x[0]:.3f} ± {x[1]:.3f}" if x[1] else f"{x[0]:.3f}"
-            return f"{x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
-        return f"{x:.3f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-    print("\n" + textwrap.fill(table["title"], 80) + "\n")
-    show([table["head"], *([text(x) for x in row] for row in table["rows"])], width=200)

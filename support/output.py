@@ -13,7 +13,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
-class Sink:
+class RecordWriter:
     """FILE.jsonl for records and FILE.rejected.jsonl beside it, both append-only, a line a query, flushed.
 
     Opening takes a lock of the operating system, which ends with the process, mends a torn last line and finds what is
@@ -29,7 +29,7 @@ class Sink:
         try:
             self.file = open(self.out, "ab")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mend(self.out), mend(self.rejected)
+            repair_last_line(self.out), repair_last_line(self.rejected)
         except BlockingIOError:
             raise UserError(f"{out}: another process is writing to it; wait for it, or give another --out") from None
         except OSError as error:
@@ -77,7 +77,7 @@ def read_rejected(path, done):
     return {key: entry for key, entry in entries.items() if key not in done}
 
 
-def mend(path):
+def repair_last_line(path):
     """Make a .jsonl file end with a whole line: what a kill or a power cut left of a last one is removed, and told."""
     data = path.read_bytes() if path.exists() else b""
     if data and not data.endswith(b"\n"):

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora import EXPERTS, SHORT
+from lora import EXPERTS, SHORT_NAMES
 from router import softmax_gate
 from support.checkpoints import read_log
 from support.experiments import LENGTHS, NOT_WRITTEN_BY_US
 from support.files import UserError, read_json
-from support.measure import Measured, OnRecords, opened, pole_losses
-from train import similarities
+from support.measure import LoadedRun, RecordOptions, load_run, pole_losses
+from train import score_queries
 
 
 @dataclass(kw_only=True)
-class Plot(OnRecords):
+class Plot(RecordOptions):
     show: int = 12
     """Queries in the heat map."""
     records: int | None = None
@@ -73,7 +73,7 @@ def plot(args):
         from matplotlib import pyplot
     except ImportError:
         raise UserError("plot needs matplotlib, which is optional: pip install matplotlib") from None
-    run = Measured(args)
+    run = LoadedRun(args)
     folder, log, file = run.setup.run / "plots", curves(run.setup.run), \
         run.setup.run / "experiments" / "temperature" / "results.json"
     taus = sweep(file) if file.exists() else None
@@ -131,17 +131,17 @@ def plot(args):
     if run.setup.stage_folder("router"):
         records, _ = run.records(need_response=False, limit=args.show)
         rows = run.rows(records)
-        gates = softmax_gate(similarities(run.router, rows, args.tokens), run.setup.tau).numpy()
+        gates = softmax_gate(score_queries(run.router, rows, args.tokens), run.setup.tau).numpy()
         called = np.where(torch.stack([row.active for row in rows]).numpy() > 0, "●", "")
         queries = [textwrap.shorten(record["query"], 60, placeholder=" …") for record in records]
-        save("heatmap", table(gates, queries, SHORT, (12, 1.2 + 0.36 * len(rows)), f"weight at tau {run.setup.tau:g}; "
+        save("heatmap", table(gates, queries, SHORT_NAMES, (12, 1.2 + 0.36 * len(rows)), f"weight at tau {run.setup.tau:g}; "
                               "● the labels call for this pole", called))
 
     if (run.setup.run / "warmup").is_dir():
-        _, _, nats = pole_losses(opened(args, args.run, "warmup"), args)
+        _, _, nats = pole_losses(load_run(args, args.run, "warmup"), args)
         best = np.where(np.isnan(nats), np.inf, nats).min(0)
         text = np.array([[f"{x:.2f}" + "*" * bool(x == low) for x, low in zip(row, best)] for row in nats])
-        figure = table(nats, EXPERTS, SHORT, (10, 5.5), "nats/token; * is the best of a column", text)
+        figure = table(nats, EXPERTS, SHORT_NAMES, (10, 5.5), "nats/token; * is the best of a column", text)
         figure.axes[0].set(xlabel="pole that the records call for", ylabel="warm-up expert, alone")
         save("experts", figure)
 

@@ -13,12 +13,12 @@ import torch.distributed.nn  # noqa: F401
 from support.files import UserError
 
 
-def place():
+def rank_and_world_size():
     """(number of this process, how many there are) of those that torchrun started; (0, 1) alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join(setup, settings):
+def join_process_group(setup, settings):
     """Join the processes that torchrun started, each with a GPU of its own -> the number of this one, 0 if alone."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
@@ -30,24 +30,24 @@ def join(setup, settings):
         setup.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(setup.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if setup.device.type == "cuda" else "gloo")
-    return place()[0]
+    return rank_and_world_size()[0]
 
 
-def add_up(tensors):
+def all_reduce_sum(tensors):
     """Sum each tensor over all processes, in place."""
     for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
         work.wait()
 
 
-def agreed(stop, world_size):
+def any_process_wants_to_stop(stop, world_size):
     """Whether any of `world_size` processes was asked to stop: all of them end after the same step."""
     flag = torch.tensor(float(stop()))
     if world_size > 1:
-        add_up([flag])
+        all_reduce_sum([flag])
     return flag.item() > 0
 
 
-def keep_memory():
+def keep_freed_memory():
     """Have glibc's malloc keep what is freed. As a rule it hands memory back to the system, and the next step, which
     needs as much, gets it page by page: in one with 512 tokens of SmolLM2 a hundred thousand pages, 4 % of its time on
     two virtual cores. Other C libraries go on as they do."""

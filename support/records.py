@@ -74,7 +74,7 @@ def write_records(path, records):
         part.write_bytes(record_lines(records))
 
 
-def fold(text):
+def normalise_query(text):
     """Text by which two queries are the same: case and white space do not count."""
     return " ".join(text.lower().split())
 
@@ -83,7 +83,7 @@ def split_records(records, seed=0):
     """80 / 10 / 10 by a hash of the query (case and white space folded): two records of one query never part."""
     splits = {name: [] for name in SPLITS}
     for record in records:
-        tenth = hashlib.sha256(f"{seed}:{fold(record['query'])}".encode()).digest()[0] * 10 // 256
+        tenth = hashlib.sha256(f"{seed}:{normalise_query(record['query'])}".encode()).digest()[0] * 10 // 256
         splits[SPLITS[max(0, tenth - 7)]].append(record)
     return splits
 
@@ -135,7 +135,7 @@ def read_queries(path):
             problem = check_record(row)
         if problem:
             raise UserError(f"{path}, line {number}: {problem.partition(';')[0]}")
-        key = fold(row["query"]) + (json.dumps(row["history"]) if row.get("history") else "")
+        key = normalise_query(row["query"]) + (json.dumps(row["history"]) if row.get("history") else "")
         if key in seen:
             duplicates += 1
             continue

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora import EXPERTS, SHORT, TRAITS
+from lora import EXPERTS, SHORT_NAMES, TRAITS
 from router import active_experts
 from support.files import UserError, atomic, read_table
 from support.output import read_rejected, reasons
-from support.records import fold, read_records, split_records, write_records
+from support.records import normalise_query, read_records, split_records, write_records
 from support.replies import read_pole
 
 
@@ -63,10 +63,10 @@ def measure(records, rejected=()):
         why = record["cot"].get("traits") if isinstance(record.get("cot"), dict) else None
         for trait, one in why.items() if isinstance(why, dict) else ():  # other people's records may hold anything
             one = one if isinstance(one, dict) and trait in TRAITS else {}
-            pole, cue = read_pole(one.get("pole")), fold(str(one.get("cue") or ""))
+            pole, cue = read_pole(one.get("pole")), normalise_query(str(one.get("cue") or ""))
             if pole and cue:
                 cues[f"{'high' if pole > 0 else 'low'}_{trait}"][cue] += 1
-                quoted.append(cue.strip(" .,;:!?\"'") in fold(record["query"]))
+                quoted.append(cue.strip(" .,;:!?\"'") in normalise_query(record["query"]))
     zero = total["all_zero"] + refused["all-zero vector"]
     teachers = [r["teacher"] for r in (*records, *rejected) if isinstance(r.get("teacher"), dict)]
     return total | {
@@ -74,8 +74,8 @@ def measure(records, rejected=()):
         "all_zero_share": zero / (len(records) + refused["all-zero vector"]),
         "active_poles": {str(k): n for k, n in sorted(Counter(active.sum(-1).int().tolist()).items())},
         "together": {a: dict(zip(EXPERTS, row)) for a, row in zip(EXPERTS, (active.T @ active).int().tolist())},
-        "duplicate_queries": len(records) - len({fold(r["query"]) for r in records}),
-        "duplicate_responses": len(records) - len({fold(r["response"]) for r in records}),
+        "duplicate_queries": len(records) - len({normalise_query(r["query"]) for r in records}),
+        "duplicate_responses": len(records) - len({normalise_query(r["response"]) for r in records}),
         "words": words, "naming_traits": [r["id"] for r in records if NAMED.search(r["response"])],
         "cues": {expert: found.most_common(5) for expert, found in cues.items()},
         "cues_quoted": sum(quoted) / len(quoted) if quoted else None,
@@ -111,11 +111,11 @@ def tables(m):
     for expert in EXPERTS:
         cues = "; ".join(f"{cue} ({count})" for cue, count in m["cues"][expert])
         lines.append(line(expert, [f"{m['poles'][expert]:.1%}"], 9) + f"   {cut(cues, 42)}")
-    lines += ["", line("records with both", SHORT, 5)]
+    lines += ["", line("records with both", SHORT_NAMES, 5)]
     lines += [line(expert, row.values(), 5) for expert, row in m["together"].items()]
     for key in ("domain", "culture"):
         if m[key]:
-            lines += ["", line(f"{key}, poles in %", [" all", " zero", *(f" {name}" for name in SHORT)], 4)]
+            lines += ["", line(f"{key}, poles in %", [" all", " zero", *(f" {name}" for name in SHORT_NAMES)], 4)]
             lines += [line(name, [f"{g['records']:>4}", f"{g['all_zero']:>5}", *(
                 f"{100 * p:.0f}" for p in g["poles"].values())], 4) for name, g in m[key].items()]
     return "\n".join(text.rstrip() for text in lines)
@@ -167,9 +167,9 @@ def split(args):
     if set(args.hold_out) - domains:
         raise UserError(f"--hold-out: no record is of the domain {min(set(args.hold_out) - domains)!r}; there are "
                         f"{', '.join(sorted(domains))}")
-    held = {fold(r["query"]) for r in records if str(r.get("domain")) in args.hold_out}
-    splits = split_records([r for r in records if fold(r["query"]) not in held], args.seed)
-    splits["test"] += [r for r in records if fold(r["query"]) in held]
+    held = {normalise_query(r["query"]) for r in records if str(r.get("domain")) in args.hold_out}
+    splits = split_records([r for r in records if normalise_query(r["query"]) not in held], args.seed)
+    splits["test"] += [r for r in records if normalise_query(r["query"]) in held]
     for name, part in splits.items():
         if not any(any(r["traits"].values()) for r in part):
             raise UserError(f"{', '.join(args.files)}: too few records: none with an active trait for {name}")
@@ -177,7 +177,7 @@ def split(args):
             raise UserError(f"{out / f'{name}.jsonl'} is there already; --overwrite replaces it")
     for name, part in splits.items():
         write_records(out / f"{name}.jsonl", part)
-        print(f"{out / f'{name}.jsonl'}: {len(part)} records, {len({fold(r['query']) for r in part})} queries")
+        print(f"{out / f'{name}.jsonl'}: {len(part)} records, {len({normalise_query(r['query']) for r in part})} queries")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def review(args):
     if len(args.file) > 1 or not args.file and not args.import_:
         raise UserError(f"review takes one file of records, found {len(args.file)}; see python synth.py review --help")
     if args.import_:
-        return take_in(args)
+        return import_labels(args)
     records, out = read_records(args.file[0]), Path(args.out or Path(args.file[0]).with_suffix(".review.csv"))
     if out.suffix != ".csv":
         raise UserError(f"--out is {out}, expected a file named .csv")
@@ -230,7 +230,7 @@ def review(args):
                            | {f"teacher_{trait}": r["traits"].get(trait, 0) for trait in TRAITS})
     write_records(beside, sample)
     counts = sum(active_experts(r["traits"]) for r in sample).int().tolist()
-    print(f"{out}: {len(sample)} of {len(records)} records ({', '.join(f'{n} {s}' for n, s in zip(counts, SHORT))}).\n"
+    print(f"{out}: {len(sample)} of {len(records)} records ({', '.join(f'{n} {s}' for n, s in zip(counts, SHORT_NAMES))}).\n"
           "Give each annotator a copy, to fill the traits' columns with 1 (high), -1 (low),\n"
           "0 (neither) or nothing (can't say). Then:\n"
           f"python synth.py review {args.file[0]} --import FIRST.csv SECOND.csv …")
@@ -316,7 +316,7 @@ def corrected(records, tables):
     return found, changed
 
 
-def take_in(args):
+def import_labels(args):
     """review --import: agreement, and the corrected records."""
     records = read_records(args.file[0] if args.file else find_sample(args.import_[0]))
     out = Path(args.out or Path(args.file[0] if args.file else args.import_[0]).with_suffix(".corrected.jsonl"))

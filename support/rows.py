@@ -21,12 +21,12 @@ import torch
 from router import active_experts, query_ids
 from support.chat import Chat, encode
 from support.files import UserError, atomic, open_safetensors
-from support.process import place
+from support.process import rank_and_world_size
 from support.records import messages_of
 
 
 @dataclass
-class Example:
+class Row:
     """One row of a batch. `ids` is prompt and reply for the base, `query` what the router reads."""
     id: str
     active: torch.Tensor            # (E,) of 0/1
@@ -63,7 +63,7 @@ def tokenised(records, tokenise, tokenizer, facts=(), file=None):
     """
     key = hashlib.sha256()
     if file is not None:
-        code = [inspect.getsource(part) for part in (Chat, encode, query_ids, messages_of, Ahead, tokenised, examples)]
+        code = [inspect.getsource(part) for part in (Chat, encode, query_ids, messages_of, Ahead, tokenised, make_rows)]
         key.update(json.dumps([*code, *facts, tokenizers.__version__, tokenizer.to_str()]).encode())
         for record in records:
             key.update(json.dumps([messages_of(record), record.get("response")]).encode())
@@ -84,7 +84,7 @@ def tokenised(records, tokenise, tokenizer, facts=(), file=None):
         ahead.encode_all()
         found += [tokenise(ahead, record) for record in records[at:at + AT_ONCE]]
     found = [(np.array(ids, dtype=np.int32), prompt) for ids, prompt in found]
-    if file is not None and place()[0] == 0:
+    if file is not None and rank_and_world_size()[0] == 0:
         tokens = np.concatenate([np.array([[len(ids), prompt] for ids, prompt in found], dtype=np.int32).T.flatten(),
                                  *(ids for ids, _ in found)])  # all lengths, then all prompts', then all ids
         with atomic(file) as part:
@@ -93,7 +93,7 @@ def tokenised(records, tokenise, tokenizer, facts=(), file=None):
     return found
 
 
-def examples(records, chat=None, tokenizer=None, limit=None, folder=None):
+def make_rows(records, chat=None, tokenizer=None, limit=None, folder=None):
     """Records -> Examples; with `chat` for the base, with `tokenizer` for the encoder. Both tokenizers are asked here
     and nowhere else in training, and only once where there is a folder to keep the tokens in. Returns also how many
     were left out because they are longer than `limit` tokens."""
@@ -108,7 +108,7 @@ def examples(records, chat=None, tokenizer=None, limit=None, folder=None):
     def for_encoder(tokenizer, record):
         return query_ids(tokenizer, record["query"], record.get("history") or ()), 0
 
-    rows = [Example(str(record["id"]), active_experts(record["traits"])) for record in records]
+    rows = [Row(str(record["id"]), active_experts(record["traits"])) for record in records]
     if tokenizer is not None:
         for row, (ids, _) in zip(rows, tokenised(records, for_encoder, tokenizer, (), encoder)):
             row.query = ids
@@ -121,13 +121,13 @@ def examples(records, chat=None, tokenizer=None, limit=None, folder=None):
     return short, len(rows) - len(short)
 
 
-def per_pole(rows):
+def rows_per_pole(rows):
     """Warm-up's rows: one for every record and active pole."""
-    return [Example(row.id, row.active, row.ids, row.prompt, row.query, expert)
+    return [Row(row.id, row.active, row.ids, row.prompt, row.query, expert)
             for row in rows for expert in row.active.nonzero()[:, 0].tolist()]
 
 
-def cost(row):
+def n_tokens(row):
     """Tokens that a row costs: those of the base's text where there is one."""
     return len(row.query if row.ids is None else row.ids)
 
@@ -149,7 +149,7 @@ def batches(lengths, batch, seed):
             yield cut[i]
 
 
-def micro_batches(rows, tokens, length=cost):
+def micro_batches(rows, tokens, length=n_tokens):
     """Cut a step's rows, by length, into groups whose padded size stays within `tokens`. A group that already fills an
     eighth of that ends where one more row would make more than 5 % of it padding."""
     group, real = [], 0

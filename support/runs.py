@@ -22,7 +22,7 @@ from model import Transformer
 from router import Router, load_router
 from support.checkpoints import REPLACED, rewind_log, states
 from support.command import MOST, pick_device, pick_dtype
-from support.files import UserError, atomic, open_safetensors, read_bytes, read_json, remove, short, weight_files
+from support.files import UserError, atomic, open_safetensors, read_bytes, read_json, remove, shorten, weight_files
 from support.records import SPLITS, load_data, record_lines, write_records
 from synth import template_records
 
@@ -194,7 +194,7 @@ def stage_settings(args, stage, dtype=None):
 # Begin, continue or refuse
 
 @contextmanager
-def held(run):
+def lock(run):
     """Keep a run folder to this process: a second one that trains in it would write over the first one's files."""
     folder = None
     if fcntl is not None:  # without such locks, on Windows, it goes unnoticed
@@ -240,17 +240,17 @@ def read_run(run):
     if "version" not in found:
         raise UserError(f"{file}: not a run's, it has no version; give --run a folder that train.py made")
     if found["version"] != VERSION or not all(isinstance(found.get(k), dict) for k in ("setup", "stages")):
-        raise UserError(f"{file}: format {short(found['version'])}, expected {VERSION}: made by another version")
+        raise UserError(f"{file}: format {shorten(found['version'])}, expected {VERSION}: made by another version")
     setup, stages = found["setup"], found["stages"]
     for key in sorted(setup.keys() | KINDS):
         if key not in KINDS or not KINDS[key](setup.get(key)):
-            raise UserError(f"{file}: {key} of setup is {short(setup.get(key))}, which no run has. Was it edited?")
+            raise UserError(f"{file}: {key} of setup is {shorten(setup.get(key))}, which no run has. Was it edited?")
     for stage, settings in stages.items():
         tau = settings.get("tau", 1.0) if isinstance(settings, dict) else None
         if stage not in STAGES or type(tau) not in (int, float) or not 1e-9 <= tau <= 2**31:
-            raise UserError(f"{file}: stage {short(stage)} is {short(settings)}, which no run has. Was it edited?")
+            raise UserError(f"{file}: stage {shorten(stage)} is {shorten(settings)}, which no run has. Was it edited?")
     if not isinstance(found.get("content", {}), dict):
-        raise UserError(f"{file}: content is {short(found['content'])}, expected an object")
+        raise UserError(f"{file}: content is {shorten(found['content'])}, expected an object")
     return found
 
 
@@ -287,7 +287,7 @@ def same_content(setup, was, inside):
     for key in found.keys() & was.keys():
         if found[key] != was[key]:
             raise UserError(f"{paths[key]}: not the {key} that {setup.run} was begun with: what is in it has changed "
-                            f"(its fingerprint was {short(was[key])}, now {found[key]!r}). Put back what was there, or "
+                            f"(its fingerprint was {shorten(was[key])}, now {found[key]!r}). Put back what was there, or "
                             "give another --run")
     return was | found
 

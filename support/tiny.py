@@ -11,7 +11,7 @@ from lora import EXPERTS
 from model import Config, Transformer
 from support.chat import Chat, encode
 from support.files import atomic
-from support.rows import Example, examples
+from support.rows import Row, make_rows
 
 
 LLAMA_TEMPLATE = (
@@ -61,12 +61,12 @@ def make_tiny(kind, folder, records, seed, fit_base):
                   metadata={"format": "pt"})
 
 
-def base_rows(records, chat):
+def pretraining_rows(records, chat):
     """What tiny's base learns from: queries with neutral replies, and the sentences of all manners as plain text, so
     that it knows their words but not when to use them. All of a row is supervised: it has a language to learn."""
-    rows, _ = examples([{**r, "response": r["neutral"]} for r in records], chat)
+    rows, _ = make_rows([{**r, "response": r["neutral"]} for r in records], chat)
     sentences = sorted({text for record in records for text in record["manner"].values()})
-    plain = [Example(f"plain-{i}", torch.zeros(len(EXPERTS)),
+    plain = [Row(f"plain-{i}", torch.zeros(len(EXPERTS)),
                      np.array([chat.bos, *encode(chat.tokenizer, text), chat.end], dtype=np.int32), 1)
              for i, text in enumerate(sentences)]
     for row in rows:

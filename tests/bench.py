@@ -47,9 +47,9 @@ from support.chat import Chat, load_tokenizer
 from support.command import Parser, for_users, pick_device, pick_dtype, run_command
 from support.compile import compile_decoding, compile_layers
 from support.files import UserError, weight_files
-from support.process import keep_memory
+from support.process import keep_freed_memory
 from support.records import read_queries, read_records, write_records
-from support.rows import Example, batches, cost, examples, micro_batches, per_pole
+from support.rows import Row, batches, n_tokens, make_rows, micro_batches, rows_per_pole
 from support.runs import PRESETS, Setup
 from synth import Query, template_records
 from train import row_losses
@@ -83,7 +83,7 @@ def step_shape(args):
 def our_steps(args):
     """-> a function that makes a step of the mixture: (tokens of a prompt, compiled or not)."""
     if args.device.type == "cpu":
-        keep_memory()
+        keep_freed_memory()
     model, (rows, length) = fresh(shape(args), args), step_shape(args)
     optimizer = torch.optim.AdamW(with_experts(model), fused=True)
     gate = gates(rows, args.device).requires_grad_()
@@ -254,7 +254,7 @@ def query_rows(config, args, n):
         tokenizer = load_tokenizer(folders(args, 1)[0])
         every = [len(query_ids(tokenizer, item["query"])) for item in read_queries(args.queries)[0]]
         lengths = rng.choice(every, n, replace=n > len(every))
-    return [Example(str(i), torch.eye(len(EXPERTS))[rng.integers(len(EXPERTS))],
+    return [Row(str(i), torch.eye(len(EXPERTS))[rng.integers(len(EXPERTS))],
                     query=rng.integers(config.vocab_size, size=length)) for i, length in enumerate(lengths)]
 
 
@@ -268,7 +268,7 @@ def router(args):
     for name, parameter in ours.encoder.named_parameters():
         owner, _, leaf = name.removeprefix("model.").rpartition(".")
         setattr(theirs.get_submodule(owner), leaf, parameter)
-    order, rng = batches([cost(row) for row in rows], batch, 0), np.random.default_rng(0)
+    order, rng = batches([n_tokens(row) for row in rows], batch, 0), np.random.default_rng(0)
 
     def run_ours():
         for _ in range(len(rows) // batch):
@@ -287,7 +287,7 @@ def router(args):
             task.optimizer.step()
             task.optimizer.zero_grad()
 
-    lengths = [cost(row) for row in rows]
+    lengths = [n_tokens(row) for row in rows]
     runs = {"transformers, padded batches": run_theirs, "PersonaFuse": run_ours}
     table(f"Router stage, {len(rows)} queries of {min(lengths)} to {max(lengths)} tokens, {batch} a step",
           interleaved(runs, args.rounds, args.device), sum(lengths),
@@ -430,10 +430,10 @@ def data_path(file, folders, cache):
     marks = [time.perf_counter()]
     records = read_records(file)
     marks.append(time.perf_counter())
-    rows, _ = examples(records, Chat.from_dir(folders[0]), load_tokenizer(folders[1]), 2048, cache)
+    rows, _ = make_rows(records, Chat.from_dir(folders[0]), load_tokenizer(folders[1]), 2048, cache)
     marks.append(time.perf_counter())
-    rows = per_pole(rows)
-    order = batches([cost(row) for row in rows], 64, 0)
+    rows = rows_per_pole(rows)
+    order = batches([n_tokens(row) for row in rows], 64, 0)
     for _ in range(len(rows) // 64):
         for group in micro_batches([rows[i] for i in next(order)], 2048):
             pad([row.ids for row in group]), pad([row.query for row in group])

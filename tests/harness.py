@@ -20,8 +20,8 @@ import torch
 from lora import add_experts, expert_layers
 from model import CONFIGS, Config, Transformer
 from router import Router
-from support.rows import Example
-from train import Task, row_losses
+from support.rows import Row
+from train import Stage, row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def gates(n, device, n_experts=10):
 def rows_of(config, rows, length, prompt=1):
     """`rows` Examples of random ids: `length` tokens that are predicted, of which `prompt` − 1 are not supervised."""
     ids = torch.randint(config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    return [Example(str(i), None, row.numpy(), prompt) for i, row in enumerate(ids)]
+    return [Row(str(i), None, row.numpy(), prompt) for i, row in enumerate(ids)]
 
 
 def our_step(model, batch, optimizer, gate):
@@ -242,4 +242,4 @@ def stage(name, config, args, encoder=None, tokens=2048):
     route = None
     if name != "warmup":
         route = Router(fresh(config if name == "router" else encoder, args, torch.float32)).to(args.device)
-    return Task(name, model, route, s), [m for m in (model, route and route.encoder) if m is not None]
+    return Stage(name, model, route, s), [m for m in (model, route and route.encoder) if m is not None]

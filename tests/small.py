@@ -124,7 +124,7 @@ def serve():
         if not (child := os.fork()):
             status = 1
             try:
-                train.closing = lambda setup: None
+                train.print_results = lambda setup: None
                 if job.get("slow"):
                     checkpoints.save_file = slowly(job.get("half"))
                 count = dies_at(job["event"], job.get("number", signal.SIGKILL)) if "event" in job else [0]

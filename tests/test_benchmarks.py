@@ -367,12 +367,12 @@ def test_gpqa_rows_and_score():
 # Statistics
 
 def test_intervals_and_tests():
-    low, high = bench_module.wilson(0.5, 100)
+    low, high = bench_module.wilson_interval(0.5, 100)
     assert (low, high) == (pytest.approx(0.40383, abs=1e-4), pytest.approx(0.59617, abs=1e-4))
-    assert bench_module.wilson(0.0, 10)[0] == pytest.approx(0, abs=1e-12) and 0.27 < bench_module.wilson(0.0, 10)[1] < 0.29
+    assert bench_module.wilson_interval(0.0, 10)[0] == pytest.approx(0, abs=1e-12) and 0.27 < bench_module.wilson_interval(0.0, 10)[1] < 0.29
     a, b = np.array([1.0] * 3 + [0.0] * 12 + [1.0] * 5), np.array([0.0] * 3 + [1.0] * 12 + [1.0] * 5)
-    assert bench_module.mcnemar(a, b) == pytest.approx(0.03515625) == bench_module.mcnemar(b, a)  # 2 P(at most 3 of 15)
-    assert bench_module.mcnemar(a, a) == 1 and bench_module.paired(100 * a, 100 * b)[3] == pytest.approx(0.03515625)
+    assert bench_module.mcnemar_p(a, b) == pytest.approx(0.03515625) == bench_module.mcnemar_p(b, a)  # 2 P(at most 3 of 15)
+    assert bench_module.mcnemar_p(a, a) == 1 and bench_module.paired(100 * a, 100 * b)[3] == pytest.approx(0.03515625)
     x = np.random.default_rng(1).normal(50, 10, 60)
     assert bench_module.paired(x, x)[3] == 1 and bench_module.paired(x, x + 3)[3] < 0.002
     mean, low, high, p = bench_module.paired(x, x + np.random.default_rng(2).normal(0, 5, 60))
@@ -663,7 +663,7 @@ def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, 
     learned = subjects.gates("PersonaFuse")
     one = learned(items[:1])
     assert torch.allclose(learned(items)[:1], one) and subjects.gates("base") is None
-    monkeypatch.setattr(measure_module, "similarities", None)  # each query is read once: five tries cost one reading
+    monkeypatch.setattr(measure_module, "score_queries", None)  # each query is read once: five tries cost one reading
     assert learned(items + items).shape == (18, 10)
     assert set(subjects.routed) == {row["question"] for row in rows}  # neither options nor examples
     for layer in expert_layers(model).values():  # so strong that gates matter

@@ -71,7 +71,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def no_closing(monkeypatch):
     """Runs end without measuring and answering, where a test asks for something else."""
-    monkeypatch.setattr(train, "closing", lambda setup: None)
+    monkeypatch.setattr(train, "print_results", lambda setup: None)
 
 
 def tiny(*argv):
@@ -119,7 +119,7 @@ def log(folder):
 @contextlib.contextmanager
 def stopping_in(stage, step, number):
     """Send this process a signal while this step of this stage is being computed."""
-    whole, count = train.Task.step, Counter()
+    whole, count = train.Stage.step, Counter()
 
     def unexpected(number, frame):  # a program that does not take the signal is not to end the tests
         raise AssertionError(f"nobody took signal {number}")
@@ -132,7 +132,7 @@ def stopping_in(stage, step, number):
     before = signal.signal(number, unexpected)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.Task, "step", interrupted)
+            patch.setattr(train.Stage, "step", interrupted)
             yield
         assert signal.getsignal(number) is unexpected  # the program has put back what it found
     finally:
@@ -207,7 +207,7 @@ def test_the_closing_table_is_the_held_out_loss(run_folder, monkeypatch):
     args = command.parse(train.Args, ["--preset", "tiny"])
     setup = runs.resolve(args, runs.STAGES)
     model, chat = setup.load_base(RUN / "joint" / "experts"), chat_module.Chat.from_dir(setup.base)
-    rows, _ = rows_module.examples(setup.load_data()["test"][:8], chat)
+    rows, _ = rows_module.make_rows(setup.load_data()["test"][:8], chat)
     for rule, gate in (("base", None), ("uniform", torch.full((1, 10), 0.1))):
         losses = [train.row_losses(model, [row], gate).item() for row in rows]
         mean = sum(losses) / sum(len(row.ids) - row.prompt for row in rows)
@@ -327,7 +327,7 @@ def test_every_number_that_is_taken_makes_a_run_that_can_be_opened(here, no_clos
 
 def test_training_on_a_cpu_keeps_freed_memory(run_folder, here, no_closing, monkeypatch):
     called = []
-    monkeypatch.setattr(train, "keep_memory", lambda: called.append(True))
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: called.append(True))
     copy(run_folder, here)
     tiny("--stage", "all", "--resume")
     assert called
@@ -381,7 +381,7 @@ def test_resume_without_a_config_is_an_error(here, folder):
 
 @pytest.fixture
 def short_closing(monkeypatch):
-    monkeypatch.setattr(train, "answer", functools.partial(train.answer, max_new_tokens=3))
+    monkeypatch.setattr(train, "generate_replies", functools.partial(train.generate_replies, max_new_tokens=3))
 
 
 @pytest.mark.parametrize("stages", [["router", "warmup", "joint"], ["warmup", "router"]], ids=" ".join)
@@ -522,7 +522,7 @@ def test_what_is_torn_or_missing_in_data_or_models_is_made_again_identically(run
         shutil.rmtree(run / name)
     else:
         (run / name).write_bytes((run / name).read_bytes()[:(run / name).stat().st_size * 2 // 3])
-    monkeypatch.setattr(train, "closing", lambda setup: setup.load_data())
+    monkeypatch.setattr(train, "print_results", lambda setup: setup.load_data())
     assert tiny() is None
     assert not differ(run, run_folder, ("data", "models"))
 
@@ -532,7 +532,7 @@ def test_data_cut_at_a_lines_end_are_made_again(run_folder, here, monkeypatch):
     run = copy(run_folder, here)
     file = run / "data" / "train.jsonl"
     file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:-3]), encoding="utf-8")
-    monkeypatch.setattr(train, "closing", lambda setup: setup.load_data())
+    monkeypatch.setattr(train, "print_results", lambda setup: setup.load_data())
     assert tiny() is None
     assert not differ(run, run_folder, ("data",))
 

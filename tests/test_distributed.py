@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT
 from test_commands import RUN, copy, here, reduced, run_folder  # noqa: F401 (fixtures)
 from test_train import base, router, settings, some_rows
-from support.process import join
-from train import Task, figures
+from support.process import join_process_group
+from train import Stage, metrics_to_floats
 
 STEPS = [(2, 5), range(10), (2, 7)]  # experts that 5 rows are drawn from: of many, each has its rows on one process only
 
@@ -22,8 +22,8 @@ STEPS = [(2, 5), range(10), (2, 7)]  # experts that 5 rows are drawn from: of ma
 def trained(stage):
     """Three steps of a stage -> (parameters afterwards, log)."""
     model = base(random_B=True).double() if stage != "router" else None
-    task = Task(stage, model, router().double() if stage != "warmup" else None, settings())
-    log = [figures(task.step(some_rows(5, seed, experts))) for seed, experts in enumerate(STEPS)]
+    task = Stage(stage, model, router().double() if stage != "warmup" else None, settings())
+    log = [metrics_to_floats(task.step(some_rows(5, seed, experts))) for seed, experts in enumerate(STEPS)]
     return {str(i): p.detach() for i, p in enumerate(task.parameters())}, log
 
 
@@ -83,7 +83,7 @@ def test_torchrun_trains_saves_stops_and_resumes_like_one_process(run_folder, he
 
 if __name__ == "__main__":  # what torchrun runs: each process writes what it has after each stage
     torch.set_num_threads(1)
-    join(SimpleNamespace(device=torch.device("cpu")), {})
+    join_process_group(SimpleNamespace(device=torch.device("cpu")), {})
     for stage in ("warmup", "router", "joint"):
         parameters, log = trained(stage)
         name = f"{sys.argv[1]}/{stage}-{torch.distributed.get_rank()}"

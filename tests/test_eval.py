@@ -17,14 +17,14 @@ import eval as evaluation
 import train
 from support import measure
 from eval import average_precision, heat_map, recall_at_k
-from lora import EXPERTS, SHORT
+from lora import EXPERTS, SHORT_NAMES
 from model import generate, pad
-from router import RULES, active_experts, bars, gates_under, oracle_gate, persona_gate, query_ids, raw_gate
+from router import GATE_RULES, active_experts, format_gate, gates_for_rule, oracle_gate, persona_gate, query_ids, raw_gate
 from support.chat import load_tokenizer
 from support.files import UserError
-from support.measure import bootstrap, subsets
+from support.measure import bootstrap, domain_subsets
 from support.records import SPLITS, read_records, write_records
-from support.rows import examples
+from support.rows import make_rows
 from support.runs import fingerprint
 from synth import lab, signatures, template_records
 from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
@@ -125,11 +125,11 @@ def test_the_bootstrap_is_paired_and_fixed_by_its_seed():
 
 
 def test_subsets_are_seen_and_held_out_domains_where_there_are_both():
-    parts = subsets(np.array([False, True, True, False, False]))
+    parts = domain_subsets(np.array([False, True, True, False, False]))
     assert [(name, rows.tolist()) for name, rows in parts] == [
         ("all", [0, 1, 2, 3, 4]), ("domains seen in training", [0, 3, 4]), ("domains held out", [1, 2])]
     for one_kind in (np.zeros(3, bool), np.ones(3, bool)):
-        assert [(name, rows.tolist()) for name, rows in subsets(one_kind)] == [("all", [0, 1, 2])]
+        assert [(name, rows.tolist()) for name, rows in domain_subsets(one_kind)] == [("all", [0, 1, 2])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,8 +145,8 @@ def some_labels(n=400, seed=0):
 @pytest.mark.parametrize("tau", [0.2, 1.0])
 def test_every_rules_gates_are_distributions(tau):
     active, similarity = some_labels()
-    for rule in RULES:
-        gates = gates_under(rule, active, similarity, tau, seed=1)
+    for rule in GATE_RULES:
+        gates = gates_for_rule(rule, active, similarity, tau, seed=1)
         if rule == "base":
             assert gates is None
         else:
@@ -156,11 +156,11 @@ def test_every_rules_gates_are_distributions(tau):
 
 def test_rules_are_their_formulas():
     active, similarity = some_labels()
-    assert torch.equal(gates_under("uniform", active), torch.full((400, 10), 0.1))
-    assert torch.equal(gates_under("learned", active, similarity, 0.3), (similarity / 0.3).softmax(-1))
-    assert torch.equal(gates_under("labels", active), active / active.sum(-1, keepdim=True))
+    assert torch.equal(gates_for_rule("uniform", active), torch.full((400, 10), 0.1))
+    assert torch.equal(gates_for_rule("learned", active, similarity, 0.3), (similarity / 0.3).softmax(-1))
+    assert torch.equal(gates_for_rule("labels", active), active / active.sum(-1, keepdim=True))
     for tau in (0.5, 1.0):
-        gates, k = gates_under("oracle", active, tau=tau), active.sum(-1, keepdim=True)
+        gates, k = gates_for_rule("oracle", active, tau=tau), active.sum(-1, keepdim=True)
         e, f = math.exp(1 / tau), math.exp(-1 / tau)
         assert torch.allclose(gates, (active * e + (1 - active) * f) / (k * e + (10 - k) * f), atol=1e-6)
         assert torch.equal(gates, oracle_gate(active, tau))
@@ -169,28 +169,28 @@ def test_rules_are_their_formulas():
 @pytest.mark.parametrize("n", [2, 3, 400])
 def test_shuffled_gates_are_the_learned_ones_and_nobody_keeps_their_own(n):
     active, similarity = some_labels(n)
-    learned = gates_under("learned", active, similarity, 0.5)
+    learned = gates_for_rule("learned", active, similarity, 0.5)
     for seed in range(5):
-        shuffled = gates_under("shuffled", active, similarity, 0.5, seed)
+        shuffled = gates_for_rule("shuffled", active, similarity, 0.5, seed)
         same = (shuffled[:, None] == learned[None]).all(-1)  # (N, N): whose gate each row got
         assert (same.sum(0) == 1).all() and (same.sum(1) == 1).all() and not same.diagonal().any()
     if n > 3:
-        assert not torch.equal(shuffled, gates_under("shuffled", active, similarity, 0.5, 0))
-        assert torch.equal(shuffled, gates_under("shuffled", active, similarity, 0.5, 4))
+        assert not torch.equal(shuffled, gates_for_rule("shuffled", active, similarity, 0.5, 0))
+        assert torch.equal(shuffled, gates_for_rule("shuffled", active, similarity, 0.5, 4))
 
 
 def test_random_gates_are_dirichlet_of_one_and_fixed_by_the_seed():
     """Uniform on the simplex: mean 1/10, variance 9/1100 of each weight."""
     active, _ = some_labels(20_000)
-    gates = gates_under("random", active, seed=3)
-    assert torch.equal(gates, gates_under("random", active, seed=3))
-    assert not torch.equal(gates, gates_under("random", active, seed=4))
+    gates = gates_for_rule("random", active, seed=3)
+    assert torch.equal(gates, gates_for_rule("random", active, seed=3))
+    assert not torch.equal(gates, gates_for_rule("random", active, seed=4))
     assert (gates.mean(0) - 0.1).abs().max() < 0.003 and (gates.var(0) - 9 / 1100).abs().max() < 0.0005
 
 
 def test_a_rule_that_is_none_is_refused():
     with pytest.raises(ValueError, match="unknown gate rule 'best', expected one of base, uniform"):
-        gates_under("best", *some_labels(2))
+        gates_for_rule("best", *some_labels(2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,9 +204,9 @@ def test_a_heat_map_has_a_row_for_each_query_and_fits_a_terminal():
     queries = ["Short", "A query\nover two lines, longer than the column that it is given here, by far", "x" * 40]
     lines = heat_map(gates.numpy(), active.numpy(), queries).split("\n")
     assert len(lines) == 4 and all(len(line) <= 82 for line in lines)
-    assert lines[0].split() == [*SHORT] == ["O+", "O-", "C+", "C-", "E+", "E-", "A+", "A-", "N+", "N-"]
+    assert lines[0].split() == [*SHORT_NAMES] == ["O+", "O-", "C+", "C-", "E+", "E-", "A+", "A-", "N+", "N-"]
     cells = [[line[41:][4 * i:4 * i + 4] for i in range(10)] for line in lines]
-    assert [cell.strip() for cell in cells[0]] == [*SHORT]  # each name stands over its column
+    assert [cell.strip() for cell in cells[0]] == [*SHORT_NAMES]  # each name stands over its column
     assert cells[1][3] == "[██]" and cells[1][0] == "[··]" and cells[1][1] == " ·· "
     assert cells[2][0] == " ▒▒ " and cells[2][9] == "[··]" and cells[3][9] == " ░░ "
     assert lines[1].startswith("Short ") and lines[2][39:41] == "… " and "over two" in lines[2]
@@ -251,7 +251,7 @@ def shown(capsys, command, *argv):
 
 def opened(run, stage="joint"):
     args = evaluation.Ask(queries=["x"], run=str(run), stage=stage)
-    return measure.Measured(args)
+    return measure.LoadedRun(args)
 
 
 def test_routing_reports_every_expert_on_three_subsets(run, capsys):
@@ -267,7 +267,7 @@ def test_routing_reports_every_expert_on_three_subsets(run, capsys):
     queries = [r["query"] for r in read_records(run / "data" / "test.jsonl")]
     rows = out.split("\n\n")[-1].splitlines()
     assert len(rows) == 5 and all(row.startswith(query[:39]) for row, query in zip(rows[1:], queries))
-    assert rows[0].split() == [*SHORT] and all(len(row) <= 82 for row in rows)
+    assert rows[0].split() == [*SHORT_NAMES] and all(len(row) <= 82 for row in rows)
 
 
 def test_routings_figures_are_those_of_the_saved_router(run, capsys):
@@ -316,7 +316,7 @@ def ablation(ablated, run, capsys):
     """What ablate prints, computed once."""
     if not ablated:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluation, "answer", functools.partial(evaluation.answer, max_new_tokens=3))
+            patch.setattr(evaluation, "generate_replies", functools.partial(evaluation.generate_replies, max_new_tokens=3))
             ablated["out"] = shown(capsys, f"ablate --run {run} --records 20 --replies 1")
     return ablated["out"]
 
@@ -330,10 +330,10 @@ def test_ablate_has_every_rule_on_three_subsets_with_intervals(run, capsys, abla
     assert counts[0][0] == 20 and tuple(map(sum, zip(*counts[1:]))) == counts[0]
     for part in parts:
         rows = {line.split()[0]: line for line in part.splitlines() if re.match("  [a-z]+ +[0-9]", line)}
-        assert list(rows) == list(RULES)
+        assert list(rows) == list(GATE_RULES)
         own = float(rows["learned"].split()[1])
         for rule, line in rows.items():
-            assert RULES[rule] in line
+            assert GATE_RULES[rule] in line
             found = re.search(r"([+-]\d\.\d{4}) \[([+-]\d\.\d{4}), ([+-]\d\.\d{4})\]", line)
             assert bool(found) == (rule != "learned")
             if found:
@@ -345,11 +345,11 @@ def test_ablates_losses_are_those_of_the_gates(run, capsys, ablated):
     out = ablation(ablated, run, capsys)
     m = opened(run)
     records = read_records(run / "data" / "test.jsonl")[:20]
-    rows, _ = examples(records, m.chat)
+    rows, _ = make_rows(records, m.chat)
     active = torch.stack([row.active for row in rows])
-    similarity = train.similarities(m.router, m.rows(records))
+    similarity = train.score_queries(m.router, m.rows(records))
     for rule in ("base", "shuffled", "oracle"):
-        gates = gates_under(rule, active, similarity, 1.0, seed=0)
+        gates = gates_for_rule(rule, active, similarity, 1.0, seed=0)
         losses = [train.row_losses(m.model, [row], None if gates is None else gates[i:i + 1]).item()
                   for i, row in enumerate(rows)]
         mean = sum(losses) / sum(len(row.ids) - row.prompt for row in rows)
@@ -364,9 +364,9 @@ def test_ablate_ends_with_the_table_of_warm_up_experts_and_poles(run, capsys, ab
     table = out.split(f"alone on the {len(records)} records that call for one pole")[1].split("\nShare of")[0]
     values = np.array([[float(cell.strip("*")) for cell in re.search(rf"^  {e} (.*)$", table, re.M)[1].split()]
                        for e in EXPERTS])
-    assert values.shape == (10, 10) and re.search(r"^ +" + " +".join(map(re.escape, SHORT)) + "$", table, re.M)
+    assert values.shape == (10, 10) and re.search(r"^ +" + " +".join(map(re.escape, SHORT_NAMES)) + "$", table, re.M)
     m = opened(run, "warmup")
-    rows, _ = examples(records, m.chat)
+    rows, _ = make_rows(records, m.chat)
     for e in (0, 7):
         nats = [train.row_losses(m.model, [row], torch.eye(10)[e:e + 1]).item() for row in rows]
         for p in range(10):
@@ -390,10 +390,10 @@ def test_signature_shares_are_counted_in_replies(run, capsys, monkeypatch):
 
     def answer(model, chat, records, gates=None, **_):
         return ["nothing" if gates is None else words[int(gates.argmax())] for _ in records]
-    monkeypatch.setattr(evaluation, "answer", answer)
+    monkeypatch.setattr(evaluation, "generate_replies", answer)
     assert signatures(words[3]) == [int(e == 3) for e in range(10)]
     args = evaluation.Ablate(run=str(run), records=12, replies=3, stage="warmup")
-    evaluation.expert_table(measure.Measured(args), args)
+    evaluation.expert_table(measure.LoadedRun(args), args)
     out = capsys.readouterr().out
     shares = re.findall(r"^  \w+_\w+ +(\d\.\d\d) +(\d\.\d\d)$", out.split("Share of 3 replies")[1], re.M)
     assert shares and set(shares) == {("0.00", "1.00")}
@@ -427,7 +427,7 @@ def test_ask_answers_as_the_base_and_as_the_mixture(run, capsys):
             prompt = m.chat.prompt([{"role": "user", "content": query}])
             wanted.append(tuple(m.chat.text(generate(m.model, [prompt], gate, 6, stops=m.chat.stops)[0])
                                 for gate in (None, gates[kind][i:i + 1])))
-            assert query in out and bars(gates[kind][i]) in out
+            assert query in out and format_gate(gates[kind][i]) in out
         assert replies(out) == wanted
 
 
@@ -446,7 +446,7 @@ def test_one_joint_expert_alone_is_commented_on(run, capsys, argv, note):
     out, err = capsys.readouterr()
     assert ("note: joint training" in err) == note and ("--stage warmup" in err) == note
     if argv[0] == "--gate":
-        assert bars(raw_gate(argv[1])[0]) in out
+        assert format_gate(raw_gate(argv[1])[0]) in out
 
 
 @pytest.mark.parametrize("argv, why", [
@@ -467,7 +467,7 @@ def test_a_run_without_joint_is_measured_after_warm_up(run_folder, here, no_tabl
     copy(run_folder, here, ["joint"])
     assert "router after router, tau 1" in shown(capsys, f"routing --run {RUN}")
     assert "experts after warmup" in shown(capsys, f"ablate --run {RUN} --records 4")
-    m = measure.Measured(evaluation.Ask(queries=["x"], run=str(RUN)))
+    m = measure.LoadedRun(evaluation.Ask(queries=["x"], run=str(RUN)))
     assert (m.folder("experts"), m.folder("router")) == (RUN / "warmup" / "experts", RUN / "router" / "router")
     with pytest.raises(UserError, match="no router of stage joint yet: .*--preset tiny --stage joint --run runs/tiny"):
         evaluation.main(f"routing --run {RUN} --stage joint".split())
@@ -505,7 +505,7 @@ def test_the_temperature_is_that_of_joint_training_unless_given(run_folder, here
     assert '"tau": 1.0' in config
     (folder / "config.json").write_text(config.replace('"tau": 1.0', '"tau": 0.3'))
     for given, wanted in ((None, 0.3), (0.7, 0.7)):
-        m = measure.Measured(evaluation.Ask(queries=["x"], run=str(RUN), tau=given))
+        m = measure.LoadedRun(evaluation.Ask(queries=["x"], run=str(RUN), tau=given))
         assert m.setup.tau == wanted and m.router.temperature == wanted
 
 
@@ -524,7 +524,7 @@ def test_experts_or_a_router_of_another_runs_models_are_refused(run_folder, here
     shutil.copytree("other/joint/experts", "elsewhere")
 
     def opened(**more):
-        return measure.Measured(evaluation.Ask(queries=["x"], run=str(RUN), **more))
+        return measure.LoadedRun(evaluation.Ask(queries=["x"], run=str(RUN), **more))
     for role, part, loaded in (("base", "experts", "model"), ("encoder", "router", "router")):
         theirs = f"other/joint/{part}"
         with pytest.raises(UserError, match=f"models/{role}: not the {role} that {theirs} was trained on.*--{role} names"

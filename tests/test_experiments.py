@@ -24,15 +24,16 @@ from support import experiments
 from support import inventory
 from support import plots
 from support import runs
-from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
+from lora import EXPERTS, SHORT_NAMES, add_experts, expert_layers, merged
 from model import Config, Transformer
-from router import gates_under, persona_gate
+from router import gates_for_rule, persona_gate
 from support.experiments import compared, reply_states, steered, variant
 from support.files import UserError
 from support.inventory import ratings, read_items
-from support.measure import Measured, bootstrap, cases, losses, one_hot, show_table, update_gram
+from support.measure import LoadedRun, bootstrap, load_cases, losses, one_hot_gate, update_gram
 from support.records import read_records, write_records
-from support.rows import Example
+from support.tables import print_table
+from support.rows import Row
 from synth import template_records
 from test_commands import REDUCED, RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
@@ -96,7 +97,7 @@ def test_experts_under_a_uniform_gate_are_one_lora_of_all_their_ranks_in_trainin
     many, one = small_model(3, 2, alpha=3 * 4), small_model(1, 6, alpha=12)
     for ours, theirs in zip(expert_layers(many).values(), expert_layers(one).values()):
         theirs.A.data, theirs.B.data = (x.data.flatten(0, 1)[None].clone() for x in (ours.A, ours.B))
-    rows = [Example(str(i), None, np.arange(3 + i, 12 + 2 * i), 2) for i in range(4)]
+    rows = [Row(str(i), None, np.arange(3 + i, 12 + 2 * i), 2) for i in range(4)]
     found = []
     for model, gate in ((many, torch.full((4, 3), 1 / 3, dtype=torch.double)), (one, torch.ones(4, 1))):
         tensors = [x for layer in expert_layers(model).values() for x in (layer.A, layer.B)]
@@ -124,7 +125,7 @@ def test_comparisons_average_over_seeds_and_draw_over_records():
 
 
 def test_tables_are_laid_out_within_80_columns(capsys):
-    show_table({"title": "word " * 30, "head": ["what", "n", "x", "mean", "against"], "rows": [
+    print_table(**{"title": "word " * 30, "head": ["what", "n", "x", "mean", "against"], "rows": [
         ["first", 1234567, 0.5, [1.0, 0.25], [-0.5, -1.0, 0.0]], ["second one", 2, 10.0, "", ""]]})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and "  first       1,234,567   0.500  1.000 ± 0.250  -0.5000 [-1.0000, +0.0000]" \
@@ -133,7 +134,7 @@ def test_tables_are_laid_out_within_80_columns(capsys):
 
 def test_reply_states_are_means_over_the_reply_alone():
     model = small_model().float()
-    rows = [Example(str(i), None, np.arange(i + 1, i + 8 + 3 * i), 3 + i) for i in range(3)]
+    rows = [Row(str(i), None, np.arange(i + 1, i + 8 + 3 * i), 3 + i) for i in range(3)]
     states = reply_states(model, rows, tokens=400)
     assert states.shape == (3, 2, 16)
     for row, state in zip(rows, states):  # through the final norm, the last block's states are the model's own
@@ -207,7 +208,7 @@ def test_fresh_stages_are_as_initialised(run_folder, here):  # noqa: F811
     folder = variant(asked(source), source, "x", ["joint"], fresh=["warmup", "router"])
     B = load_file(folder / "warmup/experts/high_openness/adapter_model.safetensors")
     assert all(tensor.abs().max() == 0 for name, tensor in B.items() if "lora_B" in name)
-    first = Measured(asked(source)).setup.load_router().expert_embeddings
+    first = LoadedRun(asked(source)).setup.load_router().expert_embeddings
     assert torch.equal(load_file(folder / "router/router/model.safetensors")["expert_embeddings"], first.data)
     assert not (folder / "warmup").is_symlink() and not (folder / "router").is_symlink()
     assert any(t.abs().max() > 0 for n, t in load_file(
@@ -231,7 +232,7 @@ def test_other_seeds_are_other_runs_on_the_same_records(run_folder, here):  # no
     assert seeds == (0, 1) and folders == (source, source / "experiments" / "seed-1")
     for split in ("train", "validation", "test"):
         assert read_records(folders[1] / "records" / f"{split}.jsonl") == read_records(source / "data" / f"{split}.jsonl")
-    assert Measured(asked(folders[1])).setup.seed == 1 and Measured(asked(folders[1])).setup.base.endswith("models/base")
+    assert LoadedRun(asked(folders[1])).setup.seed == 1 and LoadedRun(asked(folders[1])).setup.base.endswith("models/base")
     for stage, file in (("warmup", "experts/high_openness/adapter_model"), ("router", "router/model")):
         ours, theirs = (load_file(folder / stage / f"{file}.safetensors") for folder in folders)
         assert not any(torch.equal(t, theirs[n]) for n, t in ours.items() if "lora_A" in n or "expert_emb" in n)
@@ -258,22 +259,22 @@ def test_routing_compares_every_gate_before_and_after_joint(run_folder, here, ca
             ("12", "all"), (tables[1]["title"].split("; ")[1].split()[0], "domains seen in training"),
             (tables[2]["title"].split("; ")[1].split()[0], "domains held out"))]
     for stage, table in (("warmup", tables[0]), ("joint", tables[3])):
-        rows, m = {row[0]: row for row in table["rows"]}, Measured(asked(source, stage=stage))
+        rows, m = {row[0]: row for row in table["rows"]}, LoadedRun(asked(source, stage=stage))
         assert list(rows) == ["base", "uniform", "shuffled", "learned", "oracle", "labels", "random", "best single"] \
             + ["control"] * (stage == "joint")
-        tests, validation = cases(m, limit=12), cases(m, "validation", 12)
+        tests, validation = load_cases(m, limit=12), load_cases(m, "validation", 12)
         nats = losses(m, tests, ["learned", "oracle"])
         for name, one in nats.items():
             assert abs(rows[name][1][0] - one.sum() / tests.counts.sum()) < 1e-6 and rows[name][1][1] == 0
         assert np.allclose(rows["oracle"][2], bootstrap(nats["oracle"] - nats["learned"], tests.counts), atol=1e-6)
-        alone = [train.heldout(m.model, validation.rows, one_hot(e).expand(12, -1))[0].sum() for e in range(10)]
-        best = train.heldout(m.model, tests.rows, one_hot(int(np.argmin(alone))).expand(12, -1))[0]
+        alone = [train.evaluation_loss(m.model, validation.rows, one_hot_gate(e).expand(12, -1))[0].sum() for e in range(10)]
+        best = train.evaluation_loss(m.model, tests.rows, one_hot_gate(int(np.argmin(alone))).expand(12, -1))[0]
         assert abs(rows["best single"][1][0] - best.sum() / tests.counts.sum()) < 1e-6
-    control = Measured(asked(source / "experiments/routing/control-0", stage="joint"))
+    control = LoadedRun(asked(source / "experiments/routing/control-0", stage="joint"))
     config = json.loads((control.setup.run / "config.json").read_text())
     assert config["stages"]["joint"]["joint_gate"] == "uniform"
-    assert abs(rows["control"][1][0] - losses(control, cases(control, limit=12), ["uniform"])["uniform"].sum()
-               / cases(control, limit=12).counts.sum()) < 1e-6
+    assert abs(rows["control"][1][0] - losses(control, load_cases(control, limit=12), ["uniform"])["uniform"].sum()
+               / load_cases(control, limit=12).counts.sum()) < 1e-6
     with monkeypatch.context() as patch:  # asked again it is printed again; asked for something else, or anew, measured
         patch.setattr(experiments, "losses", None)
         assert shown(capsys, f"experiment routing --run {source} --seeds 1 --records 12")[1] in out
@@ -313,12 +314,12 @@ def test_the_temperature_sweep_measures_what_it_says(run_folder, here, capsys, m
     assert all(json.loads((f / "config.json").read_text())["stages"]["joint"]["steps"] == n
                and json.loads((f / "config.json").read_text())["stages"]["joint"]["tau"] == 0.1
                for f, n in zip(folders[1:], (3, 9)))
-    first = update_gram(Measured(asked(source, stage="warmup")).model).diagonal().sqrt().mean()
+    first = update_gram(LoadedRun(asked(source, stage="warmup")).model).diagonal().sqrt().mean()
     for table, folder, stage in zip(sweeps, folders, ("warmup", "joint", "joint")):
-        m = Measured(asked(folder, stage=stage, tau=0.1))
-        tests, validation = cases(m, limit=14), cases(m, "validation", 14)
+        m = LoadedRun(asked(folder, stage=stage, tau=0.1))
+        tests, validation = load_cases(m, limit=14), load_cases(m, "validation", 14)
         row = dict(zip(table["head"], table["rows"][1]))
-        gates = (train.similarities(m.router, tests.rows) / 0.1).softmax(-1).double()
+        gates = (train.score_queries(m.router, tests.rows) / 0.1).softmax(-1).double()
         gram, alone = update_gram(m.model), tests.active.sum(-1) == 1
         size = gram.diagonal().sqrt()
         assert row["tau"] == "0.1" and abs(row["entropy"] + (gates * gates.log()).sum(-1).mean()) < 1e-4
@@ -333,8 +334,8 @@ def test_the_temperature_sweep_measures_what_it_says(run_folder, here, capsys, m
         nats = losses(m, tests, ["learned"])["learned"]
         assert abs(row["test"][0] - nats.sum() / tests.counts.sum()) < 1e-5
         rows, which = [r for r, one in zip(tests.rows, alone) if one], tests.active[alone].argmax(-1)
-        wanted = [nats[alone].sum()] + [train.heldout(m.model, rows, g)[0].sum() for g in (
-            torch.eye(10)[which], torch.stack([persona_gate(SHORT[e], 0.1) for e in which]))]
+        wanted = [nats[alone].sum()] + [train.evaluation_loss(m.model, rows, g)[0].sum() for g in (
+            torch.eye(10)[which], torch.stack([persona_gate(SHORT_NAMES[e], 0.1) for e in which]))]
         when = table["title"].split(":")[0].lower()
         found = next(r for r in poles["rows"] if r[:2] == [when, "0.1"])
         assert np.allclose(found[2:], np.array(wanted) / tests.counts[alone.numpy()].sum(), atol=1e-5)
@@ -438,14 +439,14 @@ def test_each_disease_raises_its_alarm(healthy, here, capsys, disease, alarm, sa
 
 @pytest.mark.slow
 def test_general_ability_is_measured_on_the_text_that_is_given(healthy, here, capsys):  # noqa: F811
-    run = Measured(asked(healthy))
+    run = LoadedRun(asked(healthy))
     (here / "text").write_text("A first piece.\nIts second line.\n\n\nAnother piece, quite different.\n")
     _, out = shown(capsys, f"health --run {healthy} --records 10 --text text")
     rows = evaluation.plain_rows(run, ["A first piece.\nIts second line.", "\nAnother piece, quite different.\n"])
     assert all(row.prompt == 1 for row in rows) and rows[0].ids[0] == run.chat.bos and rows[0].ids[-1] == run.chat.end
-    base, counts = train.heldout(run.model, rows)
-    mixed, _ = train.heldout(run.model, rows, gates_under(
-        "learned", torch.ones(2, 10), train.similarities(run.router, rows), 0.3))
+    base, counts = train.evaluation_loss(run.model, rows)
+    mixed, _ = train.evaluation_loss(run.model, rows, gates_for_rule(
+        "learned", torch.ones(2, 10), train.score_queries(run.router, rows), 0.3))
     flat = " ".join(out.split())
     assert f"base's {base.sum() / counts.sum():.3f} nats/token" in flat
     assert f"text is {(mixed - base).sum() / base.sum():+.1%}" in flat
@@ -589,14 +590,14 @@ def test_statements_that_are_not_statements_are_named(here, text, why):  # noqa:
 
 
 def test_ratings_are_expected_values_of_the_five_letters_in_both_orders(run_folder):  # noqa: F811
-    run, texts = Measured(asked(run_folder, stage="warmup")), ["Like long walks.", "Keep quiet"]
-    found = ratings(run, texts, one_hot(3))
+    run, texts = LoadedRun(asked(run_folder, stage="warmup")), ["Like long walks.", "Keep quiet"]
+    found = ratings(run, texts, one_hot_gate(3))
     for order, listed in enumerate((inventory.ANSWERS, inventory.ANSWERS[::-1])):
         for i, said in enumerate(("You like long walks.", "You keep quiet.")):
             query = (f'How accurately does this statement describe you? "{said}"\n'
                      + "".join(f"{'ABCDE'[k]}. {answer}\n" for k, answer in enumerate(listed)) + "Answer with one letter.")
-            nats = np.array([train.row_losses(run.model, [Example("", None, np.array(ids[:-1]), s.index(True))],
-                                              one_hot(3)).item() for ids, s in (
+            nats = np.array([train.row_losses(run.model, [Row("", None, np.array(ids[:-1]), s.index(True))],
+                                              one_hot_gate(3)).item() for ids, s in (
                 run.chat.example([{"role": "user", "content": query}], letter) for letter in "ABCDE")])
             p = np.exp(-nats) / np.exp(-nats).sum()
             value = [5, 4, 3, 2, 1] if order == 0 else [1, 2, 3, 4, 5]

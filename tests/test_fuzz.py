@@ -32,7 +32,7 @@ from router import Router, load_router, query_ids, save_router  # noqa: E402
 from support.chat import Chat, load_tokenizer  # noqa: E402
 from support.files import UserError  # noqa: E402
 from support.records import read_queries, read_records, write_records  # noqa: E402
-from support.rows import examples  # noqa: E402
+from support.rows import make_rows  # noqa: E402
 import small  # noqa: E402
 from test_train import settings  # noqa: E402
 
@@ -67,13 +67,13 @@ def some_router(folder):
 
 def use_checkpoint(run):
     """The state folder of a run: what --resume does."""
-    task = train.Task("router", None, some_router(str(run.parent / "w" / "encoder")), settings())
+    task = train.Stage("router", None, some_router(str(run.parent / "w" / "encoder")), settings())
     checkpoints.restore(task, run)
     checkpoints.rewind_log(run, "router", 1).close()
 
 
 def use_run(run):
-    setup = measure.Measured(SimpleNamespace(
+    setup = measure.LoadedRun(SimpleNamespace(
         run=str(run), base=None, encoder=None, data=None, device="cpu", dtype=None, tokens=64, tau=None, stage=None,
         experts=None, router=None)).setup
     runs.differences(runs.read_run(run)["setup"], {"seed": 0})
@@ -81,7 +81,7 @@ def use_run(run):
 
 
 def read_and_mend(file):
-    output.mend(file)
+    output.repair_last_line(file)
     output.read_rejected(file, set())
 
 
@@ -104,8 +104,8 @@ def targets(tmp_path_factory):
     for file in ("config.json", "model.safetensors"):
         found.append((at / "router" / file, lambda path: load_router(router, path), at / "router"))
     s = settings(steps=2, batch=2, tokens=64)
-    rows, _ = examples(small.records(6), tokenizer=load_tokenizer(world / "encoder"))
-    train.fit(train.Task("router", None, Router(router.encoder), s), rows, s, at / "run")
+    rows, _ = make_rows(small.records(6), tokenizer=load_tokenizer(world / "encoder"))
+    train.fit(train.Stage("router", None, Router(router.encoder), s), rows, s, at / "run")
     config = {"version": runs.VERSION, "stages": {"router": {"steps": 2}, "joint": {"tau": 1.0}}, "content": {}, "setup": {
         "preset": "tiny", "base": "{run}/base", "encoder": "{run}/encoder", "data": "{run}/data", "seed": 0,
         "rank": 8, "alpha": 16.0}}

@@ -183,7 +183,7 @@ def files_end_at(size):
 @pytest.fixture
 def here(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(fresh(whole, tmp_path / "here"))
-    monkeypatch.setattr(train, "closing", lambda setup: None)
+    monkeypatch.setattr(train, "print_results", lambda setup: None)
     return tmp_path / "here"
 
 
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_between_two_checkpoints_costs_neither_the_first_no
 
 def test_a_disk_without_room_for_checkpoints_is_told_before_training(here, monkeypatch):
     monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: type("", (), {"free": 10_000}))
-    monkeypatch.setattr(train.Task, "step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(train.Stage, "step", lambda *_: pytest.fail("a step was taken"))
     status, _, said = small.run_quietly(train, *small.TRAIN)
     assert status == 2 and "run: its disk has 0.0 MiB free, and warmup needs" in said and "lower --keep" in said, said
     assert not (here / "run").exists()
@@ -227,9 +227,9 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_training(here, monke
 
 def test_room_that_only_a_later_stage_lacks_is_told_before_the_first(here, monkeypatch):
     needs = []
-    whole = files_module.in_words
-    monkeypatch.setattr(checkpoints, "in_words", lambda n: needs.append(n) or whole(n))
-    monkeypatch.setattr(train.Task, "step", lambda *_: pytest.fail("a step was taken"))
+    whole = files_module.human_readable_size
+    monkeypatch.setattr(checkpoints, "human_readable_size", lambda n: needs.append(n) or whole(n))
+    monkeypatch.setattr(train.Stage, "step", lambda *_: pytest.fail("a step was taken"))
     for free in (0, 1):  # none; then what warm-up alone would need
         monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: type("", (), {"free": needs[1] if free else 0}))
         status, _, said = small.run_quietly(train, *small.TRAIN)
@@ -237,7 +237,7 @@ def test_room_that_only_a_later_stage_lacks_is_told_before_the_first(here, monke
     assert small.run_quietly(train, *small.TRAIN, "--stage", "joint")[0] == 2
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(train, "closing", lambda setup: None)
+    monkeypatch.setattr(train, "print_results", lambda setup: None)
     assert small.run_quietly(train, *small.TRAIN)[0] == 0
     setup = runs.Setup(here / "run", "tiny", "base", "encoder", "data", None, None, 0, 1.0, 2, 16.0, 150, 4)
     for stage in runs.STAGES:
@@ -256,8 +256,8 @@ def test_the_room_asked_for_is_the_room_that_is_taken(here, monkeypatch, save_ev
         files = [p.read_bytes() for folder in folders for p in (here / "run" / folder).rglob("*.safetensors")]
         return [len(data) - 8 - int.from_bytes(data[:8], "little") for data in files]
     with monkeypatch.context() as patch:
-        whole = files_module.in_words
-        patch.setattr(checkpoints, "in_words", lambda n: needs.append(n) or whole(n))
+        whole = files_module.human_readable_size
+        patch.setattr(checkpoints, "human_readable_size", lambda n: needs.append(n) or whole(n))
         patch.setattr(runs.shutil, "disk_usage", lambda path: type("", (), {"free": 0}))
         status, _, said = small.run_quietly(train, *warmup)
     assert status == 2, said
@@ -295,7 +295,7 @@ def test_lines_of_the_log_that_a_crash_has_lost_are_told(here, monkeypatch):
 def test_two_processes_do_not_train_in_one_folder(here):
     assert small.run_quietly(train, *small.TRAIN, "--stage", "warmup")[0] == 0
     before = small.contents(here / "run")
-    with runs.held(here / "run"):
+    with runs.lock(here / "run"):
         for more in (["--resume"], ["--overwrite"]):
             status, _, said = small.run_quietly(train, *small.TRAIN, *more)
             assert status == 2 and "run: another process trains here" in said and said.count("\n") == 1, said
@@ -326,7 +326,7 @@ def test_what_overwrite_replaces_stays_until_the_first_checkpoint_of_what_replac
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
 def test_a_folder_that_may_only_be_read_is_told_before_training(here, monkeypatch):
-    monkeypatch.setattr(train.Task, "step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(train.Stage, "step", lambda *_: pytest.fail("a step was taken"))
     user, mode = os.geteuid(), here.stat().st_mode
     here.chmod(0o555)
     try:

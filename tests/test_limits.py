@@ -29,9 +29,9 @@ from model import Config, Transformer, generate
 from router import Router, contrastive_loss, query_ids
 from support.chat import Chat, encode
 from support.checkpoints import save_state
-from support.files import UserError, in_words
-from support.rows import batches, cost
-from train import Task, activations, fit, heldout, row_losses
+from support.files import UserError, human_readable_size
+from support.rows import batches, n_tokens
+from train import Stage, activations, fit, evaluation_loss, row_losses
 import small
 from conftest import ROOT
 from test_teachers import asked, good, http_command, ids, serving  # noqa: F401 (asked is a fixture)
@@ -45,14 +45,14 @@ from test_train import base, router, settings, some_rows
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_figure_that_is_no_number_ends_training_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, what,
                                                                                      value):
-    whole, s = train.figures, settings(steps=6, save_every=2, keep=1, batch=3)
+    whole, s = train.metrics_to_floats, settings(steps=6, save_every=2, keep=1, batch=3)
     at = iter(range(1, 100))
-    monkeypatch.setattr(train, "figures", lambda report: whole(report) | ({what: value} if next(at) == 5 else {}))
+    monkeypatch.setattr(train, "metrics_to_floats", lambda report: whole(report) | ({what: value} if next(at) == 5 else {}))
     rows = some_rows(30)
     with pytest.raises(UserError,
                        match=f"joint, step 5: the {what} is {value}.*joint-0000004.safetensors is kept.*--lr") as e:
-        fit(Task("joint", base(), router(), s), rows, s, tmp_path)
-    order = batches([cost(row) for row in rows], 3, [0, *b"joint"])
+        fit(Stage("joint", base(), router(), s), rows, s, tmp_path)
+    order = batches([n_tokens(row) for row in rows], 3, [0, *b"joint"])
     fifth = [next(order) for _ in range(5)][4]
     assert str(e.value).endswith("look at this step's records: " + ", ".join(rows[i].id for i in fifth))
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["joint-0000004.safetensors"]
@@ -61,7 +61,7 @@ def test_a_figure_that_is_no_number_ends_training_and_keeps_the_last_good_checkp
 
 def test_parameters_that_are_no_numbers_are_not_saved_over_good_ones(tmp_path):
     """A step may have a loss and make parameters of which the next has none."""
-    s, task = settings(steps=4, save_every=2), Task("router", None, router(), settings())
+    s, task = settings(steps=4, save_every=2), Stage("router", None, router(), settings())
     fit(task, some_rows(10), settings(steps=2, save_every=2), tmp_path)
     before = small.contents(tmp_path / "state")
     with torch.no_grad():
@@ -75,15 +75,15 @@ def test_parameters_that_are_no_numbers_are_not_saved_over_good_ones(tmp_path):
 def test_memory_that_is_full_says_what_reduces_it_and_by_how_much(tmp_path, monkeypatch, stage):
     """Raised where CUDA would: in the forward pass of a later step. Checkpoints made before it stay."""
     s, model = settings(steps=6, save_every=2, tokens=500), base() if stage != "router" else None
-    task = Task(stage, model, router() if stage != "warmup" else None, s)
-    whole, calls = Task.losses, []
+    task = Stage(stage, model, router() if stage != "warmup" else None, s)
+    whole, calls = Stage.losses, []
 
     def losses(self, rows, tokens):
         calls.append(1)
         if (tmp_path / "state").exists():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 79 GiB")
         return whole(self, rows, tokens)
-    monkeypatch.setattr(Task, "losses", losses)
+    monkeypatch.setattr(Stage, "losses", losses)
     with pytest.raises(UserError, match=f"{stage}, step 3: .*memory is full .CUDA out of memory") as error:
         fit(task, some_rows(20), s, tmp_path)
     said = str(error.value)
@@ -91,7 +91,7 @@ def test_memory_that_is_full_says_what_reduces_it_and_by_how_much(tmp_path, monk
     assert ("--rank 2" in said) == (stage != "router")
     trained = 16 * sum(p.numel() for p in task.parameters())
     frozen = "what trains" if stage != "router" else "What trains takes"  # nothing is frozen in the router stage
-    assert f"{frozen} {in_words(trained)} " in said
+    assert f"{frozen} {human_readable_size(trained)} " in said
     assert [p.stem for p in (tmp_path / "state").iterdir()] == [f"{stage}-0000002"]
 
 
@@ -126,7 +126,7 @@ def test_the_memory_that_the_advice_speaks_of_is_what_the_forward_pass_keeps(sha
 def test_a_step_uses_the_memory_that_the_last_one_freed():
     said = subprocess.run([sys.executable, "-c", """
 import resource, torch, train
-train.keep_memory()
+train.keep_freed_memory()
 for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for size in (2**20, 2**22, 3 * 2**20):
@@ -172,14 +172,14 @@ def test_a_batch_without_supervised_tokens_is_skipped_and_counted(tmp_path, caps
     s, rows = settings(steps=6, batch=2, save_every=3), some_rows(24)
     for i, row in enumerate(rows):
         row.prompt = len(row.ids) if i % 4 else row.prompt
-    order = batches([cost(row) for row in rows], 2, [0, *b"warmup"])
+    order = batches([n_tokens(row) for row in rows], 2, [0, *b"warmup"])
     want, skipped = [], 0
     while len(want) < 6:
         some = [rows[i].id for i in next(order) if not i % 4]
         want, skipped = want + ([some] if some else []), skipped + (not some)
     assert skipped
     for part in ("whole", "parts"):
-        task, got = Task("warmup", base(), s=s), []
+        task, got = Stage("warmup", base(), s=s), []
         whole = task.step
         task.step = lambda batch, *a: got.append([row.id for row in batch]) or whole(batch, *a)
         if part == "parts":
@@ -191,7 +191,7 @@ def test_a_batch_without_supervised_tokens_is_skipped_and_counted(tmp_path, caps
     for row in rows:
         row.prompt = len(row.ids)
     with pytest.raises(UserError, match="warmup: no record has a single supervised token"):
-        fit(Task("warmup", base(), s=s), rows, s, tmp_path / "none")
+        fit(Stage("warmup", base(), s=s), rows, s, tmp_path / "none")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_a_gate_at_a_temperature_of_a_thousandth_is_one_expert_in_loss_and_reply
     r = Router(Transformer(Config(264, 16, 1, 2, 1, 8, 24, 1e-5, 1e4)), 1e-3)
     gate, one_hot = r.gate(similarity), torch.eye(10)[similarity.argmax(-1)]
     assert torch.equal(gate.detach(), one_hot) and torch.allclose(gate.sum(-1), torch.ones(6))
-    assert np.array_equal(heldout(model, rows, gate.detach())[0], heldout(model, rows, one_hot)[0])
+    assert np.array_equal(evaluation_loss(model, rows, gate.detach())[0], evaluation_loss(model, rows, one_hot)[0])
     (row_losses(model, rows, gate).sum() + contrastive_loss(similarity, one_hot, 1e-3)).backward()
     assert similarity.grad.isfinite().all()
     prompt = chat.prompt([{"role": "user", "content": "Hi"}])
@@ -277,7 +277,7 @@ def test_a_gate_at_a_temperature_of_a_thousandth_is_one_expert_in_loss_and_reply
 def test_a_stage_trains_at_a_temperature_of_a_thousandth(stage, tmp_path):
     s, r = settings(steps=4), router()
     r.temperature = 1e-3
-    fit(Task(stage, base(random_B=True) if stage == "joint" else None, r, s), some_rows(12), s, tmp_path)
+    fit(Stage(stage, base(random_B=True) if stage == "joint" else None, r, s), some_rows(12), s, tmp_path)
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(e["loss"]) and np.isfinite(e["grad_norm"]) and e["top1"] > 0.9 for e in entries)
 
@@ -316,7 +316,7 @@ def test_prompts_of_nothing_are_refused_and_empty_queries_are_read_as_a_space(fo
 def test_a_batch_of_one_row_of_one_supervised_token_trains(stage, tmp_path):
     s, rows = settings(steps=3, batch=1), some_rows(1)
     rows[0].ids, rows[0].prompt, rows[0].query = rows[0].ids[:2], 1, rows[0].query[:1]
-    task = Task(stage, None if stage == "router" else base(), None if stage == "warmup" else router(), s)
+    task = Stage(stage, None if stage == "router" else base(), None if stage == "warmup" else router(), s)
     fit(task, rows, s, tmp_path)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
     assert all(p.isfinite().all() for p in task.parameters())
@@ -334,7 +334,7 @@ def test_twenty_thousand_steps_take_no_more_memory_and_no_more_time_each(tmp_pat
     s = settings(steps=20_000, batch=2, save_every=1000, log_every=1000, tokens=64)
 
     def new():
-        return Task("router", None, Router(Transformer(Config(97, 8, 1, 1, 1, 8, 8, 1e-5, 1e4, tied=True))), s)
+        return Stage("router", None, Router(Transformer(Config(97, 8, 1, 1, 1, 8, 8, 1e-5, 1e4, tied=True))), s)
     task, memory, times, bare, began = new(), [], [], [], [time.process_time()]
     whole = task.step
 

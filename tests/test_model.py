@@ -815,10 +815,10 @@ def test_a_tied_head_may_be_stored_a_second_time(shards, tmp_path):
                                             (torch.float64, 1e308)])
 def test_values_are_finite_even_where_their_sum_is_not(dtype, largest):
     large = torch.full((3, 100), largest, dtype=dtype)
-    assert files_module.finite(large) and files_module.finite(torch.zeros(0, 3, dtype=dtype))
+    assert files_module.all_finite(large) and files_module.all_finite(torch.zeros(0, 3, dtype=dtype))
     for bad in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]):
         large[2, 98:98 + len(bad)] = torch.tensor(bad, dtype=dtype)
-        assert not files_module.finite(large) and not files_module.finite(large[2, 98:])
+        assert not files_module.all_finite(large) and not files_module.all_finite(large[2, 98:])
 
 
 FILE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00002.safetensors"

@@ -12,11 +12,11 @@ import train
 from support import command
 from support import runs
 from lora import EXPERTS
-from router import contrastive_loss, gates_under
+from router import contrastive_loss, gates_for_rule
 from support.chat import Chat, load_tokenizer
-from support.rows import examples
+from support.rows import make_rows
 from synth import template_records
-from train import heldout, similarities
+from train import evaluation_loss, score_queries
 
 pytestmark = pytest.mark.slow
 
@@ -41,24 +41,24 @@ def small(weights, tmp_path_factory):
 @pytest.fixture(scope="module")
 def held_out(small):
     records = template_records("test", 24, seed=5)
-    rows, _ = examples(records, Chat.from_dir(small.base), load_tokenizer(small.encoder))
+    rows, _ = make_rows(records, Chat.from_dir(small.base), load_tokenizer(small.encoder))
     return rows, torch.stack([row.active for row in rows])
 
 
 def loss(model, rows, gates=None):
-    nats, counts = heldout(model, rows, gates)
+    nats, counts = evaluation_loss(model, rows, gates)
     return nats.sum() / counts.sum()
 
 
 def test_warm_up_lowers_held_out_loss(small, held_out):
     rows, active = held_out
     model = small.load_base(small.run / "warmup" / "experts")
-    assert loss(model, rows, gates_under("labels", active)) < loss(model, rows) - 0.1
+    assert loss(model, rows, gates_for_rule("labels", active)) < loss(model, rows) - 0.1
 
 
 def test_the_router_stage_lowers_the_contrastive_loss_of_held_out_queries(small, held_out):
     rows, active = held_out
-    before, after = (contrastive_loss(similarities(small.load_router(folder), rows), active)
+    before, after = (contrastive_loss(score_queries(small.load_router(folder), rows), active)
                      for folder in (None, small.run / "router" / "router"))
     assert after < before - 0.1 and after.isfinite()
 
@@ -67,8 +67,8 @@ def test_joint_training_lowers_held_out_loss_under_the_learned_gate(small, held_
     rows, active = held_out
     losses = []
     for experts, router in (("warmup", "router"), ("joint", "joint")):
-        similarity = similarities(small.load_router(small.run / router / "router"), rows)
-        gates = gates_under("learned", active, similarity, small.tau)
+        similarity = score_queries(small.load_router(small.run / router / "router"), rows)
+        gates = gates_for_rule("learned", active, similarity, small.tau)
         assert gates.shape == (len(rows), len(EXPERTS))
         losses.append(loss(small.load_base(small.run / experts / "experts"), rows, gates))
     assert losses[1] < losses[0]

@@ -14,7 +14,7 @@ from support import review
 from lora import EXPERTS, TRAITS
 from router import active_experts
 from support.files import UserError
-from support.records import SPLITS, fold, load_data, read_records, split_records, write_records
+from support.records import SPLITS, normalise_query, load_data, read_records, split_records, write_records
 from support.review import krippendorff_alpha
 from synth import template_records
 
@@ -122,7 +122,7 @@ def test_a_split_is_by_query_and_the_one_that_training_makes(tmp_path, capsys):
     assert not synth.main(["split", str(tmp_path / "o.jsonl"), "--seed", "3"])
     parts = {name: read_records(tmp_path / "o" / f"{name}.jsonl") for name in SPLITS}
     assert parts == split_records(records, 3) == load_data(tmp_path / "o.jsonl", 3)[0]
-    queries = [{fold(r["query"]) for r in part} for part in parts.values()]
+    queries = [{normalise_query(r["query"]) for r in part} for part in parts.values()]
     assert sum(map(len, queries)) == 150 and "train.jsonl" in capsys.readouterr().out
     before = (tmp_path / "o" / "test.jsonl").read_bytes()
     with pytest.raises(UserError, match="train.jsonl is there already"):

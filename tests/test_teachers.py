@@ -727,7 +727,7 @@ def test_ctrl_c_ends_within_two_seconds_with_everything_finished_on_disk(asked, 
 
 
 def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched_it(asked, tmp_path, monkeypatch):
-    whole, made = output.Sink.add, []
+    whole, made = output.RecordWriter.add, []
 
     class Http(server_module.Http):
         def __init__(self, args):
@@ -740,7 +740,7 @@ def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched
             until(lambda: made[0].finished.qsize() == 11 + 12)  # the others, and twelve workers' good-byes
             raise KeyboardInterrupt
     monkeypatch.setattr(synth, "Http", Http)
-    monkeypatch.setattr(output.Sink, "add", add)
+    monkeypatch.setattr(output.RecordWriter, "add", add)
     with serving(good) as server:
         assert synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 12)) == 130
     assert sorted(ids(tmp_path / "o.jsonl")) == sorted(ids(asked))
@@ -748,7 +748,7 @@ def test_what_is_finished_when_ctrl_c_comes_is_written_though_nobody_had_fetched
 
 def test_no_more_is_asked_than_two_for_each_worker_ahead_of_what_is_written(asked, tmp_path, monkeypatch):
     """Such as while a disk is slow: a kill loses no more than that."""
-    whole, written = output.Sink.add, []
+    whole, written = output.RecordWriter.add, []
 
     def add(sink, outcomes):
         until(lambda: sum(server.asked.values()) >= len(written) + 6)
@@ -758,7 +758,7 @@ def test_no_more_is_asked_than_two_for_each_worker_ahead_of_what_is_written(aske
         whole(sink, outcomes)
         written.extend(outcomes)
     with serving(good) as server, monkeypatch.context() as patched:
-        patched.setattr(output.Sink, "add", add)
+        patched.setattr(output.RecordWriter, "add", add)
         with pytest.raises(KeyboardInterrupt):  # the second, of what is left
             synth.main(http_command(server, asked, tmp_path / "o.jsonl", "--workers", 3))
         until(lambda: not any("(work)" in thread.name for thread in threading.enumerate()), seconds=20)

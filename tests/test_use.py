@@ -20,7 +20,7 @@ import router
 from support import chat as chat_module
 from support import measure
 from support import runs
-from lora import EXPERTS, SHORT, add_experts, expert_layers, merged
+from lora import EXPERTS, SHORT_NAMES, add_experts, expert_layers, merged
 from model import Transformer, generate
 from router import persona_gate
 from support.chat import Chat
@@ -77,7 +77,7 @@ def test_ask_reads_files_and_prints_json_with_the_same_replies(strong, capsys, t
     rows = [json.loads(line) for line in says(capsys, "ask", "--run", strong, "--max-new-tokens", 9, "--json", "--file",
                                               tmp_path / "asked.jsonl").splitlines()]
     assert [row["id"] for row in rows] == ["a", 7] and [row["query"] for row in rows] == [q["query"] for q in queries]
-    m = measure.Measured(evaluation.Ask(queries=["x"], run=str(strong)))
+    m = measure.LoadedRun(evaluation.Ask(queries=["x"], run=str(strong)))
     for row, query in zip(rows, queries):
         gate = m.gates([query])
         assert list(row["gate"]) == list(EXPERTS) and torch.allclose(torch.tensor([*row["gate"].values()]), gate[0])
@@ -140,7 +140,7 @@ class Terminal:
 def test_a_conversation_in_a_terminal(strong, tmp_path):
     """Every turn is routed anew, over the whole conversation; the gate stands in one line of at most 80 columns before
     the reply; the reply is what generate gives for that conversation under that gate."""
-    m = measure.Measured(evaluation.Talk(run=str(strong)))
+    m = measure.LoadedRun(evaluation.Talk(run=str(strong)))
     talk = Terminal(ROOT / "eval.py", "chat", "--run", strong, "--max-new-tokens", 12)
     try:
         talk.until("/help lists the commands.*\n\n> ")
@@ -152,7 +152,7 @@ def test_a_conversation_in_a_terminal(strong, tmp_path):
             gate = m.gates([{"id": "0", "query": query, "history": messages}]) if gate is None else gate
             prompt = m.chat.prompt([*messages, {"role": "user", "content": query}])
             ids = generate(m.model, [prompt], None if base else gate, 12, stops=m.chat.stops)[0]
-            line = " ".join(f"{name}{w:.2f}".replace("0.", ".") for name, w in zip(SHORT, gate[0].tolist()))
+            line = " ".join(f"{name}{w:.2f}".replace("0.", ".") for name, w in zip(SHORT_NAMES, gate[0].tolist()))
             return m.chat.text(ids), line
 
         for query, hand in (("My boss is furious.", None), ("And my sister too.", None), ("Why?", "O+,E-:0.5")):
@@ -200,7 +200,7 @@ def test_a_conversation_through_a_pipe_has_no_prompts_and_goes_on_after_errors(s
 
 def test_a_reply_is_streamed_and_can_be_stopped(run, monkeypatch, capsys):
     """Pieces come as soon as they are known, whole characters only; Ctrl-C keeps what was said."""
-    talk = evaluation.Conversation(measure.Measured(evaluation.Talk(run=str(run))), evaluation.Talk(run=str(run)))
+    talk = evaluation.Conversation(measure.LoadedRun(evaluation.Talk(run=str(run))), evaluation.Talk(run=str(run)))
     ids = chat_module.encode(talk.chat.tokenizer, "Ä bé — 猫 now")
     pieces = []
 
@@ -218,7 +218,7 @@ def test_a_reply_is_streamed_and_can_be_stopped(run, monkeypatch, capsys):
 
 
 def test_generate_hands_over_each_id_as_it_comes(run):
-    m, seen = measure.Measured(evaluation.Talk(run=str(run))), [[], [], []]
+    m, seen = measure.LoadedRun(evaluation.Talk(run=str(run))), [[], [], []]
     prompts = [m.chat.prompt([{"role": "user", "content": text}]) for text in ("Hi", "Help me now", "No")]
     found = generate(m.model, prompts, None, 7, each=lambda row, token: seen[row].append(token))
     assert seen == found
@@ -243,7 +243,7 @@ def ids():
 
 
 def ours(run, ids, gate):
-    m = measure.Measured(evaluation.Talk(run=str(run)))
+    m = measure.LoadedRun(evaluation.Talk(run=str(run)))
     with torch.no_grad():
         return m.model(ids, gate), m.setup.base
 
@@ -268,7 +268,7 @@ def test_a_mixture_or_merged_weights_are_what_others_compute(strong, ids, here, 
     wanted, base = ours(strong, ids, gate.expand(2, -1))
     found = logits_of(base, ids, "out") if kind == "mixture" else logits_of("out", ids)
     assert (found - wanted).abs().max() <= 1e-4 and (wanted - ours(strong, ids, None)[0]).abs().max() > 0.1
-    assert router.bars(gate[0]) in out
+    assert router.format_gate(gate[0]) in out
     if kind == "mixture":
         assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 80
 
@@ -278,7 +278,7 @@ def test_merged_is_a_whole_model_folder_in_shards(strong, here, capsys):  # noqa
     how = ["--persona", "A+"]
     says(capsys, "export", "--run", strong, "--as", "merged", *how, "--out", "many", "--shard-gb", 0.001)
     says(capsys, "export", "--run", strong, "--as", "merged", *how, "--out", "one")
-    m = measure.Measured(evaluation.Talk(run=str(strong)))
+    m = measure.LoadedRun(evaluation.Talk(run=str(strong)))
     whole, found = merged(m.model, persona_gate("A+", 1.0)), {}
     index = json.loads(Path("many/model.safetensors.index.json").read_text())
     for file in sorted(Path("many").glob("*.safetensors")):
@@ -324,7 +324,7 @@ def test_merged_keeps_one_shard_beside_the_model(strong, here, monkeypatch):  # 
 def test_merged_is_rounded_once_to_the_dtype_asked_for(strong, here, capsys):  # noqa: F811
     """fp32 experts onto the weights of the dtype; without --dtype, that of the base's own file."""
     says(capsys, "export", "--run", strong, "--as", "merged", "--persona", "A+", "--out", "b", "--dtype", "bfloat16")
-    m = measure.Measured(evaluation.Talk(run=str(strong), dtype="bfloat16"))
+    m = measure.LoadedRun(evaluation.Talk(run=str(strong), dtype="bfloat16"))
     wanted = merged(m.model, persona_gate("A+", 1.0))
     state = load_file("b/model.safetensors")
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, wanted[n]) for n, t in state.items())
@@ -355,7 +355,7 @@ def test_an_export_that_cannot_be_is_refused_and_nothing_is_written(run, here, a
 def test_experts_that_peft_wrote_and_a_router_of_another_run_are_taken(strong, run, ids, here, capsys):  # noqa: F811
     """Experts saved by peft itself, and the router of the stage before: the gate is that router's, the reply theirs."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    base = measure.Measured(evaluation.Talk(run=str(strong))).setup.base
+    base = measure.LoadedRun(evaluation.Talk(run=str(strong))).setup.base
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base),
                                             strong / "joint" / "experts" / EXPERTS[0], adapter_name=EXPERTS[0])
     for expert in EXPERTS[1:]:
