@@ -1,23 +1,22 @@
-"""The decoder: Llama 3.1 and Qwen2.5 in one Transformer, its loader, its generation and its chat formats.
+"""The decoder: Llama 3.1 and Qwen2.5 as one Transformer, with its loader and its generation.
 
 What is notable:
-- one class for both families: Qwen2.5 is Llama plus a bias on q, k and v; Llama 3.2 and SmolLM2 come along for free
-- parameters carry the names of the public checkpoints, so that loading is one strict `load_state_dict`
-- the operations stand in the reference's order, so that fp32 logits equal those of `transformers` to the last bit
-- padding is on the right, always: a causal model never sees what follows a token, so no mask is needed
-- the experts' gate is an argument that travels from `forward` to every linear layer, never state on a module
+- One class serves both families. Qwen2.5 is Llama with a bias on q, k and v; Llama 3.2 and SmolLM2 need nothing more.
+- Parameters have the names of the public checkpoints, so that loading is one strict `load_state_dict`.
+- Operations are in the order of `transformers`, so that fp32 logits equal the reference's to the last bit.
+- Padding is always on the right. A causal model never sees what follows a token, so training needs no mask.
+- The experts' gate is an argument, passed from `forward` to every linear layer. No module stores it.
 
-Read it from the top: Config, Transformer and its parts, the loader, generation, Chat. To try it:
+The order: Config, Transformer and its parts, loading, Cache, Prefix, generate. Chat formats are in support/chat.py. To
+try it:
 
     python -c "import model; print(model.Config.from_dir('weights/SmolLM2-135M-Instruct'))"
 
 Shapes: B rows, T tokens, S tokens in the cache, D width, H query heads, K key/value heads, d head width, V vocabulary,
 E experts.
 """
-import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,18 +24,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support.files import UserError, all_finite, open_safetensors, read_json, shorten, weight_files
+from support.files import UserError, find_tensors, load_tensors, read_model_config, weight_files
+from support.matmul import linear
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-LARGEST = 2**40  # no size of a model, and no theta, comes near; larger ones would overflow
-
-
 @dataclass(frozen=True)
 class Config:
-    """The shape of a decoder. Each field is read from config.json by itself; none is inferred from another."""
+    """The shape of a decoder. Each field is read from its own key of config.json; none is inferred from another."""
     vocab_size: int
     dim: int
     n_layers: int
@@ -46,69 +43,20 @@ class Config:
     hidden_dim: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: dict | None = None  # Llama 3.1's: rope_type, factor, low_freq_factor, high_freq_factor, original_…
+    rope_scaling: dict | None = None  # None or Llama 3.1's, see LLAMA_3 below
     qkv_bias: bool = False
     tied: bool = False                # the head is the embedding matrix
 
     @classmethod
     def from_dir(cls, path):
-        """Read config.json of a model folder, in the published style (rope_theta and rope_scaling at top level) or in
-        the newer one (both inside rope_parameters). UserError for what this decoder does not do."""
-        file = Path(path) / "config.json"
-        found = read_json(file)
-
-        def need(key, kind, default=None):
-            value = found.get(key)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < LARGEST:
-                raise UserError(f"{file}: {key} is {shorten(value)}, expected a positive number")
-            return value
-
-        def refuse(key, allowed, why):
-            if found.get(key, allowed[0]) not in allowed:
-                raise UserError(f"{file}: {key} is {shorten(found[key])}, expected {allowed[0]!r}: {why}")
-
-        family = found.get("model_type")
-        if family not in ("llama", "qwen2"):
-            raise UserError(f"{file}: model_type is {shorten(family)}, expected 'llama' (Llama 3, SmolLM2) or 'qwen2' "
-                            "(Qwen2)")
-        refuse("hidden_act", ("silu",), "the feed-forward layer here is SwiGLU")
-        refuse("mlp_bias", (False, None), "the feed-forward layers here have no bias")
-        refuse("attention_bias", (False, None) if family == "llama" else (True, False, None), "o_proj here has no bias")
-        refuse("use_sliding_window", (False, None), "attention here is over all that came before")
-        refuse("tie_word_embeddings", (False, True, None), "the head is the embedding or it is not")
-        for key in ("rope_parameters", "rope_scaling"):
-            if not isinstance(found.get(key) or {}, dict):
-                raise UserError(f"{file}: {key} is {shorten(found[key])}, expected an object or null")
-
-        rope = dict(found.get("rope_parameters") or {})
-        theta = rope.pop("rope_theta", None) or found.get("rope_theta")
-        scaling = rope or dict(found.get("rope_scaling") or {})
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if kind not in ("default", "llama3"):
-            raise UserError(f"{file}: RoPE scaling is {shorten(kind)}, expected 'llama3' or none")
-        if kind == "llama3" and not (all(isinstance(scaling.get(n), (int, float)) and 0 < scaling[n] < LARGEST
-                                         for n in numbers) and scaling[numbers[1]] < scaling[numbers[2]]):
-            raise UserError(f"{file}: RoPE scaling 'llama3' needs the positive numbers {', '.join(numbers)}, the "
-                            f"second below the third; found {shorten(scaling)}")
-        found["rope_theta"] = theta
-
-        heads, dim = need("num_attention_heads", int), need("hidden_size", int)
-        config = cls(
-            vocab_size=need("vocab_size", int), dim=dim, n_layers=need("num_hidden_layers", int), n_heads=heads,
-            n_kv_heads=need("num_key_value_heads", int, default=heads),
-            head_dim=need("head_dim", int, default=dim // heads),
-            hidden_dim=need("intermediate_size", int), norm_eps=need("rms_norm_eps", float),
-            rope_theta=float(need("rope_theta", (int, float))),
-            rope_scaling={"rope_type": kind} | {n: scaling[n] for n in numbers} if kind == "llama3" else None,
-            qkv_bias=family == "qwen2", tied=found.get("tie_word_embeddings") is True)
-        if config.n_layers > 1024:  # each would be laid out before the weights could show that they are not there
-            raise UserError(f"{file}: num_hidden_layers is {config.n_layers}, expected at most 1024")
-        if heads % config.n_kv_heads or config.head_dim % 2:
-            raise UserError(f"{file}: {heads} query heads over {config.n_kv_heads} key/value heads of width "
-                            f"{config.head_dim}; expected a whole number of groups and an even width")
-        return config
+        """Read config.json of a model folder. UserError names a key whose value this decoder cannot follow."""
+        found = read_model_config(path)
+        return cls(
+            vocab_size=found["vocab_size"], dim=found["hidden_size"], n_layers=found["num_hidden_layers"],
+            n_heads=found["num_attention_heads"], n_kv_heads=found["num_key_value_heads"], head_dim=found["head_dim"],
+            hidden_dim=found["intermediate_size"], norm_eps=found["rms_norm_eps"], rope_theta=found["rope_theta"],
+            rope_scaling=found["rope_scaling"], qkv_bias=found["model_type"] == "qwen2",
+            tied=found["tie_word_embeddings"])
 
 
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -121,44 +69,11 @@ CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads
 }
 
 
-def context_length(path):
-    """max_position_embeddings of a model folder's config.json, or None where it is not said."""
-    found = read_json(Path(path) / "config.json").get("max_position_embeddings")
-    if found is not None and (type(found) is not int or found < 1):
-        raise UserError(f"{path}/config.json: max_position_embeddings is {shorten(found)}, expected a positive number")
-    return found
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-# Measured: on AMD's processors BLAS leaves a product with one row to one thread, on Intel's to all
-AMD = "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
-FEW_ROWS, BLOCKS = 16 if AMD else 0, 8  # from 32 rows on there is nothing to gain, and more blocks gain no more
-
-
-def linear(x, weight, bias=None):
-    """F.linear: x (…, in), weight (out, in) -> (…, out).
-
-    A few rows on an AMD CPU (decoding) are multiplied block by block of the weight, each block by a thread, which takes
-    half as long with two; on an Intel CPU it would take twice as long. See tests/bench.py generate.
-    """
-    if (torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32 or weight.numel() < 2**18
-            or len(weight) % BLOCKS or x.numel() > FEW_ROWS * x.shape[-1]):  # last: else a compiled block is bound to it
-        return F.linear(x, weight, bias)
-    out, width = weight.shape
-    rows = x.numel() // width
-    y = torch.bmm(weight.view(BLOCKS, -1, width), x.reshape(rows, width).T.expand(BLOCKS, -1, -1))  # (8, out/8, rows)
-    y = y.view(out, rows).T.reshape(*x.shape[:-1], out)
-    return y if bias is None else y + bias
-
-
 class Linear(nn.Linear):
-    """A linear layer that is handed the gate and has no experts to spend it on. lora.ExpertLinear takes its place."""
-
-    def reset_parameters(self):
-        if not self.weight.is_meta:  # to draw nothing takes a tenth of a second a model
-            super().reset_parameters()
+    """A linear layer whose forward accepts the experts' gate, so that lora.ExpertLinear can take its place."""
 
     def forward(self, x, gate=None):
         if gate is not None:
@@ -167,7 +82,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight; the mean in fp32 at least, the product in x's dtype, as the reference has it."""
+    """x / rms(x) · weight. As in the reference, the mean is in fp32 (or wider) and the last product in x's dtype."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -180,19 +95,20 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config, device=None):
-    """Angle per position of each pair of dimensions, (d/2,), fp32: theta^(−2i/d), stretched as Llama 3.1 does it.
+    """The angle by which each pair of dimensions turns per position, (d/2,), fp32: theta^(−2i/d), scaled as in Llama 3.
 
-    Wavelengths above original/low_freq_factor are slowed down by `factor`, those below original/high_freq_factor stay,
-    and the ones between are blended linearly. Computed from the config every time: a buffer would be rounded by a cast.
+    Scaling divides the frequency by `factor` where the wavelength is above original/low_freq_factor, keeps it where the
+    wavelength is below original/high_freq_factor, and blends linearly in between. The frequencies are computed from the
+    config each time, because a cast of the model would round a buffer.
     """
     steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     inv_freq = 1.0 / (config.rope_theta ** (steps / config.head_dim))  # (d/2,)
     if config.rope_scaling is None:
         return inv_freq
-    factor, low, high, original = (config.rope_scaling[k] for k in (
+    factor, low, high, original = (config.rope_scaling[key] for key in (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
     wavelength = 2 * torch.pi / inv_freq
-    blend = (original / wavelength - low) / (high - low)  # 0 at the long end, 1 at the short end
+    blend = (original / wavelength - low) / (high - low)  # 0 at the longest blended wavelength, 1 at the shortest
     slowed = torch.where(wavelength > original / low, inv_freq / factor, inv_freq)
     between = (wavelength <= original / low) & (wavelength >= original / high)
     return torch.where(between, (1 - blend) * slowed / factor + blend * slowed, slowed)
@@ -227,18 +143,18 @@ class Attention(nn.Module):
         v = self.v_proj(x, gate).view(B, T, -1, d).transpose(1, 2)                 # (B, K, T, d)
         if cache is not None:
             k, v = cache.update(layer, k, v)                                       # (B, K, S, d)
-        if cache is None or cache.mask is None:  # whole sequences: training and prefill
+        if cache is None or cache.mask is None:  # whole sequences: in training, and for prompts
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        elif T > 1:  # what follows a shared prefix
+        elif T > 1:  # tokens after a shared prefix
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, enable_gqa=True)
-        else:  # one new token a row; the H/K query heads of a group stand where tokens would: (B, K, H/K, d)
+        else:  # one new token a row: the H/K query heads of a group take the place of tokens, (B, K, H/K, d)
             q = q.view(B, self.config.n_kv_heads, -1, d)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask).view(B, -1, 1, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), gate)              # (B, T, D)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)). `gate_proj` is the checkpoints' name; it has nothing to do with our gate."""
+    """SwiGLU: down(silu(gate(x)) · up(x)). `gate_proj` is the name in the checkpoints; it is not the experts' gate."""
 
     def __init__(self, config):
         super().__init__()
@@ -250,7 +166,15 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x, gate)) * self.up_proj(x, gate), gate)
 
 
+def gate_of_positions(gate, positions, tokens):
+    """The gate of each position's row: gate (B, E), positions (N,) in rows of that many tokens -> (N, E). A gate for
+    all rows, (1, E) or None, is returned as it is."""
+    return gate if gate is None or len(gate) == 1 else gate[positions // tokens]
+
+
 class Block(nn.Module):
+    """One layer: attention, then the MLP, each on normalised input and added to x."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
@@ -258,26 +182,31 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, gate=None, cache=None, layer=0, at=None):
+    def forward(self, x, rope, gate=None, cache=None, layer=0, positions=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, gate, cache, layer)
-        if at is not None:  # of the last layer, the only one to get it, no more is needed: three quarters of its work
-            x, gate = x.flatten(0, 1)[at][:, None], gate_at(gate, at, x.shape[1])  # (N, 1, D), (N, E)
+        if positions is not None:  # in the last layer: other positions skip the MLP, three quarters of its work
+            gate = gate_of_positions(gate, positions, x.shape[1])  # (N, E)
+            x = x.flatten(0, 1)[positions][:, None]                # (N, 1, D)
         return x + self.mlp(self.post_attention_layernorm(x), gate)
 
 
 class Transformer(nn.Module):
-    """The decoder. `recompute = True` trades time for memory: layers keep only their input for the backward pass."""
+    """The decoder: embedding, blocks, norm and head.
+
+    recompute: if True, the backward pass recomputes each layer from its input, which saves memory and costs time.
+    context: the most tokens that the model can read and write, or None if its folder does not say.
+    compiled_step: None, or a decoding step for `generate` from support/compile.py.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.recompute = config, False
-        self.context = None  # most tokens that it can read and write, where the model folder says so
-        self.decode = self.kept = None  # a compiled decoding step and its cache's memory, see compile_decoding
-        self.model = nn.Module()  # the public names start with "model."
-        table = torch.empty(config.vocab_size, config.dim)
-        if not table.is_meta:  # on the meta device, drawing numbers would import half of PyTorch's compiler: 2 s
-            nn.init.normal_(table, std=0.02)
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.dim, _weight=table)
+        self.config = config
+        self.recompute, self.context, self.compiled_step = False, None, None
+        self.model = nn.Module()  # so that parameters' names start with "model.", as in the checkpoints
+        embedding = torch.empty(config.vocab_size, config.dim)
+        if not embedding.is_meta:  # on the meta device, normal_ would import torch.compile: a second at every start
+            nn.init.normal_(embedding, std=0.02)
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.dim, _weight=embedding)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.model.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tied:
@@ -295,31 +224,31 @@ class Transformer(nn.Module):
     def head_weight(self):
         return (self.model.embed_tokens if self.config.tied else self.lm_head).weight  # (V, D)
 
-    def hidden(self, ids, gate=None, cache=None, at=None):
-        """Last hidden states, after the final norm: ids (B, T) -> (B, T, D).
+    def hidden(self, ids, gate=None, cache=None, positions=None):
+        """Last hidden states, after the final norm: ids (B, T) -> (B, T, D), or (N, D) with `positions`.
 
-        at: (N,), which of the B·T positions, counted row by row, are wanted (`last_positions`, for example): -> (N, D).
-        gate: (B, E), one weight per row and expert, or (1, E) for all rows, or None for the base model alone (bitwise,
-        whatever the experts).
-        cache: a Cache (filled by the first call, extended by one token a row by every later one, T = 1) or a Prefix
-        (any T tokens that follow it; itself unchanged).
+        gate: (B, E), one weight per row and expert, or (1, E) for all rows, or None for the base model without its
+        experts (bitwise).
+        cache: a Cache, which the first call fills and each later one extends by one token a row (T = 1), or a Prefix
+        that the ids follow, which stays unchanged.
+        positions: (N,), which of the B·T positions, counted row by row, are wanted; see `last_positions`.
         """
         x = self.model.embed_tokens(ids)  # (B, T, D)
         T = ids.shape[1]
-        positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.advance(T)  # (1 or B, T)
-        angles = positions[..., None].float() * rope_frequencies(self.config, ids.device)  # (1 or B, T, d/2)
+        position_ids = torch.arange(T, device=ids.device)[None] if cache is None else cache.advance(T)  # (1 or B, T)
+        angles = position_ids[..., None].float() * rope_frequencies(self.config, ids.device)  # (1 or B, T, d/2)
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # (1 or B, 1, T, d)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, block in enumerate(self.model.layers):
-            if at is not None and i == len(self.model.layers) - 1:
-                block = functools.partial(block, at=at)
+            # the layer's number is passed with a cache only, since torch.compile would compile every layer for its own
+            options = {} if cache is None else {"cache": cache, "layer": i}
+            if positions is not None and i == len(self.model.layers) - 1:
+                options["positions"] = positions
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, gate, use_reentrant=False)
-            elif cache is None:  # without the layer's number, which a compiled block would be compiled anew for
-                x = block(x, rope, gate)
+                x = checkpoint(block, x, rope, gate, use_reentrant=False, **options)
             else:
-                x = block(x, rope, gate, cache, i)
-        return self.model.norm(x if at is None else x[:, 0])
+                x = block(x, rope, gate, **options)
+        return self.model.norm(x if positions is None else x[:, 0])
 
     def head(self, hidden):
         """Logits for hidden states: (…, D) -> (…, V)."""
@@ -334,128 +263,114 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path, dtype=torch.bfloat16, device="cpu"):
         """Load a published model folder (config.json and safetensors, one file or shards) as `dtype` on `device`.
 
-        The model is laid out on the meta device (no memory), the files are mapped rather than read, and every tensor is
-        cast and moved as it is taken out, so that host memory peaks at little more than the result.
-        UserError names the file and tensor that is missing, unexpected or of another shape.
+        UserError names the file and the tensor that is missing, unexpected, of another shape or not finite; names and
+        shapes are checked before anything is loaded.
         """
         config = Config.from_dir(path)
-        try:
-            with torch.device("meta"):
-                model = cls(config)
-        except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product is beyond 64 bits
-            why = shorten(str(error).partition("\n")[0])
-            raise UserError(f"{path}/config.json: no model of this shape can be made ({why})") from None
-        model.context = context_length(path)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        where, state = {}, {}  # all is checked before anything is loaded
-        for file, names in weight_files(path).items():
-            with open_safetensors(file) as tensors:
-                there = set(tensors.keys())
-                for name in sorted(there) if names is None else names:
-                    if name not in there:
-                        raise UserError(f"{file}: the index says that {name} is here, but it is not")
-                    found = tensors.get_slice(name)
-                    shape, kind = tuple(found.get_shape()), found.get_dtype()
-                    if config.tied and name == "lm_head.weight":  # some files store the tied head a second time
-                        expected.setdefault(name, expected["model.embed_tokens.weight"])
-                    if name not in expected:
-                        raise UserError(f"{file}: unexpected tensor {name}: config.json describes a model without it")
-                    if shape != expected[name]:
-                        raise UserError(f"{file}: {name} is {shape}, expected {expected[name]} from config.json")
-                    if kind not in ("BF16", "F16", "F32", "F64"):
-                        raise UserError(f"{file}: {name} is {kind}, expected floats, not quantised weights")
-                    where[name] = file
-        missing = sorted(expected.keys() - where.keys())
-        if missing:
-            raise UserError(f"{path}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
-        names = list(where)[::-1]
-        while names:
-            file, taken = where[names[-1]], 0
-            with open_safetensors(file, str(device)) as tensors:  # mapped anew: what a cast has read is given back
-                while names and where[names[-1]] == file and taken < 2**26:
-                    name = names.pop()
-                    found = tensors.get_tensor(name)
-                    state[name], taken = found.to(dtype), taken + found.nbytes
-                    # a cast to a wider type makes no infinities; reading half the bytes is faster
-                    if not all_finite(min(state[name], found, key=torch.Tensor.element_size)):
-                        raise UserError(f"{file}: {name} has values that are NaN or infinite as {str(dtype)[6:]}: a "
-                                        "training that went wrong, or a broken download")
+        with torch.device("meta"):  # names and shapes only: takes no memory
+            model = cls(config)
+        model.context = read_model_config(path)["max_position_embeddings"]
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if config.tied:  # some files store the tied head a second time
+            shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+        files = find_tensors(weight_files(path), shapes, "config.json describes another model",
+                             optional=["lm_head.weight"] if config.tied else [])
+        state = load_tensors(files, dtype, device)
         head = state.pop("lm_head.weight", None) if config.tied else None
         if head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
             raise UserError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
-        model.load_state_dict(state, strict=True, assign=True)
+        model.load_state_dict(state, strict=True, assign=True)  # assign: the loaded tensors become the parameters
         return model
+
+
+def last_positions(ids, lengths):
+    """The position of each row's last token, for `hidden`: ids (B, T), lengths (B,) -> (B,)."""
+    return torch.arange(len(ids), device=ids.device) * ids.shape[1] + lengths - 1
+
+
+def pad(rows, device="cpu"):
+    """Pad rows (lists or arrays of ids) with 0 on the right. Returns ids (B, T) and lengths (B,) on the device."""
+    lengths = [len(row) for row in rows]
+    ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # filling a NumPy array is several times as fast
+    for line, row in zip(ids, rows):
+        line[:len(row)] = row
+    return to_device(ids, device), to_device(lengths, device)
+
+
+def to_device(values, device):
+    """Numbers as a tensor on the device. A copy to a GPU is made from pinned memory, so that the CPU does not wait for
+    it and prepares the next step while the GPU computes."""
+    values = torch.as_tensor(values)
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation
 
 class Cache:
-    """Keys and values, a tensor (B, K, size, d) for each layer, with every row at a position of its own.
+    """Keys and values of all tokens so far. Rows may have different lengths.
 
-    The first pass stores whole right-padded prompts, or what follows the `prefix` that they share. After it, row b
-    writes its next token at its own length, over the padding that stood there, and sees nothing beyond it.
+    The first pass of `Transformer.hidden` stores whole prompts, padded on the right, or what follows the `prefix` that
+    they share. In every later pass, row b writes its one new token at position lengths[b], over any padding that is
+    stored there, and attends to nothing beyond it.
+
+    k, v: a tensor (B, K, size, d) for each layer. lengths (B,): number of tokens stored in each row; longest: the
+    largest of them, as a number. passes: how many passes have been stored.
     """
 
-    def __init__(self, k, v, lengths, longest, prefill=None, prefix=None):
-        self.k, self.v, self.lengths = k, v, lengths  # lengths: (B,) tokens stored per row
-        self.longest, self.prefill, self.prefix, self.mask = longest, prefill, prefix, None
-
-    @classmethod
-    def empty(cls, config, lengths, size, dtype, device, prefix=None, kept=None):
-        """kept: a dict in which the memory stays, for the next cache of this shape: a CUDA graph is bound to it."""
-        shape = (len(lengths), config.n_kv_heads, size, config.head_dim)
-        if kept and shape in kept:
-            k, v = kept[shape]
-        else:
-            k, v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-                    for _ in range(2))  # no NaN under the mask
-        if kept is not None and shape not in kept:
-            kept.clear()
-            kept[shape] = k, v
-            for tensor in (*k, *v):
-                torch._dynamo.mark_static_address(tensor, guard=False)  # a graph is not to copy it
-                torch._dynamo.mark_static(tensor, (1, 3))  # only rows and room vary
-        return cls(k, v, torch.tensor(lengths, device=device), max(lengths), prefix=prefix)
+    def __init__(self, k, v, lengths, longest, prefix=None, passes=0):
+        self.k, self.v, self.lengths, self.longest = k, v, lengths, longest
+        self.prefix, self.passes, self.mask = prefix, passes, None
 
     def advance(self, tokens):
-        """The positions of the tokens that come now, (1 or B, T). Called once a pass, before any layer."""
+        """Begin a pass. Returns the positions of its tokens, (1 or B, T), for RoPE."""
+        self.passes += 1
         device = self.lengths.device
-        self.prefill = self.prefill is None  # the first pass only
-        if self.prefill:
+        if self.passes == 1:
             if self.prefix is None:
                 return torch.arange(tokens, device=device)[None]
-            positions = self.prefix.advance(tokens)
+            position_ids = self.prefix.advance(tokens)
             self.mask = self.prefix.mask
-            return positions
-        positions, self.lengths, self.longest = self.lengths[:, None], self.lengths + 1, self.longest + 1
-        # once for all layers: where each row writes, and what is added to its scores, (B, 1, 1, S)
-        self.at = torch.arange(len(positions), device=device), positions[:, 0]  # (B,), (B,)
-        beyond = torch.arange(self.longest, device=device) > positions
+            return position_ids
+        position_ids, self.lengths, self.longest = self.lengths[:, None], self.lengths + 1, self.longest + 1
+        # the same for all layers: where each row writes, and what is added to its scores, (B, 1, 1, S)
+        self.write_at = torch.arange(len(position_ids), device=device), position_ids[:, 0]  # (B,), (B,)
+        beyond = torch.arange(self.longest, device=device) > position_ids
         self.mask = self.k[0].new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)[:, None, None]
-        return positions
+        return position_ids
 
     def update(self, layer, k, v):
-        """Store k and v (B, K, T, d) of one layer; return the keys and values to attend to, (B, K, T or S, d)."""
-        if self.prefill:
-            k, v = (k, v) if self.prefix is None else self.prefix.update(layer, k, v)
+        """Store one layer's k and v (B, K, T, d). Returns the keys and values to attend to, (B, K, T or S, d)."""
+        if self.passes == 1:
+            if self.prefix is not None:
+                k, v = self.prefix.update(layer, k, v)
             self.k[layer][:, :, :k.shape[2]], self.v[layer][:, :, :v.shape[2]] = k, v
             return k, v
-        rows, at = self.at
-        self.k[layer][rows, :, at], self.v[layer][rows, :, at] = k[:, :, 0], v[:, :, 0]
+        rows, positions = self.write_at
+        self.k[layer][rows, :, positions], self.v[layer][rows, :, positions] = k[:, :, 0], v[:, :, 0]
         return self.k[layer][:, :, :self.longest], self.v[layer][:, :, :self.longest]
 
     def keep(self, rows):
-        """Go on with these rows only (indices into the current ones)."""
-        self.k, self.v = ([tensor[rows] for tensor in kept] for kept in (self.k, self.v))
+        """Drop all rows but these (indices)."""
+        self.k, self.v = ([tensor[rows] for tensor in tensors] for tensors in (self.k, self.v))
         self.lengths = self.lengths[rows]
 
 
-class Prefix:
-    """What many prompts begin with, computed once: a cache for `hidden` with the keys and values of these tokens.
+def empty_keys_and_values(model, rows, size):
+    """Memory for a Cache of this many rows and tokens a row. Returns k and v."""
+    shape = (rows, model.config.n_kv_heads, size, model.config.head_dim)
+    # zeros, not empty memory: a masked score of NaN would stay NaN
+    return tuple([torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.model.layers]
+                 for _ in range(2))
 
-    ids: list of at least one id. gate: (1, E) or None, the same for all rows that will follow: under gates of their own
-    the same tokens have other keys and values. Calls of model.hidden(rest, gate, prefix) leave it as it is.
+
+class Prefix:
+    """The keys and values of the tokens that many prompts begin with, computed once and used as a cache for `hidden`.
+
+    ids: a list of at least one id. gate: (1, E) or None, which must also be the gate of all rows that follow: another
+    gate gives the same tokens other keys and values. Calls of model.hidden(ids, gate, prefix) do not change it.
     """
 
     @torch.no_grad()
@@ -465,49 +380,24 @@ class Prefix:
         self.length = len(ids)
 
     def advance(self, tokens):
-        at = torch.arange(self.length + tokens, device=self.device)
-        self.mask = at <= at[self.length:, None] if self.length else None  # (T, P + T): prefix, and what came before
-        return at[None, self.length:]
+        """Begin a pass over tokens that follow the prefix, or over the prefix itself. Returns positions, (1, T)."""
+        position_ids = torch.arange(self.length + tokens, device=self.device)
+        # (T, P + T): each token sees the prefix and what came before itself
+        self.mask = position_ids <= position_ids[self.length:, None] if self.length else None
+        return position_ids[None, self.length:]
 
     def update(self, layer, k, v):
+        """Store the prefix's own k and v (1, K, P, d), or put them before those of B rows: (B, K, P + T, d)."""
         if not self.length:
             self.kv.append((k, v))
             return k, v
         return tuple(torch.cat((old.expand(len(new), -1, -1, -1), new), 2) for old, new in zip(self.kv[layer], (k, v)))
 
 
-def gate_at(gate, at, tokens):
-    """A gate for each of the positions `at` (N,) of rows of that many tokens: (B, E) -> (N, E). What is for all rows,
-    (1, E) or None, stays."""
-    return gate if gate is None or len(gate) == 1 else gate[at // tokens]
-
-
-def last_positions(ids, lengths):
-    """The last position of each of B rows (B, T) of these lengths (B,), as `hidden` wants them: (B,)."""
-    return torch.arange(len(ids), device=ids.device) * ids.shape[1] + lengths - 1
-
-
 def shared_prefix(prompts):
-    """How many ids all prompts begin with; at least one of each is left over."""
+    """The number of ids that all prompts begin with, at most all but one of each prompt's."""
     first, last, n = min(prompts), max(prompts), min(map(len, prompts)) - 1
     return next((i for i in range(n) if first[i] != last[i]), n)
-
-
-def pad(rows, device="cpu"):
-    """Lists (or arrays) of ids -> (ids (B, T) filled up with 0 on the right, lengths (B,))."""
-    lengths = [len(row) for row in rows]
-    ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # by numpy: a tensor a row takes several times as long
-    for line, row in zip(ids, rows):
-        line[:len(row)] = row
-    return to_device(ids, device), to_device(lengths, device)
-
-
-def to_device(values, device):
-    """Numbers -> a tensor on the device. To a GPU from pinned memory, so that the next step is laid out while the
-    last one computes."""
-    values = torch.as_tensor(values)
-    return values.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else \
-        values.to(device)
 
 
 def sample(logits, temperature, top_p, u):
@@ -516,27 +406,27 @@ def sample(logits, temperature, top_p, u):
         return logits.argmax(-1)
     p, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     before = p.cumsum(-1) - p  # mass of the more probable tokens
-    p = p.masked_fill(before >= top_p, 0)  # the smallest set of tokens whose mass reaches top_p
+    p = p.masked_fill(before >= top_p, 0)  # keep the smallest set of tokens whose mass reaches top_p
     mass = p.cumsum(-1)
     choice = (mass < u[:, None].to(mass) * mass[:, -1:]).sum(-1, keepdim=True)
     return tokens.gather(-1, choice.clamp(max=logits.shape[-1] - 1))[:, 0]
 
 
-ROOM = 256  # a compiled step's cache has a multiple of this: on a GPU a graph is recorded for every size
-LONG_PREFIX = 32  # tokens: fewer are not worth a pass of their own
+LONG_PREFIX = 32  # tokens; a pass over a shorter prefix costs more than it saves
 
 
-@torch.inference_mode()  # a twentieth to a tenth faster than no_grad: a token is some thousand small operations
+@torch.inference_mode()  # 5 to 10 % faster than no_grad: a token is some thousand small operations
 def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top_p=1.0, stops=(), generator=None,
              each=None):
-    """Continue prompts of different lengths: B lists of ids -> B lists of new ids, the stop id last where one came.
+    """Continue prompts of different lengths: B lists of ids -> B lists of new ids, each with its stop id, if any, last.
 
-    gate: (B, E), one per row, or (1, E) for all, or None. stops: ids, any of which ends its row. temperature 0 is
-    greedy; else tokens are drawn from `generator` (a torch.Generator on the CPU, None: the global one). `each` is
-    called with (row, id) as soon as an id is known.
-    A batch gives the same greedy tokens as its rows one by one. What all prompts begin with is computed once, unless
-    rows have gates of their own. Finished rows leave the batch, unless the step is compiled. A row ends with the
-    model's context, too; UserError for a prompt that leaves no room in it.
+    gate: (B, E), one per row, or (1, E) for all rows, or None. stops: ids that end their row. temperature: 0 is greedy;
+    otherwise tokens are drawn with `generator`, a torch.Generator on the CPU (None: the global one). each: called with
+    (row, id) as soon as an id is known.
+
+    A batch gives the same greedy tokens as its rows one by one. The beginning that all prompts share is computed once,
+    unless rows have different gates. A row also ends when prompt and reply fill the model's context. UserError for a
+    prompt that leaves no room in it.
     """
     if not prompts or not all(prompts):
         raise ValueError(f"generate needs prompts of at least one token; lengths are {[len(p) for p in prompts]}")
@@ -549,11 +439,13 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
     shared = shared_prefix(prompts) if len(prompts) > 1 and (gate is None or len(gate) == 1) else 0
     shared = shared if shared >= LONG_PREFIX else 0
     prefix = Prefix(model, prompts[0][:shared], gate) if shared else None
-    gate = None if gate is None else gate.expand(len(prompts), -1).clone()  # no view: a compiled step looks at its base
-    compiled, room = model.decode is not None, max(sizes) + max_new_tokens
-    cache = Cache.empty(model.config, sizes, -(-room // ROOM) * ROOM if compiled else room, model.dtype, model.device,
-                        prefix, model.kept)
     ids, lengths = pad([prompt[shared:] for prompt in prompts], model.device)
+    gate = None if gate is None else gate.expand(len(prompts), -1).clone()
+
+    # A compiled step brings its own memory, needs a gate that is no view, and cannot change its number of rows.
+    compiled = model.compiled_step
+    memory = empty_keys_and_values if compiled is None else compiled.memory
+    cache = Cache(*memory(model, len(prompts), max(sizes) + max_new_tokens), lengths + shared, max(sizes), prefix)
     replies, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows[i]: whose reply row i of the batch is
 
     def ended(row):
@@ -563,12 +455,11 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
     for step in range(max_new_tokens):
         if step == 0:
             logits = model.head(model.hidden(ids, gate, cache, last_positions(ids, lengths)))  # (B, V)
-        elif compiled:
-            logits = model.decode(ids, gate, cache.k, cache.v, cache.lengths)
-            cache.lengths = cache.lengths + 1
-        else:
+        elif compiled is None:
             logits = model.head(model.hidden(ids, gate, cache)[:, 0])
-        # numbers are drawn for every prompt, so that what one row gets does not depend on when others end
+        else:
+            logits = compiled(ids, gate, cache)
+        # one number for every prompt, ended or not, so that a row's draws do not depend on when others end
         u = torch.rand(len(prompts), generator=generator)[rows].to(logits.device) if temperature else None
         ids = sample(logits, temperature, top_p, u)[:, None]  # (B, 1)
         for row, token in zip(rows, ids[:, 0].tolist()):
@@ -579,7 +470,7 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
         alive = [i for i, row in enumerate(rows) if not ended(row)]
         if not alive:
             break
-        if len(alive) < len(rows) and not compiled:  # a compiled step is bound to its number of rows
+        if len(alive) < len(rows) and compiled is None:
             cache.keep(alive)
             ids, gate, rows = ids[alive], None if gate is None else gate[alive], [rows[i] for i in alive]
     return replies

@@ -1,13 +1,17 @@
-"""The router: a small language model reads the query, and its last hidden state is compared with ten expert embeddings.
+"""The router: a small language model reads the query and decides how much each of the ten experts contributes.
 
     query ──► Qwen2.5-0.5B ──► h        s_e = cos(h, v_e)        gate = softmax(s / τ)
 
-What is notable:
-- the encoder is model.Transformer, padded on the right; h is the state of each row's last real token (pooling: ours)
-- cosine, softmax and the contrastive loss run in fp32 whatever surrounds them; the rows of a gate always sum to 1
-- gates that people or labels set are similarity vectors put through the same softmax, so that they stay in the family
+v_e is a learned embedding of expert e. The theory behind it is Trait Activation: a situation carries cues that call for
+certain traits, here for poles of the Big Five.
 
-The theory is Trait Activation: a situation carries cues that call for certain traits, here for poles of the Big Five.
+What is notable:
+- the encoder is model.Transformer; h is the hidden state of the query's last token (this pooling is our choice)
+- cosine, softmax and contrastive loss run in fp32, under bf16 autocast too
+- a gate that labels or a person ask for is a similarity vector, put through the same softmax at the same τ: so it
+  resembles the gates that the experts were trained with
+
+Read it from the top: traits, the router and its loss, gates that do not come from the router, files.
 
 Shapes: B rows, T tokens, D encoder width, E = 10 experts.
 """
@@ -20,22 +24,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora import EXPERTS, TRAITS
+from lora import EXPERTS, SHORT_NAMES, TRAITS
 from model import last_positions
 from support.chat import encode
 from support.files import UserError, atomic, read_json, read_tensors, shorten
 
 
-MAX_QUERY_TOKENS = 512  # ours: the router reads the end of what is longer
+MAX_QUERY_TOKENS = 512  # our choice: of a longer query, the router reads the end
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Traits and gates
 
 def active_experts(traits):
-    """{trait: −1 | 0 | 1} -> (10,) of 0/1 in the order of EXPERTS: 1 the high pole, −1 the low pole, 0 neither.
+    """Returns which experts a trait vector {trait: −1, 0 or 1} calls for: (10,) of 0 and 1, in the order of EXPERTS.
 
-    {"openness": 1, "extraversion": -1}  ->  [1, 0,  0, 0,  0, 1,  0, 0,  0, 0]
+    1 calls for the high pole, −1 for the low pole, 0 for neither:
+        {"openness": 1, "extraversion": -1}  ->  [1, 0,  0, 0,  0, 1,  0, 0,  0, 0]
     ValueError for an unknown trait or another value.
     """
     active = [0.0] * len(EXPERTS)
@@ -49,65 +51,148 @@ def active_experts(traits):
     return torch.tensor(active)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The router
+
+def query_ids(tokenizer, query, history=()):
+    """Returns the ids that the router reads, in training and in evaluation: at most the last MAX_QUERY_TOKENS.
+
+    A query alone is read as it is. With a history, each turn is a line "User: …" or "Assistant: …", the query last.
+    """
+    if history:
+        turns = [*history, {"role": "user", "content": query}]
+        query = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+    return encode(tokenizer, query)[-MAX_QUERY_TOKENS:] or encode(tokenizer, " ")  # the encoder needs a token
+
+
 def softmax_gate(similarity, temperature):
-    """softmax(s / τ) over the experts, (…, E) -> (…, E). For cosines at τ = 1 no weight passes e/(e + 9/e) = 0.451."""
+    """Returns softmax(s / τ) over the experts, (…, E), for similarities (…, E).
+
+    At τ = 1 the gate of ten cosines is nearly uniform. Its largest weight is at most e / (e + 9/e) = 0.451, which is
+    reached when one cosine is 1 and the other nine are −1.
+    """
     return (similarity / temperature).softmax(-1)
 
 
+class Router(nn.Module):
+    """The encoder (a Transformer) and ten expert embeddings. `temperature` is the gate's τ."""
+
+    def __init__(self, encoder, temperature=1.0):
+        super().__init__()
+        self.encoder, self.temperature = encoder, temperature
+        self.expert_embeddings = nn.Parameter(torch.randn(len(EXPERTS), encoder.config.dim).to(encoder.device))
+
+    def embed(self, ids, lengths):
+        """Returns h (B, D), the hidden state of each row's last token. ids: (B, T), padded on the right; lengths: (B,).
+
+        The encoder is causal, so no token sees the padding after it, and the padding may be any ids.
+        """
+        return self.encoder.hidden(ids, positions=last_positions(ids, lengths))
+
+    def similarity(self, h):
+        """Returns the cosines of h (B, D) with the expert embeddings, (B, E), fp32."""
+        with torch.autocast(h.device.type, enabled=False):
+            return F.normalize(h.float(), dim=-1) @ F.normalize(self.expert_embeddings.float(), dim=-1).T
+
+    def gate(self, similarity):
+        """Returns the gate for cosines (B, E): (B, E), where every row sums to 1."""
+        return softmax_gate(similarity, self.temperature)
+
+    def forward(self, ids, lengths):
+        """Returns the gate (B, E), fp32, for ids (B, T), padded on the right, and lengths (B,)."""
+        return self.gate(self.similarity(self.embed(ids, lengths)))
+
+
+def contrastive_loss(similarity, active, temperature=0.07):
+    """Multi-positive InfoNCE: pulls h towards the embeddings of active experts and pushes it away from the others.
+
+    similarity: (B, E), active: (B, E) of 0 and 1. Returns a scalar in fp32, the mean over rows of
+
+        mean over p in P of  −log( e^{c_p} / (e^{c_p} + Σ_{n in N} e^{c_n}) )      c = s / τ_c
+
+    where P are the row's active experts and N the others. So an active expert competes with the inactive ones but not
+    with another active one. The source gives neither the form nor τ_c; both are our choice. ValueError for a row
+    without an active expert.
+    """
+    if not active.any(-1).all():
+        raise ValueError("a row has no active expert: records whose traits are all zero are not trained on")
+    c = similarity.float() / temperature
+    positive = active.to(c.device).bool()
+    negatives = c.masked_fill(positive, -torch.inf).logsumexp(-1, keepdim=True)  # (B, 1): log Σ_n e^{c_n}
+    # −log( e^c / (e^c + e^n) ) = log(1 + e^{n − c}) = softplus(n − c), which does not overflow
+    losses = F.softplus(negatives - c).masked_fill(~positive, 0)                 # (B, E)
+    return (losses.sum(-1) / positive.sum(-1)).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gates that do not come from the router: from labels, from a person, and for comparisons
+
 def oracle_gate(active, temperature):
-    """The gate that labels ask for: similarity +1 for active poles and −1 for the others, (…, E) -> (…, E)."""
+    """Returns the gate that labels ask for, (…, E): similarity 1 for active experts (…, E) and −1 for the others."""
     return softmax_gate(2 * active.float() - 1, temperature)
 
 
 def persona_gate(text, temperature):
-    """A persona such as "O+,E-:0.5" -> (E,): +x for the pole asked for, −x for its opposite, through the same softmax.
+    """Returns the gate (E,) of a persona such as "O+,E-:0.5".
 
-    The letter is the trait's first, the sign its pole, the number after the colon the strength x in (0, 1], else 1.
+    A part is a trait's first letter, the sign of the pole and, after a colon, a strength x in (0, 1], by default 1.
+    The pole has similarity x and its opposite −x; traits that are not named have 0:
+        "O+,E-:0.5"  ->  softmax([1, −1,  0, 0,  −0.5, 0.5,  0, 0,  0, 0] / τ)
+    UserError for anything else.
     """
     similarity = torch.zeros(len(EXPERTS))
     for part in text.split(","):
         name, colon, strength = part.strip().partition(":")
-        trait = next((t for t, known in enumerate(TRAITS) if known[0].upper() == name[:1].upper()), None)
         try:
-            x = float(strength) if colon else 1.0
+            expert, x = SHORT_NAMES.index(name.upper()), float(strength) if colon else 1.0
         except ValueError:
             x = 0.0
-        if trait is None or name[1:] not in ("+", "-") or not 0 < x <= 1:
+        if not 0 < x <= 1:
             raise UserError(f"persona {part.strip()!r}: expected a letter of OCEAN, + or -, and perhaps a strength of "
                             "at most 1 after a colon, with commas between, such as O+,E-:0.5")
-        if similarity[2 * trait] != 0:
-            raise UserError(f"persona {text!r}: {TRAITS[trait]} is named twice")
-        similarity[2 * trait] = x if name[1] == "+" else -x
-        similarity[2 * trait + 1] = -similarity[2 * trait]
+        if similarity[expert] != 0:
+            raise UserError(f"persona {text!r}: {TRAITS[expert // 2]} is named twice")
+        similarity[expert], similarity[expert ^ 1] = x, -x  # 2t ^ 1 is 2t + 1 and back: the other pole
     return softmax_gate(similarity, temperature)
 
 
 def raw_gate(text):
-    """`--gate` -> (1, E). UserError unless it is ten weights, or names with weights, from 0 up that sum to 1."""
+    """Returns the gate (1, E) that `--gate` spells out: ten weights, or some experts' names with weights.
+
+    A name alone has weight 1. UserError unless the weights are 0 or more and sum to 1.
+    """
     parts = [part.strip() for part in text.split(",")]
-    named = dict(part.partition(":")[::2] for part in parts)
+    named = dict(part.partition(":")[::2] for part in parts)  # {"high_openness": "0.7"}
     try:
-        if set(named) <= set(EXPERTS) and len(named) == len(parts):
-            weights = [float(named[e] or 1) if e in named else 0.0 for e in EXPERTS]
+        if named.keys() <= set(EXPERTS) and len(named) == len(parts):
+            weights = [float(named.get(expert, "0") or "1") for expert in EXPERTS]
         else:
             weights = [float(part) for part in parts]
     except ValueError:
         weights = []
     if len(weights) != len(EXPERTS) or not all(0 <= w <= 1 for w in weights) or abs(sum(weights) - 1) > 1e-3:
         raise UserError(f"--gate {text!r}: expected ten weights from 0 up that sum to 1, in the order "
-                        f"{', '.join(EXPERTS)}, or some of these names with weights, such as high_openness:0.7,"
-                        "low_neuroticism:0.3")
+                        f"{', '.join(EXPERTS)}, or some of these names with weights, such as "
+                        "high_openness:0.7,low_neuroticism:0.3")
     return torch.tensor([weights])
 
 
-GATE_RULES = {  # gate rules: what each one is, in words for the tables
-    "base": "no experts at all", "uniform": "0.1 for each", "random": "drawn from Dirichlet(1) for each query",
-    "shuffled": "the router's gate of another query", "learned": "the router's gate",
-    "oracle": "softmax of +1 for active poles, -1 for others", "labels": "1/k for each of k active poles"}
+GATE_RULES = {  # what each rule of gates_for_rule is, as tables of results describe it
+    "base": "no experts at all",
+    "uniform": "0.1 for each",
+    "random": "drawn from Dirichlet(1) for each query",
+    "shuffled": "the router's gate of another query",
+    "learned": "the router's gate",
+    "oracle": "softmax of +1 for active poles, -1 for others",
+    "labels": "1/k for each of k active poles",
+}
 
 
 def gates_for_rule(rule, active, similarity=None, tau=1.0, seed=0):
-    """Gates for a rule of RULES: active (N, E), similarity (N, E) -> (N, E), or None for the base alone."""
+    """Returns the gates (N, E) of N queries under a rule of GATE_RULES, or None for the base model alone.
+
+    active: (N, E) of 0 and 1, the labels. similarity: (N, E), the router's cosines, for "learned" and "shuffled".
+    """
     n, n_experts = active.shape
     rng = np.random.default_rng(seed)
     if rule == "base":
@@ -120,11 +205,10 @@ def gates_for_rule(rule, active, similarity=None, tau=1.0, seed=0):
         return oracle_gate(active, tau)
     if rule == "labels":
         return active / active.sum(-1, keepdim=True)
-    learned = softmax_gate(similarity, tau)
     if rule == "learned":
-        return learned
-    if rule == "shuffled":  # along one random cycle through all queries: nobody keeps their own
-        cycle = torch.tensor(rng.permutation(n))
+        return softmax_gate(similarity, tau)
+    if rule == "shuffled":  # pass the gates on along one random cycle through all queries: no query keeps its own
+        learned, cycle = softmax_gate(similarity, tau), torch.tensor(rng.permutation(n))
         shuffled = torch.empty_like(learned)
         shuffled[cycle] = learned[cycle.roll(1)]
         return shuffled
@@ -132,82 +216,23 @@ def gates_for_rule(rule, active, similarity=None, tau=1.0, seed=0):
 
 
 def gate_statistics(gates):
-    """Gates (N, E) -> mean entropy in nats (log 10 = 2.303 is uniform), mean largest weight, mean weight per expert."""
+    """Returns the log's figures for gates (N, E): the mean entropy in nats (a uniform gate's is log 10 = 2.303), the
+    mean largest weight, and each expert's mean weight."""
     return {"entropy": -(gates * gates.clamp(min=1e-30).log()).sum(-1).mean().item(),
             "top1": gates.max(-1).values.mean().item(), "usage": [round(u, 5) for u in gates.mean(0).tolist()]}
 
 
-def format_gate(gate, width=16):
-    """A gate (E,) as five lines of text, one a trait, bars relative to the largest weight."""
-    top, lines = max(gate.tolist()), []
-    for t in range(0, len(EXPERTS), 2):
-        halves = [f"{EXPERTS[e].split('_')[0]:>6} {'█' * round(width * gate[e].item() / top):<{width}} {gate[e]:.2f}"
-                  for e in (t, t + 1)]
-        lines.append(f"  {EXPERTS[t].split('_', 1)[1]:<17}" + " ".join(halves))
-    return "\n".join(lines)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The model
+# Files: config.json and model.safetensors, which holds expert_embeddings and the encoder under its public names
 
-class Router(nn.Module):
-    """Encoder, ten expert embeddings, cosine, softmax. `encoder` is a Transformer; temperature is the gate's τ."""
+def public_names(router):
+    """Returns {name in the file: tensor}; the tensors share the router's memory."""
+    return {name.removeprefix("encoder."): tensor for name, tensor in router.state_dict().items()}
 
-    def __init__(self, encoder, temperature=1.0):
-        super().__init__()
-        self.encoder, self.temperature = encoder, temperature
-        self.expert_embeddings = nn.Parameter(torch.randn(len(EXPERTS), encoder.config.dim).to(encoder.device))
-
-    def embed(self, ids, lengths):
-        """ids (B, T), padded on the right with anything, lengths (B,) -> h (B, D), the last real token's state."""
-        return self.encoder.hidden(ids, at=last_positions(ids, lengths))
-
-    def similarity(self, h):
-        """h (B, D) -> cosines (B, E), fp32."""
-        with torch.autocast(h.device.type, enabled=False):
-            return F.normalize(h.float(), dim=-1) @ F.normalize(self.expert_embeddings.float(), dim=-1).T
-
-    def forward(self, ids, lengths):
-        """-> gate (B, E), fp32; every row sums to 1."""
-        return self.gate(self.similarity(self.embed(ids, lengths)))
-
-    def gate(self, similarity):
-        """Cosines (B, E) -> gate (B, E)."""
-        return softmax_gate(similarity, self.temperature)
-
-
-def contrastive_loss(similarity, active, temperature=0.07):
-    """Multi-positive InfoNCE (form and temperature ours): similarity (B, E), active (B, E) of 0/1 -> scalar, fp32.
-
-    With c = s / τ_c, positives P and negatives N of a row:
-        L = mean over p in P of  −log( e^{c_p} / (e^{c_p} + Σ_{n in N} e^{c_n}) )  =  softplus( logsumexp_N(c) − c_p )
-    Positives do not compete with each other. Mean over rows. ValueError for a row without an active expert.
-    """
-    if not active.any(-1).all():
-        raise ValueError("a row has no active expert: records whose traits are all zero are not trained on")
-    c = similarity.float() / temperature
-    positive = active.to(c.device).bool()
-    negatives = c.masked_fill(positive, -torch.inf).logsumexp(-1, keepdim=True)  # (B, 1)
-    losses = F.softplus(negatives - c).masked_fill(~positive, 0)                 # (B, E)
-    return (losses.sum(-1) / positive.sum(-1)).mean()
-
-
-def query_ids(tokenizer, query, history=()):
-    """What the router reads -> ids: the raw query, or with a history lines "User: …" and "Assistant: …"; its last 512
-    tokens. One function for training and evaluation."""
-    if history:
-        turns = [*history, {"role": "user", "content": query}]
-        query = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-    return encode(tokenizer, query)[-MAX_QUERY_TOKENS:] or encode(tokenizer, " ")  # nothing to read is read as a space
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: config.json and model.safetensors, the encoder's tensors under their public names and expert_embeddings
 
 def save_router(router, folder, **facts):
     """Write the router to `folder`, atomically. `facts` (JSON values) are noted in its config.json."""
-    state = {name.removeprefix("encoder."): tensor.detach().cpu().contiguous()
-             for name, tensor in router.state_dict().items()}
+    state = {name: tensor.cpu().contiguous() for name, tensor in public_names(router).items()}
     settings = {"temperature": router.temperature, "experts": EXPERTS, "dim": router.encoder.config.dim, **facts}
     with atomic(folder) as part:
         part.mkdir()
@@ -217,13 +242,15 @@ def save_router(router, folder, **facts):
 
 @torch.no_grad()
 def load_router(router, folder):
-    """Fill a Router from `folder`; its temperature stays the caller's. UserError names what is missing or differs."""
-    settings = read_json(Path(folder) / "config.json")
-    if settings.get("experts") != list(EXPERTS):
-        raise UserError(f"{folder}: the router's experts are {shorten(settings.get('experts'), 300)}, expected "
-                        f"{list(EXPERTS)}")
-    own = {name.removeprefix("encoder."): tensor for name, tensor in router.state_dict().items()}
-    state = read_tensors(Path(folder) / "model.safetensors", {name: tensor.shape for name, tensor in own.items()},
-                         "another encoder's?")
+    """Fill a Router from `folder`, but keep its temperature. Everything is checked before the router is changed.
+
+    UserError names the file and what differs in it: the experts, or a tensor's name or shape.
+    """
+    folder, own = Path(folder), public_names(router)
+    experts = read_json(folder / "config.json").get("experts")
+    if experts != list(EXPERTS):
+        raise UserError(f"{folder / 'config.json'}: experts is {shorten(experts, 300)}, expected {list(EXPERTS)}")
+    state = read_tensors(folder / "model.safetensors", {name: tensor.shape for name, tensor in own.items()},
+                         "was this router made for another encoder?")
     for name, tensor in own.items():
         tensor.copy_(state[name])

@@ -1,17 +1,32 @@
-"""The data: what a record is, how it is read and written, the template teacher, and the way from a query to a record.
+"""The data: what a record is, the template teacher, and Persona-CoT, by which a language model writes records.
 
-A record is one JSON object a line, {"id", "query", "response", "traits": {trait: -1 | 0 | 1}} and, if there are any,
-"history", "cot", "domain", "culture"; fields that nobody here knows are kept as they are.
+A record is one JSON object on one line of a .jsonl file. This one is spread over several lines to be readable:
+
+    {"id": "train-3",
+     "query": "My aunt wants me to help with the wedding. Give me the simple,
+               ordinary way that most people use. What would you do?",
+     "traits": {"openness": -1},
+     "response": "Talk to your aunt first. Keep what works, like the habit of
+                  many years or the old recipe.",
+     "cot": {"situation": "My aunt wants me to help with the wedding.",
+             "traits": {"openness": {"pole": "low", "cue": "Give me the simple,
+                                     ordinary way that most people use."}}},
+     "domain": "family"}
+
+`traits` says which poles the situation calls for: 1 is the high pole, -1 the low one, 0 or nothing means neither. If
+all are 0, the synthesis of the record has failed: it is counted and never trained on. `history` (earlier turns), `cot`
+(the teacher's reasoning), `domain` and `culture` are optional, and unknown fields are kept.
 
 What is notable:
-- every line is checked when it is read; a message names the file and the line, what was found and what was expected
-- a record whose traits are all zero is a failure of synthesis: it is counted and reported and never trained on
-- the template teacher needs no model: it composes situations from cues, each calling for one pole, and a reply from a
-  neutral answer and one sentence in the manner of every active pole. Its text is data/lab.json
-- the other teachers are language models. What has become of a query is on disk as soon as it is known,
-  and a second start does the rest
+- a teacher writes the records. The template teacher needs no model: it puts together sentences of data/lab.json
+- Persona-CoT asks a language model what the situation is, then which poles it calls for and by which cue, and then for
+  a response in that manner. All prompts are in PROMPTS
+- the language model is a model folder (LocalTeacher, below) or a server (HttpTeacher, in support/server.py)
+- what has become of a query is on disk as soon as it is known, so the same command goes on after an interruption
+- read it from the top: the template teacher, the prompts, the steps from a query to a record, a model folder as the
+  teacher, the command. Files of records are checked in support/records.py, replies are read in support/replies.py
 
-    python synth.py --teacher template --out data/lab --count 20000      # train.jsonl, validation.jsonl, test.jsonl
+    python synth.py --teacher template --out data/lab --count 20000
     python synth.py --teacher http --url http://localhost:8080/v1 --model any --queries asked.txt --out data/mine.jsonl
     python synth.py report data/mine.jsonl                               # also: split, review
 """
@@ -22,6 +37,7 @@ import time
 import typing
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from string import Template
 
@@ -36,10 +52,10 @@ from support.compile import compile_decoding
 from support.files import UserError, read_json
 from support.output import RecordWriter, reasons
 from support.records import SPLITS, check_record, read_queries, write_records
-from support.replies import (CHOICES, Fault, LONGEST, Reply, Unusable, check_language, read_object, read_text,
-                             read_traits)
+from support.replies import (CHOICES, LONGEST, Reply, RequestFailed, UnusableReply, check_language, check_text,
+                             read_object, read_text, read_traits)
 from support.review import COMMANDS
-from support.server import Http
+from support.server import HttpTeacher
 
 
 LAB = Path(__file__).parent / "data" / "lab.json"
@@ -50,48 +66,53 @@ LAB = Path(__file__).parent / "data" / "lab.json"
 
 @cache
 def lab():
-    """data/lab.json: sentence frames, each for one split, and the words and phrases that fill them, for all splits."""
+    """Returns data/lab.json: sentence frames, each for one split, and the words that fill them, for all splits."""
     return read_json(LAB)
 
 
 def template_record(rng, split, domain, n_poles):
-    """One record: a situation with a cue for each of n_poles poles, and a reply in their manner.
+    """Returns a situation with a cue for each of n_poles poles, and a reply in their manner, as a record without an id.
 
-    Beside the usual fields it keeps the parts: `neutral` is the reply without any manner, `manner` the sentence of each
-    active pole, `cot` which cue called for which pole.
+    It also keeps the parts of the reply: `neutral`, which shows no pole, and `manner`, a sentence for each active pole.
     """
-    place, poles = lab()["domains"][domain], lab()["poles"]
-    chosen = [TRAITS.index(t) * 2 + rng.randrange(2) for t in rng.sample(TRAITS, n_poles)]
-    experts = [EXPERTS[e] for e in chosen]
-    slots = {name: rng.choice(words) for name, words in place["slots"].items()}
+    frames, poles = lab()["domains"][domain], lab()["poles"]
+    active = [EXPERTS[2 * TRAITS.index(trait) + rng.randrange(2)] for trait in rng.sample(TRAITS, n_poles)]
+    slots = {name: rng.choice(words) for name, words in frames["slots"].items()}
     slots["action"], slots["other_action"] = rng.sample(lab()["actions"], 2)
-    opening = rng.choice(place["openings"][split]).format(**slots)
+    situation = rng.choice(frames["openings"][split]).format(**slots)
     neutral = rng.choice(lab()["neutral"][split]).format(**slots)
-    cues = {expert: rng.choice(poles[expert]["cues"][split]) for expert in experts}
+    cues = {expert: rng.choice(poles[expert]["cues"][split]) for expert in active}
     manner = {}
-    for expert in sorted(experts, key=EXPERTS.index):
-        phrase, other = rng.sample(poles[expert]["phrases"], 2)
-        manner[expert] = rng.choice(poles[expert]["manner"][split]).format(phrase=phrase, other_phrase=other)
-    reply = [*(manner[e] for e in manner if poles[e]["position"] == "before"), neutral,
-             *(manner[e] for e in manner if poles[e]["position"] == "after")]
+    for expert in sorted(active, key=EXPERTS.index):
+        phrase, other_phrase = rng.sample(poles[expert]["phrases"], 2)
+        frame = rng.choice(poles[expert]["manner"][split])
+        manner[expert] = frame.format(phrase=phrase, other_phrase=other_phrase)
+    before = [sentence for expert, sentence in manner.items() if poles[expert]["position"] == "before"]
+    after = [sentence for expert, sentence in manner.items() if poles[expert]["position"] == "after"]
+    signs, reasoning = {}, {}
+    for expert in active:
+        pole, trait = expert.split("_")
+        signs[trait] = 1 if pole == "high" else -1
+        reasoning[trait] = {"pole": pole, "cue": cues[expert]}
     return {
-        "query": " ".join([opening, *cues.values(), rng.choice(lab()["closings"][split])]),
-        "response": " ".join(reply),
-        "traits": {e.split("_", 1)[1]: 1 if e.startswith("high") else -1 for e in experts},
-        "cot": {"situation": opening,
-                "traits": {e.split("_", 1)[1]: {"pole": e.split("_")[0], "cue": cues[e]} for e in experts}},
+        "query": " ".join([situation, *cues.values(), rng.choice(lab()["closings"][split])]),
+        "response": " ".join([*before, neutral, *after]),
+        "traits": signs,
+        "cot": {"situation": situation, "traits": reasoning},
         "domain": domain, "neutral": neutral, "manner": manner,
     }
 
 
 def template_records(split, count, seed=0):
-    """`count` records with different queries, the same ones for the same seed. Half of them have one active pole, 30 %
-    two, 20 % three. Sentence frames belong to one split only, words and phrases to all; the two held-out domains make
-    up half of the test split."""
+    """Returns `count` records with different queries, the same ones for the same seed.
+
+    Half of them have one active pole, 30 % two, 20 % three. A sentence frame belongs to one split, the words that fill
+    it to all. The two held-out domains make up half of the test split and are in no other.
+    """
     rng, records, seen = random.Random(f"{seed} {split}"), [], set()
     held_out = lab()["held_out_domains"]
-    domains = [d for d in lab()["domains"] if d not in held_out]
-    for _ in range(1000 + 10 * count):
+    domains = [domain for domain in lab()["domains"] if domain not in held_out]
+    for _ in range(1000 + 10 * count):  # tries, some of which repeat a query
         if len(records) == count:
             return records
         domain = rng.choice(held_out if split == "test" and rng.random() < 0.5 else domains)
@@ -109,13 +130,16 @@ def signature_patterns():
 
 
 def signatures(text):
-    """Which poles' signatures a reply carries -> a list of ten 0/1. Every sentence in a pole's manner has one of its
-    phrases and nothing else in the template teacher's text has, so this counts what an expert has learned."""
+    """Returns ten 0/1: which poles' signatures a reply has.
+
+    Every sentence in a pole's manner has one of its signatures, and no other text of the template teacher has. Counting
+    them in replies therefore shows what an expert has learned.
+    """
     return [int(bool(pattern.search(text.lower()))) for pattern in signature_patterns()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Persona-CoT: what a teacher is asked. All prompts are here and all are ours; $names are filled in
+# Persona-CoT: what a teacher is asked. The source gives no prompts, so all of them are ours. $names are filled in
 
 MANNERS = {
     "high_openness": "imaginative, curious", "low_openness": "down to earth",
@@ -125,9 +149,9 @@ MANNERS = {
     "high_neuroticism": "worried, seeing what could go wrong", "low_neuroticism": "calm, reassuring",
 }
 POLES = "\n".join(f"{trait}: high is {MANNERS['high_' + trait]}; low is {MANNERS['low_' + trait]}" for trait in TRAITS)
-# a form and not an example: what an example says, small models say of everybody
+# This is a form and not an example, because small models repeat an example's content for every query
 FORM = "{" + ", ".join(f'"{trait}": {{"pole": "high|low|0", "cue": "..."}}' for trait in TRAITS) + "}"
-PROMPTS = {name: Template(text.strip()) for name, text in {  # the query last: servers keep what is the same before it
+PROMPTS = {name: Template(text.strip()) for name, text in {  # the query comes last: servers cache an equal beginning
     "system": "You write training data for an assistant whose manner fits each situation.",
     "situation": """
 Describe the situation of the person who wrote the message below, in two sentences: what is going on, what they feel and
@@ -169,129 +193,148 @@ $message""",
 }.items()}
 
 
-def message(item):
-    """The query as a teacher is shown it, with what is known of the conversation and the person."""
-    parts = [f"{turn['role']}: {turn['content']}" for turn in item.get("history") or []]
-    if parts:
-        parts = ["The conversation before it:", *parts]
+def format_query(item):
+    """Returns the query as a teacher sees it, with what is known of the conversation and the person."""
+    parts = []
+    if item.get("history"):
+        parts += ["The conversation before it:", *(f"{turn['role']}: {turn['content']}" for turn in item["history"])]
     if item.get("culture"):
         parts.append(f"The person's culture: {item['culture']}")
     return "\n".join([*parts, f'The message:\n"""\n{item["query"].strip()}\n"""'])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One query's way to a record
+# The steps from a query to a record
 
-class Rejected(Exception):
-    """The attempts at a step are used up; the message is the last reason."""
+class QueryRejected(Exception):
+    """No attempt at a step gave a usable reply. The message is the last reason."""
 
 
-class Query:
-    """One query on its way through the steps. `ask` is what the teacher is to be asked next: (messages, choices), where
-    choices is None for a written reply, else words to choose from. `tell` takes its Reply, Fault or choice. `outcome`
-    is the record or, without a response, the entry of the rejected file, as soon as there is one."""
+class Question(typing.NamedTuple):
+    messages: list
+    choices: tuple | None = None  # if given, the reply is one of these words instead of a written text
+
+
+class Synthesis:
+    """One query on its way to a record.
+
+    A teacher works on many queries at the same time, so it drives each of them by hand:
+
+        while not synthesis.outcome:
+            synthesis.tell(the reply to synthesis.question)
+
+    A reply is a Reply, a RequestFailed, or one of the question's choices. The outcome is the record or, without a
+    response, the entry of the rejected file. The steps are generators: `yield` hands out a question and goes on with
+    the reply to it.
+    """
 
     def __init__(self, item, steps, retries, teacher):
-        self.item, self.retries, self.outcome, self.raw = item, retries, None, ""
+        self.item, self.retries = item, retries
+        self.question, self.outcome, self.last_text = None, None, ""
         self.facts = {"name": teacher, "steps": steps, "calls": 0, "tokens_read": 0, "tokens_written": 0}
-        self.conversation = self.record(steps)
-        self.tell(None)
+        self.progress = self.make_record(steps)
+        self.tell(None)  # go to the first question
 
     def tell(self, reply):
+        self.facts["calls"] += reply is not None
         try:
-            self.ask = self.conversation.send(reply)
+            self.question = self.progress.send(reply)
         except StopIteration as end:
-            self.outcome = {**self.item, **end.value, "teacher": self.facts}
-            problem = check_record(self.outcome)
-            if problem:
-                self.reject(problem)
-        except Rejected as problem:
-            self.reject(str(problem))
+            record = {**self.item, **end.value, "teacher": self.facts}
+            problem = check_record(record)
+            self.outcome = self.rejection(problem) if problem else record
+        except QueryRejected as problem:
+            self.outcome = self.rejection(str(problem))
 
-    def reject(self, reason):
-        self.outcome = {"id": self.item["id"], "query": self.item["query"], "reason": reason, "raw": self.raw,
-                        "teacher": self.facts}
+    def rejection(self, reason):
+        return {"id": self.item["id"], "query": self.item["query"], "reason": reason, "raw": self.last_text,
+                "teacher": self.facts}
 
-    def record(self, steps):
-        """The steps, as a generator that yields what to ask and is sent the replies -> the record's new fields."""
-        item, text = self.item, message(self.item)
+    def make_record(self, steps):
+        """The steps, written as if the teacher answered at once. Returns the record's new fields."""
         if steps == "joint":
-            def read(reply):
-                found = read_object(reply, {"situation", "traits", "response"})
-                for key in ("situation", "response"):
-                    if not isinstance(found.get(key), str) or not found[key].strip():
-                        raise Unusable(f"{key} is {str(found.get(key))[:80]!r}, expected a text")
-                traits, why = read_traits(found.get("traits"))
-                check_language(found["response"], item)
-                return found["situation"].strip(), traits, why, found["response"].strip()
-            situation, traits, why, response = yield from self.attempts("joint", read, message=text)
+            situation, traits, cues, response = yield from self.ask("joint", self.parse_joint)
         else:
-            situation = yield from self.attempts("situation", lambda reply: read_text(reply, "situation"), message=text)
+            situation = yield from self.ask("situation", lambda reply: read_text(reply, "situation"))
             if steps == "separate":
-                def read(reply):
-                    found = read_object(reply, {"traits", *TRAITS})
-                    return read_traits(found.get("traits", {k: v for k, v in found.items() if k != "situation"}))
-                traits, why = yield from self.attempts("traits", read, message=text, situation=situation)
+                traits, cues = yield from self.ask("traits", self.parse_traits, situation=situation)
             else:
-                traits = {}
-                for trait in TRAITS:
-                    choice = yield self.prompt("score", message=text, high=MANNERS["high_" + trait],
-                                               low=MANNERS["low_" + trait]), tuple(CHOICES)
-                    self.facts["calls"] += 1
-                    if isinstance(choice, Fault):  # too long a prompt
-                        raise Rejected(str(choice))
-                    traits |= {trait: CHOICES[choice]} if CHOICES[choice] else {}
-                why = {trait: {"pole": "high" if pole > 0 else "low", "cue": ""} for trait, pole in traits.items()}
-                if not traits:
-                    raise Rejected("all-zero vector: neither is the most probable for every trait")
+                traits, cues = yield from self.score_traits()
+            manner = "; ".join(MANNERS[f"{cues[trait]['pole']}_{trait}"] for trait in traits)
+            response = yield from self.ask("response", self.parse_response, situation=situation, manner=manner)
+        return {"response": response, "traits": traits, "cot": {"situation": situation, "traits": cues}}
 
-            def read(reply):
-                response = read_text(reply, "response")
-                check_language(response, item)
-                return response
-            manner = "; ".join(MANNERS[f"{why[trait]['pole']}_{trait}"] for trait in traits)
-            response = yield from self.attempts("response", read, message=text, situation=situation, manner=manner)
-        return {"response": response, "traits": traits, "cot": {"situation": situation, "traits": why}}
+    def parse_joint(self, reply):
+        found = read_object(reply, {"situation", "traits", "response"})
+        situation, response = (check_text(found.get(key), key) for key in ("situation", "response"))
+        traits, cues = read_traits(found.get("traits"))
+        check_language(response, self.item["query"])
+        return situation, traits, cues, response
 
-    def prompt(self, name, **parts):
-        return [{"role": "system", "content": PROMPTS["system"].template},
-                {"role": "user", "content": PROMPTS[name].substitute(parts)}]
+    def parse_traits(self, reply):
+        found = read_object(reply, {"traits", *TRAITS})  # the traits themselves, or an object that holds them
+        return read_traits(found.get("traits", {key: value for key, value in found.items() if key != "situation"}))
 
-    def attempts(self, name, read, **parts):
-        """Ask until `read` can make something of the reply. After one that it can't, its complaint is part of the next
-        question; after a fault, the question is asked again as it was."""
-        first = messages = self.prompt(name, **parts)
+    def parse_response(self, reply):
+        response = read_text(reply, "response")
+        check_language(response, self.item["query"])
+        return response
+
+    def score_traits(self):
+        """Let the teacher choose high, low or neither for each trait. Nothing is written, so nothing can be misread."""
+        traits, cues = {}, {}
+        for trait in TRAITS:
+            messages = self.messages("score", high=MANNERS["high_" + trait], low=MANNERS["low_" + trait])
+            choice = yield Question(messages, tuple(CHOICES))
+            if isinstance(choice, RequestFailed):  # the prompt is too long
+                raise QueryRejected(str(choice))
+            if CHOICES[choice]:
+                traits[trait], cues[trait] = CHOICES[choice], {"pole": choice, "cue": ""}
+        if not traits:
+            raise QueryRejected("all-zero vector: neither is the most probable for every trait")
+        return traits, cues
+
+    def messages(self, prompt, **parts):
+        text = PROMPTS[prompt].substitute(parts, message=format_query(self.item))
+        return [{"role": "system", "content": PROMPTS["system"].template}, {"role": "user", "content": text}]
+
+    def ask(self, prompt, parse, **parts):
+        """Ask until `parse` can use the reply, and return its result.
+
+        After an unusable reply the complaint is part of the next question. After a failed request the same question is
+        asked again.
+        """
+        messages = first = self.messages(prompt, **parts)
         for _ in range(1 + self.retries):
-            reply = yield messages, None
-            self.facts["calls"] += 1
-            if isinstance(reply, Fault):
+            reply = yield Question(messages)
+            if isinstance(reply, RequestFailed):
                 reason = str(reply)
                 continue
-            self.raw = reply.text[:LONGEST]
-            self.facts["tokens_read"] += reply.read
-            self.facts["tokens_written"] += reply.written
+            self.last_text = reply.text[:LONGEST]
+            self.facts["tokens_read"] += reply.tokens_read
+            self.facts["tokens_written"] += reply.tokens_written
             try:
                 if len(reply.text) > LONGEST:
-                    raise Unusable(f"it is longer than {LONGEST:,} characters")
-                return read(reply)
-            except Unusable as problem:
+                    raise UnusableReply(f"it is longer than {LONGEST:,} characters")
+                return parse(reply)
+            except UnusableReply as problem:
                 reason = str(problem)
                 messages = [*first, {"role": "assistant", "content": reply.text[:2000].strip() or "…"},
                             {"role": "user", "content": PROMPTS["again"].substitute(complaint=reason)}]
-        raise Rejected(reason)
+        raise QueryRejected(reason)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A model folder as the teacher
 
-class Local:
-    """A model folder in this process: replies in batches of similar length, the longest first, which are mostly those
-    that have come furthest."""
+class LocalTeacher:
+    """A model folder in this process. It writes replies in batches of prompts of similar length, the longest first:
+    these mostly belong to the queries that have come furthest."""
 
-    MOST_TOKENS = 8192  # of a prompt; fewer where the model's context is shorter
+    MOST_TOKENS = 8192  # of a prompt; fewer if the model's context is shorter
 
     def __init__(self, args):
-        self.batch, self.limit, self.temperature = args.batch, args.max_new_tokens, args.temperature or 0.0
+        self.batch, self.max_new_tokens, self.temperature = args.batch, args.max_new_tokens, args.temperature or 0.0
         device = pick_device(args.device)
         self.model = Transformer.from_pretrained(args.model, pick_dtype(args.dtype, device), device)
         if args.compile:
@@ -300,48 +343,49 @@ class Local:
         self.longest = min(self.MOST_TOKENS, (self.model.context or 2**31) - 1)  # one token is left to write
         self.generator = torch.Generator().manual_seed(args.seed)
 
-    def outcomes(self, queries):
-        window, more = [], True
-        while window or more:
-            while more and len(window) < 4 * self.batch:  # to choose neighbours in length from
-                query = next(queries, None)
-                more = query is not None
-                window += [query] if more else []
-            window.sort(key=lambda query: sum(len(m["content"]) for m in query.ask[0]), reverse=True)
+    def run(self, queries, save):
+        """Take every query (an iterator of Synthesis) to its outcome, and save([outcome, …]) after each batch."""
+        window = []
+        while True:
+            window += islice(queries, 4 * self.batch - len(window))  # more than a batch, to find similar lengths in
+            if not window:
+                return
+            window.sort(key=lambda query: sum(len(m["content"]) for m in query.question.messages), reverse=True)
             batch, window = window[:self.batch], window[self.batch:]
-            for query, reply in zip(batch, self.replies([query.ask for query in batch])):
+            for query, reply in zip(batch, self.replies([query.question for query in batch])):
                 query.tell(reply)
-            yield [query.outcome for query in batch if query.outcome]
+            save([query.outcome for query in batch if query.outcome])
             window += [query for query in batch if not query.outcome]
 
-    def replies(self, asks):
-        """[(messages, choices)] -> a Reply for each, or one of its choices."""
-        prompts = [self.chat.prompt(messages) for messages, _ in asks]
-        replies = [Fault(f"the prompt has {len(prompt):,} tokens, more than {self.longest:,}") for prompt in prompts]
-        fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= self.longest]
-        write = [i for i in fits if not asks[i][1]]
-        written = generate(self.model, [prompts[i] for i in write], None, self.limit, self.temperature,
-                           stops=self.chat.stops, generator=self.generator) if write else []
-        for i, ids in zip(write, written):
-            replies[i] = Reply(self.chat.text(ids), ids[-1] not in self.chat.stops, len(prompts[i]), len(ids))
-        for i in sorted(set(fits) - set(write)):
-            replies[i] = self.choose(*asks[i])
+    def replies(self, questions):
+        """Returns for each question a Reply, one of its choices, or RequestFailed for a prompt that is too long."""
+        prompts = [self.chat.prompt(question.messages) for question in questions]
+        replies, to_write = [None] * len(prompts), []
+        for i, (prompt, question) in enumerate(zip(prompts, questions)):
+            if len(prompt) > self.longest:
+                replies[i] = RequestFailed(f"the prompt has {len(prompt):,} tokens, more than {self.longest:,}")
+            elif question.choices:
+                replies[i] = self.choose(*question)
+            else:
+                to_write.append(i)
+        if to_write:
+            written = generate(self.model, [prompts[i] for i in to_write], None, self.max_new_tokens, self.temperature,
+                               stops=self.chat.stops, generator=self.generator)
+            for i, ids in zip(to_write, written):
+                replies[i] = Reply(self.chat.text(ids), ids[-1] not in self.chat.stops, len(prompts[i]), len(ids))
         return replies
 
     @torch.no_grad()
     def choose(self, messages, choices):
-        """The most probable of some words as the whole reply, the end of the turn included."""
+        """Returns the choice that is most probable as the whole reply, including the end of the turn."""
         rows = [self.chat.example(messages, choice) for choice in choices]
-        ids, _ = pad([ids for ids, _ in rows], self.model.device)
-        hidden, scores = self.model.hidden(ids), []
+        ids, _ = pad([ids for ids, _ in rows], self.model.device)  # (C, T), one row for each choice
+        hidden, scores = self.model.hidden(ids), []  # (C, T, D)
         for h, row, (_, supervised) in zip(hidden, ids, rows):
-            at = torch.tensor(supervised, device=row.device).nonzero()[:, 0]
-            logs = self.model.head(h[at - 1]).float().log_softmax(-1)  # position t − 1 predicts token t
-            scores.append(logs.gather(-1, row[at][:, None]).sum().item())
+            at = torch.tensor(supervised, device=row.device).nonzero()[:, 0]  # positions of the reply's tokens
+            log_probs = self.model.head(h[at - 1]).float().log_softmax(-1)  # position t − 1 predicts token t
+            scores.append(log_probs.gather(-1, row[at][:, None]).sum().item())
         return choices[scores.index(max(scores))]
-
-    def left(self):
-        return []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -350,64 +394,89 @@ class Local:
 @dataclass
 class Args:
     teacher: typing.Literal["template", "local", "http"] = "template"
-    """Who writes the records: template composes them from data/lab.json and needs no model; local is a model folder,
-    http a server that speaks OpenAI's chat completions."""
+    """Who writes the records. template: sentences from data/lab.json, no model is needed. local: a model folder. http:
+    a server that speaks OpenAI's chat completions."""
     out: str | None = None
-    """Where to: FILE.jsonl, or for template also a folder that gets all three splits. With local and http, a second
-    start goes on where the first ended, and FILE.rejected.jsonl gets the queries that came to nothing."""
+    """Where the records go: FILE.jsonl or, with template, also a folder for all three splits. With local and http, the
+    same command goes on after an interruption, and rejected queries go to FILE.rejected.jsonl."""
     count: int = 20000
-    """template: how many records; a folder gets 80 % of them in train.jsonl and 10 % each in validation.jsonl and
+    """template: how many records. A folder gets 80 % of them in train.jsonl and 10 % each in validation.jsonl and
     test.jsonl."""
     split: typing.Literal["train", "validation", "test"] = "train"
-    """template: whose sentence frames a single FILE.jsonl is made of; no frame is in two splits."""
+    """template: the split whose sentence frames make a single FILE.jsonl. No frame is in two splits."""
     seed: int = 0
-    """The same seed gives the same records (template), or the same draws (local)."""
+    """The same seed gives the same records (template) or the same draws (local)."""
     overwrite: bool = False
-    """template: replace what is there."""
+    """template: replace files that exist. Records of a language model are never replaced: give another --out."""
     queries: str | None = None
-    """local, http: what people asked: .txt (one a line), .jsonl (query; perhaps id, history, domain, culture and more,
-    which is kept) or .csv (with a column named query)."""
+    """local, http: file with what people asked: .txt (one query on each line), .csv (with a column named query) or
+    .jsonl (query and perhaps id, history, domain, culture and others, which are kept)."""
     model: str | None = None
-    """local: the model's folder. http: its name at the server."""
+    """local: the model's folder. http: the model's name at the server."""
     url: str | None = None
-    """http: the base of the server's addresses, which mostly ends in /v1."""
+    """http: base of the server's addresses, which usually ends in /v1."""
     key_env: str | None = None
-    """http: name of the environment variable that holds the key; without it, none is sent."""
+    """http: name of the environment variable that holds the key. If not given, no key is sent."""
     steps: typing.Literal["separate", "joint", "score"] = "separate"
-    """Situation, traits and response in a call each, or joint in one; score (local) takes the most probable of high,
-    low and neither for each trait."""
+    """separate asks for situation, traits and response one after the other; joint asks for all in one reply; score
+    (local) compares the probabilities of high, low and neither for each trait."""
     retries: int = 3
-    """Further attempts at a reply that cannot be read, or at a request that failed."""
+    """How often to ask again for a reply that cannot be used, or after a request that failed."""
     max_new_tokens: int = 512
-    """Most tokens of one reply."""
+    """The most tokens of one reply."""
     temperature: float | None = None
-    """Of sampling; if not given, the server's own (http) or 0, the most probable token every time (local)."""
+    """Temperature of sampling. If not given: the server's own (http), or 0, the most probable token (local)."""
     workers: int = 8
-    """http: requests in flight."""
+    """http: number of requests in flight."""
     timeout: float = 120.0
-    """http: seconds for one request."""
+    """http: seconds that one request may take."""
     backoff: float = 1.0
-    """http: seconds to wait after a failed request, doubled after each in a row up to 60; the server's Retry-After
-    comes first."""
+    """http: seconds to wait after a failed request. They double after each one in a row, up to 60. The server's
+    Retry-After header comes first."""
     batch: int = 16
-    """local: replies written at the same time."""
+    """local: how many replies are written at the same time."""
     device: str | None = None
-    """local: cpu, cuda or cuda:N; a GPU if there is one."""
+    """local: cpu, cuda or cuda:N. If not given, a GPU if there is one."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
-    """local: bfloat16 on a GPU, float32 on a CPU."""
+    """local: if not given, bfloat16 on a GPU and float32 on a CPU."""
     compile: bool = False
-    """local: let torch.compile have a decoding step whole. It takes minutes at the start and pays for many queries.
+    """local: compile the decoding step with torch.compile. It takes minutes at the start, so it pays for many queries.
     Needs Triton on a GPU and a C++ compiler on a CPU."""
     retry_rejected: bool = False
-    """Try the queries of FILE.rejected.jsonl again; what succeeds moves to FILE.jsonl."""
+    """local, http: try the queries of FILE.rejected.jsonl again. Those that succeed move to FILE.jsonl."""
 
 
-def from_templates(args):
-    if args.count < 10:
+TAKEN_BY = {  # option: the teachers that it is for
+    "out": ("template", "local", "http"), "overwrite": ("template",),
+    "queries": ("local", "http"), "model": ("local", "http"), "retry_rejected": ("local", "http"),
+    "url": ("http",), "key_env": ("http",), "compile": ("local",),
+}
+REQUIRED = ("out", "queries", "model", "url")  # by the teachers that take them
+
+
+def check_args(args):
+    """UserError if an option is missing or does not go with the teacher."""
+    for key, teachers in TAKEN_BY.items():
+        given, option = getattr(args, key), "--" + key.replace("_", "-")
+        if args.teacher in teachers and key in REQUIRED and not given:
+            raise UserError(f"--teacher {args.teacher} needs {option}: {field_help(Args)[key]}")
+        if args.teacher not in teachers and given:
+            raise UserError(f"{option} does not go with --teacher {args.teacher}. {field_help(Args)[key]}")
+    if args.teacher == "template" and args.count < 10:
         raise UserError(f"--count is {args.count}, expected at least 10")
-    out = Path(args.out)
-    files = {out: (args.split, args.count)} if out.suffix == ".jsonl" else {
-        out / f"{split}.jsonl": (split, args.count * share // 10) for split, share in zip(SPLITS, (8, 1, 1))}
+    if args.teacher != "template" and (Path(args.out).suffix != ".jsonl" or Path(args.out).is_dir()):
+        raise UserError(f"--out is {args.out}, expected a file named .jsonl")
+    if args.steps == "score" and args.teacher != "local":
+        raise UserError("--steps score needs the probabilities of words, which only --teacher local has")
+
+
+def write_template_records(args):
+    out, files = Path(args.out), {}
+    if out.suffix == ".jsonl":
+        files[out] = args.split, args.count
+    else:
+        for split, tenths in zip(SPLITS, (8, 1, 1)):
+            files[out / f"{split}.jsonl"] = split, args.count * tenths // 10
     for file in files:
         if file.exists() and not args.overwrite:
             raise UserError(f"{file} is there already; --overwrite replaces it")
@@ -419,78 +488,53 @@ def from_templates(args):
               f"  traits:   {first['traits']}")
 
 
-def check_args(args):
-    """UserError for arguments that are missing or don't go with the teacher."""
-    if not args.out:
-        raise UserError("--out is missing: where should the records go?")
-    needs = {"template": (), "local": ("queries", "model"), "http": ("queries", "model", "url")}[args.teacher]
-    keys = ("queries", "model", "url", "key_env", "retry_rejected", "compile")
-    others = {"template": keys, "local": ("url", "key_env"), "http": ("compile",)}[args.teacher]
-    for key in keys:
-        given = getattr(args, key)
-        if key in needs and not given:
-            raise UserError(f"--teacher {args.teacher} needs --{key}: {field_help(Args)[key]}")
-        if given and key in others:
-            raise UserError(f"--{key.replace('_', '-')} has no meaning for --teacher {args.teacher}")
-    if args.teacher == "template":
-        return
-    if Path(args.out).suffix != ".jsonl" or Path(args.out).is_dir():
-        raise UserError(f"--out is {args.out}, expected a file named .jsonl")
-    if args.overwrite:
-        raise UserError(f"--overwrite: what a model wrote is never replaced. A second start goes on with {args.out}; "
-                        "to begin anew, give another --out")
-    if args.steps == "score" and args.teacher != "local":
-        raise UserError("--steps score needs the probabilities of words, and so --teacher local")
-
-
 def synthesise(args):
-    """Every query of a file to a record, or to the rejected file; what is done already is skipped."""
+    """Take every query of a file to a record or to the rejected file, except those that are done already."""
     items, duplicates = read_queries(args.queries)
-    sink = RecordWriter(args.out)
-    todo = [item for item in items if str(item["id"]) not in sink.done
-            and (args.retry_rejected or str(item["id"]) not in sink.refused)]
+    writer = RecordWriter(args.out)
+    skipped = writer.done if args.retry_rejected else writer.done | writer.rejected.keys()
+    todo = [item for item in items if str(item["id"]) not in skipped]
     print(f"{args.queries}: {len(items)} queries, {duplicates} duplicates dropped; {len(items) - len(todo)} are done, "
           f"{len(todo)} to do", flush=True)
-    records, rejected, began, said = 0, 0, time.monotonic(), 0.0
+    done_before, finished, began = len(writer.done), 0, time.monotonic()
+
+    def save(outcomes):
+        nonlocal finished
+        writer.add(outcomes)
+        finished += len(outcomes)
+        bar.set_postfix_str(f"{len(writer.rejected)} rejected", refresh=False)
+        bar.update(len(outcomes))
+
     if todo:
-        teacher = {"local": Local, "http": Http}[args.teacher](args)
-        bar = tqdm(total=len(todo), unit="record", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        try:
-            queries = (Query(item, args.steps, args.retries, teacher.name) for item in todo)
-            for outcomes in teacher.outcomes(queries):
-                sink.add(outcomes)
-                records += sum("response" in outcome for outcome in outcomes)
-                rejected += sum("response" not in outcome for outcome in outcomes)
-                bar.set_postfix_str(f"{rejected} rejected", refresh=False)
-                bar.update(len(outcomes))
-                passed = time.monotonic() - began
-                if bar.disable and passed - said > 60 and records + rejected:  # a line a minute in a log
-                    said, rate = passed, (records + rejected) / passed
-                    print(f"{records + rejected}/{len(todo)} done, {rejected} rejected, {rate:.3g} records/s, "
-                          f"{tqdm.format_interval(int((len(todo) - records - rejected) / rate))} left", flush=True)
-        except KeyboardInterrupt:
-            print("stopped; what was finished is saved, and the same command goes on", file=sys.stderr)
-            return 130
-        finally:
-            sink.add(teacher.left())
-            bar.close()
-            sink.close()
-    seconds = time.monotonic() - began
-    print(f"{args.out}: {len(sink.done)} records, {records} of them new"
-          + (f", {seconds / (records + rejected):.2f} s for each query" if records + rejected else ""))
-    if sink.refused:
-        print(f"{sink.rejected}: {len(sink.refused)} rejected, which --retry-rejected tries again\n"
-              + "\n".join(f"  {count:>6}  {reason}" for reason, count in reasons(sink.refused.values()).most_common(8)))
+        # HttpTeacher is in support/server.py, because sockets, retries and keys teach nothing about the data
+        teacher = {"local": LocalTeacher, "http": HttpTeacher}[args.teacher](args)
+        queries = (Synthesis(item, args.steps, args.retries, teacher.name) for item in todo)
+        pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two updates; fewer updates in a log file
+        with tqdm(total=len(todo), unit="record", dynamic_ncols=True, delay=pause, mininterval=pause,
+                  maxinterval=60) as bar:
+            try:
+                teacher.run(queries, save)
+            except KeyboardInterrupt:
+                print("stopped; what was finished is saved, and the same command goes on", file=sys.stderr)
+                return 130
+            finally:
+                writer.close()
+    print(f"{args.out}: {len(writer.done)} records, {len(writer.done) - done_before} of them new"
+          + (f", {(time.monotonic() - began) / finished:.2f} s for each query" if finished else ""))
+    if writer.rejected:
+        print(f"{writer.rejected_file}: {len(writer.rejected)} rejected, which --retry-rejected tries again")
+        for reason, count in reasons(writer.rejected.values()).most_common(8):
+            print(f"  {count:>6}  {reason}")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        cls, function = COMMANDS[argv[0]]
-        return function(parse(cls, argv[1:], function.__doc__, f"synth.py {argv[0]}"))
+        options, function = COMMANDS[argv[0]]
+        return function(parse(options, argv[1:], function.__doc__, f"synth.py {argv[0]}"))
     args = parse(Args, argv, __doc__)
     check_args(args)
-    return from_templates(args) if args.teacher == "template" else synthesise(args)
+    return write_template_records(args) if args.teacher == "template" else synthesise(args)
 
 
 if __name__ == "__main__":

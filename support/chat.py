@@ -1,4 +1,7 @@
-"""Tokenizers and chat formats: messages to ids and back.
+"""Tokenizers and chat formats: from messages to ids and back.
+
+Chat knows two formats, Llama 3.1's and ChatML (Qwen2.5, SmolLM2). It recognises them by the tokenizer's special tokens.
+Ids equal those of `apply_chat_template` of transformers. Special tokens that a user types stay ordinary text.
 """
 import re
 from pathlib import Path
@@ -9,7 +12,8 @@ from support.files import UserError, read_json, shorten
 
 
 def load_tokenizer(path):
-    """tokenizer.json of a model folder, set so that special tokens in a user's text stay text."""
+    """Load tokenizer.json of a model folder, set so that special tokens in a user's text stay ordinary text.
+    UserError if it is missing or broken, or belongs to another model."""
     file = Path(path) / "tokenizer.json"
     if not file.exists():
         raise UserError(f"{file}: no such file; download the tokenizer's files beside the weights")
@@ -17,34 +21,34 @@ def load_tokenizer(path):
         tokenizer = Tokenizer.from_file(str(file))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
+    except BaseException as error:  # the library raises Exception itself, or for a Rust panic only BaseException
         raise UserError(f"{file}: not a tokenizer ({shorten(str(error), 300)})") from None
-    check_ids(tokenizer, file)
-    tokenizer.encode_special_tokens = True  # "<|eot_id|>" typed by someone is nine characters, not the end of a turn
+    check_vocabulary(tokenizer, file)
+    tokenizer.encode_special_tokens = True  # "<|eot_id|>" in a text is ten characters, not the end of a turn
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def check_ids(tokenizer, file):
-    """UserError if the model beside a tokenizer, where there is one, is not that tokenizer's."""
+def check_vocabulary(tokenizer, file):
+    """UserError if there is a config.json beside the tokenizer, and it describes a model with another vocabulary."""
     config = file.with_name("config.json")
     size = read_json(config).get("vocab_size") if config.exists() else None
-    if type(size) is not int:  # nothing to compare with
+    if type(size) is not int:
         return
     token, largest = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
     if largest >= size:
-        raise UserError(f"{file}: {token!r} has the id {largest}, but config.json says {size} tokens (vocab_size): is "
-                        "this another model's tokenizer?")
+        raise UserError(f"{file}: {token!r} has the id {largest}, but vocab_size in config.json is {size}: is this "
+                        "another model's tokenizer?")
     special = tokenizer.get_added_tokens_decoder()
-    for eos in end_ids(config):
+    for eos in eos_ids(config):
         if eos not in special:
             raise UserError(f"{file}: {eos}, eos_token_id of config.json, is {tokenizer.id_to_token(eos)!r} here and "
                             "no special token: is this another model's tokenizer?")
 
 
-def end_ids(file):
-    """eos_token_id of a JSON file as a set of numbers: none, one or several are given."""
+def eos_ids(file):
+    """eos_token_id of a JSON file, which may be absent, a number or a list, as a set of ids."""
     eos = read_json(file).get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(type(e) is int and 0 <= e < 2**31 for e in eos):
@@ -53,26 +57,29 @@ def end_ids(file):
 
 
 def encode(tokenizer, text):
-    """Text -> ids, with no bos added (Llama's tokenizer would add one by itself)."""
+    """Text -> ids, without the bos that Llama's tokenizer would add to every text."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 class Chat:
-    """Messages to ids and back, in the Llama 3.1 format or in ChatML (Qwen2.5, SmolLM2), whichever the tokenizer knows.
+    """Messages to ids and back, in Llama 3.1's format or in ChatML, depending on the tokenizer's special tokens.
 
-    Texts are encoded as characters and special tokens are put between them by number, so that no text can open or close
-    a turn. messages: [{"role": "system" | "user" | "assistant", "content": str}, …].
+    messages: [{"role": "system" | "user" | "assistant", "content": str}, …]. Their texts are encoded as ordinary
+    characters, and special tokens are inserted by id, so that no text can open or close a turn.
+
+    stops: the set of ids that end a reply. end: the id that ends a turn. bos: the first id of a conversation, or None.
     """
 
     DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 
     def __init__(self, tokenizer, template="", stops=()):
-        """template: the folder's chat template, searched for facts (default system message, date block), never run."""
+        """template: the folder's chat template. It is never run, only searched for a default system message and for
+        Llama 3.1's dates. stops: further ids that end a reply. UserError if the tokenizer has no chat tokens."""
         self.tokenizer, special = tokenizer, tokenizer.token_to_id
         self.llama = special("<|start_header_id|>") is not None
         if self.llama:
             self.bos, self.end = special("<|begin_of_text|>"), special("<|eot_id|>")
-            # <|eom_id|> is Llama 3.1's name for what the tokenizer of Llama 3 still calls reserved_special_token_4
+            # <|eom_id|> is Llama 3.1's name of the token that Llama 3 calls <|reserved_special_token_4|>
             others = "<|end_of_text|>", "<|eom_id|>", "<|reserved_special_token_4|>"
         else:
             self.bos, self.end, others = None, special("<|im_end|>"), ("<|endoftext|>",)
@@ -86,11 +93,12 @@ class Chat:
 
     @classmethod
     def from_dir(cls, path):
-        """Needs the tokenizer's files only; eos ids of config.json and generation_config.json are stops too."""
+        """The chat format of a model folder. Only the tokenizer's files are needed; if there are config.json and
+        generation_config.json, their eos ids are stops, too."""
         path = Path(path)
         settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
         template = settings.get("chat_template") or ""
-        if isinstance(template, list):  # several templates by name
+        if isinstance(template, list):  # several templates with names
             template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"),
                             "")
         if (path / "chat_template.jinja").exists():
@@ -101,25 +109,25 @@ class Chat:
         if not isinstance(template, str):
             raise UserError(f"{path / 'tokenizer_config.json'}: chat_template is {shorten(template)}, expected text")
         files = [path / name for name in ("config.json", "generation_config.json") if (path / name).exists()]
-        stops = set().union(*map(end_ids, files))
+        stops = set().union(*map(eos_ids, files))
         try:
             return cls(load_tokenizer(path), template, stops)
         except UserError as error:
             raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
     def turn(self, role, text=""):
-        """A message as ids, without its end; without a text, what comes before one."""
+        """The ids of one message without the token that ends it; with no text, the opening of a message."""
         special = self.tokenizer.token_to_id
         if self.llama:
             return [special("<|start_header_id|>"), *encode(self.tokenizer, role), special("<|end_header_id|>"),
                     *encode(self.tokenizer, "\n\n" + text)]
-        # ROLE\nTEXT is one piece: cut at the newline, a text that starts with white space would get other ids
+        # encoded as one piece: split at the newline, a text that starts with white space would get other ids
         return [special("<|im_start|>"), *encode(self.tokenizer, f"{role}\n{text}")]
 
     def prompt(self, messages):
-        """messages -> ids up to the point where the assistant's reply begins."""
+        """The ids of a conversation, up to where the assistant's next reply begins."""
         messages = [(m["role"], m["content"].strip() if self.llama else m["content"]) for m in messages]
-        if self.dates:  # the published 3.1 template always opens with a system message that starts with two dates
+        if self.dates:  # Llama 3.1's published template always opens with a system message that begins with two dates
             system = messages.pop(0)[1] if messages and messages[0][0] == "system" else ""
             messages.insert(0, ("system", self.DATES + system))
         elif self.default_system is not None and (not messages or messages[0][0] != "system"):
@@ -130,11 +138,14 @@ class Chat:
         return ids + self.turn("assistant")
 
     def example(self, messages, response):
-        """-> (ids, supervised): prompt and response as one row; supervised[i] is True where id i is the assistant's,
-        the end of its turn included. The response is stripped and encoded apart, as it will be when generated."""
+        """A training example, (ids, supervised): the prompt, then the response and the token that ends its turn.
+
+        supervised[i] is True where id i belongs to the response or is its end token. The response is stripped, and
+        encoded separately from the prompt, because a generated reply begins there, too.
+        """
         prompt, reply = self.prompt(messages), [*encode(self.tokenizer, response.strip()), self.end]
         return prompt + reply, [False] * len(prompt) + [True] * len(reply)
 
     def text(self, ids):
-        """ids -> text without special tokens."""
+        """The text of some ids, stripped and without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

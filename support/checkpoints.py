@@ -1,29 +1,30 @@
-"""A run's log and its checkpoints.
-"""
+"""A run's log and its checkpoints: safetensors and JSON, each file whole under its final name."""
 import json
+import math
 import os
 import shutil
+import sys
 
-from safetensors.torch import save_file
 import torch
+from safetensors.torch import save_file
 
-from lora import EXPERTS, TARGETS
-from model import Config, Transformer
-from support.files import UserError, atomic, all_finite, human_readable_size, open_safetensors, remove, shorten
-
-
-REPLACED = "replaced"  # where what --overwrite replaces is kept until the first checkpoint of what replaces it
+from lora import EXPERTS
+from model import Config
+from support.files import UserError, all_finite, atomic, human_readable_size, open_safetensors, remove, shorten
 
 
 class Stopped(Exception):
     """Ctrl-C or SIGTERM came; the step was finished and saved."""
 
 
-def append(log, entry):
-    """One more line of log.jsonl, in one write: a kill comes before it or after it."""
+# ----------------------------------------------------------------------------------------------------------------------
+# log.jsonl: one JSON object a step
+
+def append_to_log(log, entry):
+    """Add one line in a single write, so that a kill comes before it or after it."""
     line = json.dumps(entry).encode() + b"\n"
     try:
-        if log.write(line) < len(line):  # the disk took a part of it
+        if log.write(line) < len(line):
             raise OSError("no space left on the disk")
     except OSError as error:
         raise UserError(f"{log.name}: cannot be written ({error.strerror or error}); the last checkpoint is kept. Free "
@@ -31,115 +32,149 @@ def append(log, entry):
 
 
 def read_log(run):
-    """[(line, entry)] of log.jsonl; a torn line, or one that is no entry, is passed over."""
+    """[(line, entry)] of a run's log. A line that a crash has cut off, or that is no entry, is left out."""
     found, file = [], run / "log.jsonl"
     for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
             entry = json.loads(line)
-            whole = isinstance(entry["stage"], str) and isinstance(entry["step"], int)
+            if isinstance(entry["stage"], str) and isinstance(entry["step"], int):
+                found.append((line, entry))
         except (ValueError, LookupError, TypeError, RecursionError):
             continue
-        found += [(line, entry)] if whole else []
     return found
 
 
-def rewind_log(run, stage, done):
-    """log.jsonl, open for appending, without this stage's lines after step `done` (or a torn last one)."""
-    lines = [line + b"\n" for line, entry in read_log(run) if entry["stage"] != stage or entry["step"] <= done]
-    file = run / "log.jsonl"
-    with atomic(file) as part:
+def rewind_log(run, stage, step):
+    """Remove a stage's lines after this step, and a line that was cut off."""
+    lines = [line + b"\n" for line, entry in read_log(run) if entry["stage"] != stage or entry["step"] <= step]
+    with atomic(run / "log.jsonl") as part:
         part.write_bytes(b"".join(lines))
-    return open(file, "ab", buffering=0)
 
 
-def states(run, stage):
-    """This stage's checkpoints, oldest first."""
+def open_log(run, stage, step):
+    """The log, open for appending after this step of a stage. Says how many lines of it a crash has lost."""
+    rewind_log(run, stage, step)
+    lost = step - len({entry["step"] for _, entry in read_log(run) if entry["stage"] == stage})
+    if lost:
+        print(f"{stage}: {run}/log.jsonl lacks {lost} of the {step} steps that are done: after a crash of the machine, "
+              "or an edit", file=sys.stderr)
+    return open(run / "log.jsonl", "ab", buffering=0)
+
+
+def check_finite(entry, record_ids, run):
+    """UserError if a step's loss or gradient norm is NaN or infinite. The last checkpoint is from before that step."""
+    bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(entry[key])), None)
+    if bad:
+        kept = checkpoint_files(run, entry["stage"])[-1:]
+        ids = ", ".join(id if id.isprintable() else repr(id) for id in record_ids)
+        raise UserError(f"{entry['stage']}, step {entry['step']}: the {bad} is {entry[bad]}, so training ends here; "
+                        f"{kept[0] if kept else 'no checkpoint'} is kept. Try a lower --lr or --router-lr with "
+                        f"--overwrite, or look at this step's records: {ids}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# state/<stage>-<step>.safetensors
+
+def checkpoint_files(run, stage):
+    """A stage's checkpoints, the oldest first."""
     return sorted((run / "state").glob(f"{stage}-*.safetensors"))
 
 
-def save_state(task, step, s, run):
-    """Everything that resuming needs in one file: parameters, moments, step counts. The last s.keep of them stay."""
+def save_checkpoint(stage, step, keep, run):
+    """Write everything that resuming needs to one file: parameters, moments and step counts. The last `keep` stay."""
     tensors = {}
-    for i, p in enumerate(task.parameters()):
+    for i, p in enumerate(stage.parameters()):
         if not all_finite(p):
-            raise UserError(f"{task.stage}, step {step}: a parameter is NaN or infinite, so nothing is saved over the "
-                            "last good checkpoint. Try a lower --lr or --router-lr with --overwrite")
+            raise UserError(f"{stage.name}, step {step}: a parameter is NaN or infinite, so no checkpoint is written. "
+                            "Try a lower --lr or --router-lr with --overwrite")
         tensors[f"{i}.value"] = p.detach().contiguous()
-        for name, value in task.optimizer.state.get(p, {}).items():  # empty for an expert that has not trained yet
+        for name, value in stage.optimizer.state.get(p, {}).items():  # empty for an expert that has had no rows yet
             tensors[f"{i}.{name}"] = value
-    with atomic(run / "state" / f"{task.stage}-{step:07d}.safetensors") as part:
+    with atomic(run / "state" / f"{stage.name}-{step:07d}.safetensors") as part:
         save_file(tensors, part, metadata={"step": str(step)})
         with open(part, "rb") as file:
             os.fsync(file.fileno())
-    for old in states(run, task.stage)[:-s.keep]:
+    for old in checkpoint_files(run, stage.name)[:-keep]:
         old.unlink()
-    if task.stage != "pretrain":  # tiny's base; what trains on it can still fail
-        remove(run / REPLACED)
 
 
-@torch.no_grad()
-def restore(task, run):
-    """Fill parameters and optimiser from the last checkpoint -> the step it was made after; 0 without one."""
-    files = states(run, task.stage)
-    if task.rank == 0:
-        remove(*(run / "state").glob(f"{task.stage}-*.~part"))  # what a kill has left of one
+def load_latest_checkpoint(stage, run):
+    """Fill parameters and optimiser from the last checkpoint. Returns its step, or 0 where there is none."""
+    files = checkpoint_files(run, stage.name)
+    if stage.rank == 0:
+        remove(*(run / "state").glob(f"{stage.name}-*.~part"))  # what a kill has left of a checkpoint
     if not files:
         return 0
     try:
-        return restore_from(files[-1], task)
+        return load_checkpoint(files[-1], stage)
     except UserError as error:
-        before = f"remove it, and --resume goes on from {files[-2].name}" if len(files) > 1 else \
-            "remove it, and --resume begins this stage anew"
-        raise UserError(f"{error}; {before}") from None
+        way_out = f"--resume goes on from {files[-2].name}" if len(files) > 1 else "--resume starts this stage again"
+        raise UserError(f"{error}; remove it, and {way_out}") from None
 
 
-def restore_from(file, task):
-    """Fill parameters and optimiser from one checkpoint -> its step. All is checked before anything is changed."""
+@torch.no_grad()
+def load_checkpoint(file, stage):
+    """Fill parameters and optimiser from one checkpoint. Everything is checked before anything is changed."""
     with open_safetensors(file) as tensors:
-        found, step = set(tensors.keys()), (tensors.metadata() or {}).get("step", "")
-        if not step.isascii() or not step.isdigit() or file.stem != f"{task.stage}-{int(step):07d}":
+        names, step = set(tensors.keys()), (tensors.metadata() or {}).get("step", "")
+        if not step.isascii() or not step.isdigit() or file.stem != f"{stage.name}-{int(step):07d}":
             raise UserError(f"{file}: step is {shorten(step)}, expected the one in the file's name")
-        values, moments = [], []
-        for i, p in enumerate(task.parameters()):
-            names = [f"{i}.value", *([f"{i}.exp_avg", f"{i}.exp_avg_sq"] if f"{i}.step" in found else [])]
-            if any(name not in found or tensors.get_slice(name).get_shape() != list(p.shape) for name in names):
-                raise UserError(f"{file}: does not fit this run's models; use --overwrite to train anew")
-            value, *rest = (tensors.get_tensor(name) for name in names)
-            count = [tensors.get_tensor(f"{i}.step")] if rest else []
-            if not all(t.is_floating_point() and all_finite(t) for t in (value, *rest, *count)) or count and count[0].dim():
-                raise UserError(f"{file}: parameter {i} of it is not all finite floats")
-            values.append(value)
-            kinds = zip(("step", "exp_avg", "exp_avg_sq"), (*count, *rest))
-            moments.append({name: t.to(p.device) for name, t in kinds})
-    for p, value, state in zip(task.parameters(), values, moments):
+        values, states = [], []
+        for i, p in enumerate(stage.parameters()):
+            shapes = {"value": list(p.shape)}
+            if f"{i}.step" in names:
+                shapes |= {"exp_avg": list(p.shape), "exp_avg_sq": list(p.shape), "step": []}
+            if any(f"{i}.{key}" not in names or tensors.get_slice(f"{i}.{key}").get_shape() != shape
+                   for key, shape in shapes.items()):
+                raise UserError(f"{file}: parameter {i} does not fit this run's models; use --overwrite to start again")
+            state = {key: tensors.get_tensor(f"{i}.{key}") for key in shapes}
+            if not all(t.is_floating_point() and all_finite(t) for t in state.values()):
+                raise UserError(f"{file}: parameter {i} has values that are no finite floats")
+            values.append(state.pop("value"))
+            states.append({key: t if key == "step" else t.to(p.device) for key, t in state.items()})
+    for p, value, state in zip(stage.parameters(), values, states):
         p.copy_(value)
         if state:
-            task.optimizer.state[p] = state
+            stage.optimizer.state[p] = state
     return int(step)
 
 
-def room_for(setup, stage, s):
-    """Bytes that a stage's checkpoints and its result will take, about, from the shapes alone."""
-    trained = 0
-    with torch.device("meta"):
-        if stage != "router":
-            layers = Transformer(Config.from_dir(setup.base)).named_modules()
-            trained += sum(setup.rank * len(EXPERTS) * (layer.in_features + layer.out_features)
-                           for name, layer in layers if name.rpartition(".")[2] in TARGETS)
-        if stage != "warmup":
-            trained += sum(p.numel() for p in Transformer(Config.from_dir(setup.encoder)).parameters())
-    return 4 * trained * (3 * min(s["keep"], -(-s["steps"] // s["save_every"])) + 1)
+# ----------------------------------------------------------------------------------------------------------------------
+# Room on the disk
+
+def trained_parameters(setup, stage):
+    """About how many parameters a stage trains, from the models' config.json alone."""
+    def shapes(c):  # (in, out) of a layer's seven linears
+        heads, kv_heads = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        return [(c.dim, heads), (c.dim, kv_heads), (c.dim, kv_heads), (heads, c.dim),
+                (c.dim, c.hidden_dim), (c.dim, c.hidden_dim), (c.hidden_dim, c.dim)]
+    n = 0
+    if stage != "router":
+        c = Config.from_dir(setup.base)
+        n += c.n_layers * sum(i + o for i, o in shapes(c)) * setup.rank * len(EXPERTS)
+    if stage != "warmup":  # norms, biases and expert embeddings are too few to count
+        c = Config.from_dir(setup.encoder)
+        n += c.n_layers * sum(i * o for i, o in shapes(c)) + c.vocab_size * c.dim * (1 if c.tied else 2)
+    return n
 
 
-def check_room(task, s, run, later=0):
-    """UserError, before training, where the disk has no room for this stage's checkpoints and its result, and for the
-    `later` bytes of the stages after it."""
-    trained = 4 * sum(p.numel() for p in task.parameters())
-    have, there = shutil.disk_usage(run).free, len(states(run, task.stage))
-    checkpoints = max(1, min(s.keep + 1, -(-s.steps // s.save_every)) - there)  # the oldest goes last
-    need = 3 * trained * checkpoints + trained
-    if need + later > have:
-        raise UserError(f"{run}: its disk has {human_readable_size(have)} free, and {task.stage} needs {human_readable_size(need)} more: "
-                        f"{checkpoints} checkpoint(s) of {human_readable_size(3 * trained)} and its result"
-                        + (f"; the stages after it about {human_readable_size(later)}" if later else "")
-                        + ". Free some, lower --keep, or give a --run on another disk")
+def disk_space_needed(setup, settings):
+    """Bytes that checkpoints and results of these stages, {stage: settings}, will add to the run folder at most."""
+    most = kept = 0
+    for stage, s in settings.items():
+        result = 4 * trained_parameters(setup, stage)
+        checkpoint = 3 * result  # values and two moments
+        there, written = len(checkpoint_files(setup.run, stage)), math.ceil(s["steps"] / s["save_every"])
+        at_once = max(1, min(s["keep"] + 1, written) - there)  # the oldest is removed after the newest is written
+        most = max(most, kept + at_once * checkpoint + result)
+        kept += max(0, min(s["keep"], written) - there) * checkpoint + result
+    return most
+
+
+def check_disk_space(setup, settings):
+    """UserError, before training, if the disk has no room for the checkpoints and results of these stages."""
+    need, free = disk_space_needed(setup, settings), shutil.disk_usage(setup.run).free
+    if need > free:
+        raise UserError(f"{setup.run}: its disk has {human_readable_size(free)} free, and checkpoints and results of "
+                        f"{', '.join(settings)} need {human_readable_size(need)}. Free some space, lower --keep, or "
+                        "give a --run on another disk")

@@ -1,4 +1,7 @@
-"""Files that are checked when read and whole when written: JSON, JSON lines, CSV and safetensors; the error that users see.
+"""Reading files with checks and writing them safely: JSON, JSON lines, CSV and safetensors.
+
+Whatever is wrong with a file that a user supplied ends in a UserError, which names the file, what was found and what
+was expected. Files are written under a temporary name and then renamed, so that a crash never leaves half a file.
 """
 import csv
 import io
@@ -8,22 +11,23 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import safe_open, SafetensorError
 import torch
+from safetensors import SafetensorError, safe_open
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend. The commands print it as one line and exit with status 2."""
+    """A problem that the user can solve. Commands print it as one line and exit with status 2."""
 
 
 def shorten(value, length=80):
-    """A value as messages show it: its beginning, if it is long."""
+    """repr(value) for an error message; of a long one only the beginning."""
     text = repr(value)
     return text if len(text) <= length else text[:length] + "…"
 
 
 def read_json(path, kind=dict):
-    """The object (or list: kind) in a JSON file. UserError if it is missing, is not JSON, or is not of that kind."""
+    """The value in a JSON file. UserError if the file is missing, is not JSON, or its value is not a `kind` (dict or
+    list)."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,8 +40,31 @@ def read_json(path, kind=dict):
     return value
 
 
+def check_settings(file, settings, expected):
+    """Check values that were read from a JSON file against a table {key: (what is allowed, …)}.
+
+    Allowed is a value; dict for any object; str for any text that can name a file; int or float for a positive number
+    below 2^40. An absent key counts as None. UserError names the file, the key, what was found and what was expected.
+    """
+    kinds = {int: "a positive whole number", float: "a positive number", dict: "an object", str: "a text"}
+    for key, allowed in expected.items():
+        value = settings.get(key)
+        if not any(matches(value, one) for one in allowed):
+            names = [kinds[one] if one in kinds else repr(one) for one in allowed if one is not None]
+            raise UserError(f"{file}: {key} is {shorten(value)}, expected {' or '.join(names)}")
+
+
+def matches(value, allowed):
+    """Whether a JSON value is of a kind, or equals a value, that `check_settings` allows."""
+    if allowed in (int, float):
+        return type(value) in (int, allowed) and 0 < value < 2**40
+    if allowed is str:
+        return type(value) is str and value != "" and "\0" not in value
+    return type(value) is allowed or value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
 def read_bytes(path):
-    """A file's bytes, without a byte order mark."""
+    """The bytes of a file, without a byte order mark. UserError if it cannot be read."""
     try:
         return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -45,7 +72,7 @@ def read_bytes(path):
 
 
 def read_lines(path):
-    """(line number, value) of every line of a .jsonl file that is not blank. UserError names file and line."""
+    """Yield (line number, value) for every line of a .jsonl file that is not blank. UserError names file and line."""
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         if not line.strip():
             continue
@@ -54,12 +81,15 @@ def read_lines(path):
         except UnicodeDecodeError:
             raise UserError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); a torn line? mend or remove it") from None
+            raise UserError(f"{path}, line {number}: not JSON ({error}); a torn line? Correct or remove it") from None
 
 
 def read_table(path, columns):
-    """[(row number in the spreadsheet, {column: text})] of a .csv file with comma, semicolon or tab between the cells.
-    UserError if one of `columns` is missing or the file is no table."""
+    """Read a .csv file with commas, semicolons or tabs between the cells.
+
+    Returns [(row number as a spreadsheet shows it, {column: text})]. UserError if the file is not a table or does not
+    have each of `columns` exactly once.
+    """
     try:
         text = read_bytes(path).decode("utf-8")
         separator = max(",;\t", key=text.partition("\n")[0].count)
@@ -67,7 +97,7 @@ def read_table(path, columns):
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8; save it as CSV with the encoding UTF-8") from None
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}: not a table ({error}), expected CSV with the columns' names on top") from None
+        raise UserError(f"{path}: not a table ({error}), expected CSV with column names in the first row") from None
     header, table = [name.strip() for name in header], []
     for name in columns:
         if header.count(name) != 1:
@@ -83,16 +113,16 @@ def read_table(path, columns):
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path` to write a file or a folder to; rename it when the block ends well.
+    """Yield a temporary name beside `path` to write a file or folder to; rename it to `path` when the block succeeds.
 
-    Nobody ever sees half a file under its final name, and what was there before stays until the new one is whole.
-    UserError if it cannot be written: a full disk, a folder that may only be read.
+    No half-written file is ever seen under its final name, and the old file stays until the new one is complete.
+    UserError if writing fails, for example because the disk is full or the folder is read-only.
     """
     path = Path(path)
-    part, old = (path.with_name(path.name + end) for end in (".~part", ".~old"))  # no names that a person gives
+    part, old = (path.with_name(path.name + end) for end in (".~part", ".~old"))  # unlike any name a user would choose
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not path.exists():  # a kill came between the two renames below
+        if old.exists() and not path.exists():  # the process was killed between the two renames below
             os.replace(old, path)
         remove(part, old)
         yield part
@@ -100,18 +130,18 @@ def atomic(path):
             if not part.is_dir():
                 remove(part)
                 raise UserError(f"{path} is a folder, expected a file to write: move it away, or give another name")
-            os.replace(path, old)  # a folder cannot be renamed onto one that has files in it
+            os.replace(path, old)  # a folder cannot be renamed onto one that contains files
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        remove(part)  # on a full disk, what was written of it is in the way
+        remove(part)  # it would only take room on a full disk
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({why}); what was there before is kept. Is the disk full, or may "
-                        "this folder only be read?") from None
+        raise UserError(f"{path}: cannot be written ({why}); what was there before is kept. Is the disk full, or the "
+                        "folder read-only?") from None
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(*paths):
-    """Remove files and folders, where they are there."""
+    """Remove files and folders, if they exist."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -120,8 +150,63 @@ def remove(*paths):
                 path.unlink()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Model folders: config.json and safetensors
+
+MODEL_CONFIG = {  # what config.json may say for model.Transformer to compute the same as the published model
+    "model_type": ("llama", "qwen2"),  # Llama 3 and SmolLM2; Qwen2 and Qwen2.5
+    "vocab_size": (int,), "hidden_size": (int,), "intermediate_size": (int,), "num_hidden_layers": (int,),
+    "num_attention_heads": (int,), "num_key_value_heads": (int, None), "head_dim": (int, None),
+    "rms_norm_eps": (float,), "max_position_embeddings": (int, None), "tie_word_embeddings": (True, False, None),
+    "rope_scaling": (dict, None), "rope_parameters": (dict, None),
+    "hidden_act": ("silu", None), "mlp_bias": (False, None),  # the feed-forward layers are SwiGLU without bias
+    "use_sliding_window": (False, None)}                      # attention reaches every earlier token
+LLAMA_CONFIG = {"attention_bias": (False, None)}              # it would be on o_proj, too; Qwen2 has no such key
+ROPE = {"rope_theta": (float,), "rope_type": ("default", "llama3")}
+LLAMA_3_ROPE = dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (float,))
+
+
+def read_model_config(path):
+    """Read and check config.json of a model folder. UserError names the key, what was found and what was expected.
+
+    Both styles are read: published models have rope_theta and rope_scaling at top level, newer tools write both inside
+    rope_parameters. Returns the object in the published style, with defaults for the keys of MODEL_CONFIG that are
+    absent or null; rope_scaling is None or has rope_type "llama3" and the keys of LLAMA_3_ROPE.
+    """
+    file = Path(path) / "config.json"
+    config = read_json(file)
+    check_settings(file, config, MODEL_CONFIG)
+    if config["model_type"] == "llama":
+        check_settings(file, config, LLAMA_CONFIG)
+    rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {}),
+            **(config.get("rope_parameters") or {})}
+    rope.setdefault("rope_type", rope.get("type", "default"))  # "type" is an older name for it
+    scaled = rope["rope_type"] == "llama3"
+    check_settings(file, rope, ROPE | LLAMA_3_ROPE if scaled else ROPE)
+    if scaled and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(f"{file}: low_freq_factor is {rope['low_freq_factor']}, expected less than high_freq_factor "
+                        f"({rope['high_freq_factor']})")
+
+    dim, heads, layers = (config[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or dim // heads
+    if heads % kv_heads or head_dim < 2 or head_dim % 2:
+        raise UserError(f"{file}: {heads} query heads share {kv_heads} key/value heads of width {head_dim}, expected "
+                        "the same number of query heads for each and an even width")
+    widest = max(config["vocab_size"], dim, config["intermediate_size"], heads * head_dim)
+    if layers > 1024 or widest >= 2**30:  # too much to lay out, which comes before a weight is looked for
+        raise UserError(f"{file}: {layers:,} layers with matrices of up to {widest:,} rows, expected at most 1024 "
+                        "layers and fewer than 2^30 rows")
+    return config | {
+        "num_key_value_heads": kv_heads, "head_dim": head_dim, "rope_theta": float(rope["rope_theta"]),
+        "rope_scaling": {key: rope[key] for key in ("rope_type", *LLAMA_3_ROPE)} if scaled else None,
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
+        "max_position_embeddings": config.get("max_position_embeddings")}
+
+
 def weight_files(path):
-    """The safetensors files of a model folder -> the tensor names to take from each (None: all of them)."""
+    """Find the safetensors files of a model folder. Returns {file: names of the tensors to take from it}; the names are
+    None for all tensors."""
     path = Path(path)
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.exists():
@@ -129,12 +214,12 @@ def weight_files(path):
     if not index.exists():
         pickles = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
         if pickles:
-            raise UserError(f"{path}: found only pickled weights ({pickles[0]}), which can run code when read, so they "
-                            "are not; download the model's safetensors files, or convert with safetensors' own script")
+            raise UserError(f"{path}: found only pickled weights ({pickles[0]}), which can run code when read. "
+                            "Download the model's safetensors files, or convert with safetensors' own script")
         raise UserError(f"{path}: no model.safetensors and no model.safetensors.index.json")
     files = {}
-    where = read_json(index).get("weight_map")
-    for name, file in where.items() if isinstance(where, dict) else ():
+    weight_map = read_json(index).get("weight_map")
+    for name, file in weight_map.items() if isinstance(weight_map, dict) else ():
         if not isinstance(file, str) or Path(file).name != file or "\0" in file:
             raise UserError(f"{index}: {name} is said to be in {shorten(file)}, expected the name of a file in this "
                             "folder")
@@ -149,7 +234,7 @@ def weight_files(path):
 
 @contextmanager
 def open_safetensors(file, device="cpu"):
-    """An open safetensors file; what the format's own checks find becomes a UserError that names the file."""
+    """Open a safetensors file. UserError if it is missing or damaged."""
     try:
         with safe_open(str(file), framework="pt", device=device) as tensors:
             yield tensors
@@ -159,30 +244,72 @@ def open_safetensors(file, device="cpu"):
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or make it again") from None
 
 
-def read_tensors(file, shapes, whose):
-    """The tensors of a safetensors file, {name: tensor}. UserError unless names and shapes are those of `shapes`,
-    {name: shape}, and all values are finite floats; `whose` is what another shape suggests."""
-    with open_safetensors(file) as tensors:
-        found = {name: tensors.get_tensor(name) for name in tensors.keys()}
-    for name in sorted(found.keys() ^ shapes.keys()):
-        raise UserError(f"{file}: {'unexpected' if name in found else 'missing'} tensor {name}")
-    for name, shape in shapes.items():
-        tensor = found[name]
-        if tuple(tensor.shape) != tuple(shape):
-            raise UserError(f"{file}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}: {whose}")
-        if not tensor.is_floating_point() or not all_finite(tensor.float()):
-            raise UserError(f"{file}: {name} ({str(tensor.dtype)[6:]}) is not all finite floats: a training that went "
-                            "wrong, or a broken copy")
+def find_tensors(files, shapes, hint, optional=()):
+    """Check names, shapes and dtypes of all tensors without reading their values.
+
+    files: {file: names or None}, as from `weight_files`. shapes: {name: expected shape}; a name that is also in
+    `optional` may be absent. Returns {name: file}. UserError names the tensor that is missing, unexpected, of another
+    shape or quantised; `hint` ends the message: what this suggests.
+    """
+    found = {}
+    for file, names in files.items():
+        with open_safetensors(file) as tensors:
+            stored = set(tensors.keys())
+            for name in sorted(stored) if names is None else names:
+                if name not in stored:
+                    raise UserError(f"{file}: the index says that {name} is here, but it is not")
+                if name not in shapes:
+                    raise UserError(f"{file}: unexpected tensor {name}: {hint}")
+                tensor = tensors.get_slice(name)
+                shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                if shape != tuple(shapes[name]):
+                    raise UserError(f"{file}: {name} is {shape}, expected {tuple(shapes[name])}: {hint}")
+                if dtype not in ("BF16", "F16", "F32", "F64"):
+                    raise UserError(f"{file}: {name} is {dtype}, expected floats, not quantised weights")
+                found[name] = file
+    missing = sorted(shapes.keys() - found.keys() - set(optional))
+    if missing:
+        where = file if len(files) == 1 else file.parent
+        raise UserError(f"{where}: {len(missing)} tensor(s) missing, the first is {missing[0]}: {hint}")
     return found
 
 
+def load_tensors(found, dtype=None, device="cpu"):
+    """Load the tensors that `find_tensors` has found, {name: file}, as `dtype` (None: as stored) on `device`.
+
+    Returns {name: tensor}. UserError for values that are NaN or infinite. Files are mapped into memory, not read whole,
+    and mapped again after every 64 MiB, which frees the part that has been converted: host memory peaks at little more
+    than the result.
+    """
+    tensors, names = {}, list(found)
+    while names:
+        file, size = found[names[0]], 0
+        with open_safetensors(file, str(device)) as opened:
+            while names and found[names[0]] == file and size < 2**26:
+                name = names.pop(0)
+                stored = opened.get_tensor(name)
+                tensors[name] = stored.to(dtype or stored.dtype)
+                size += stored.nbytes
+                # whichever has fewer bytes is faster to check: a cast to a wider dtype makes no infinite values
+                if not all_finite(min(tensors[name], stored, key=torch.Tensor.element_size)):
+                    raise UserError(f"{file}: {name} has values that are NaN or infinite as "
+                                    f"{str(tensors[name].dtype)[6:]}: the training diverged, or the file is damaged")
+    return tensors
+
+
+def read_tensors(file, shapes, hint):
+    """The tensors of one safetensors file, {name: tensor}, checked as in `find_tensors` and `load_tensors`."""
+    return load_tensors(find_tensors({Path(file): None}, shapes, hint))
+
+
 def all_finite(tensor):
-    """Whether no value is NaN or infinite; without a copy."""
+    """Whether no value is NaN or infinite. Makes no copy of the tensor."""
     tensor = tensor.detach()
-    # A sum is finite of finite values only, and takes half as long as the extremes. It can overflow: then they decide
+    # One NaN or infinity makes the sum NaN or infinite, and the sum takes half as long as minimum and maximum. A sum of
+    # finite values can overflow, too: then minimum and maximum decide.
     return bool(tensor.sum().isfinite()) or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def human_readable_size(n):
-    """Bytes in words."""
+    """A number of bytes as text: GiB from half a GiB on, else MiB."""
     return f"{n / 2**30:.1f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"

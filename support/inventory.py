@@ -1,4 +1,6 @@
-"""The command inventory: a personality inventory, answered by the base and by each expert.
+"""The command inventory: a personality inventory, answered by the base and by each expert alone.
+
+    python eval.py inventory --run runs/tiny
 """
 import math
 from dataclasses import dataclass, replace
@@ -23,13 +25,14 @@ class Inventory(RunOptions):
     and key (1, or -1 where agreeing means less of the trait); our own data/inventory.csv if not given."""
 
 
+OUR_ITEMS = Path(__file__).parent.parent / "data" / "inventory.csv"
 INITIALS = [trait[0].upper() for trait in TRAITS]
-ANSWERS = "very accurate", "moderately accurate", "neither accurate nor inaccurate", "moderately inaccurate", \
-    "very inaccurate"
+ANSWERS = ("very accurate", "moderately accurate", "neither accurate nor inaccurate", "moderately inaccurate",
+           "very inaccurate")
 
 
 def read_items(path):
-    """Statements of a .csv file -> list of dicts, checked. UserError names file and row."""
+    """Returns the statements of a .csv file as dicts. UserError names file and row."""
     table = read_table(path, ["text", "label_ocean", "key"])
     if not table:
         raise UserError(f"{path}: no statements in it")
@@ -43,9 +46,11 @@ def read_items(path):
 
 @torch.no_grad()
 def ratings(run, texts, gate):
-    """How far each statement is agreed to: (2, I), 1 to 5, the answers listed from "very accurate" down and up.
+    """How far each statement is agreed to, (2, I), from 1 to 5: with the answers listed from "very accurate" down, and
+    from "very inaccurate" up.
 
-    The expected value under the probabilities of the five letters as the reply's first token; nothing is parsed.
+    A rating is the expected value under the probabilities of the five letters as the reply's first token, so no reply
+    has to be parsed.
     """
     letters, found = [encode(run.chat.tokenizer, letter)[0] for letter in "ABCDE"], torch.zeros(2, len(texts))
     for order, values in enumerate(((5.0, 4.0, 3.0, 2.0, 1.0), (1.0, 2.0, 3.0, 4.0, 5.0))):
@@ -63,34 +68,32 @@ def ratings(run, texts, gate):
 
 
 def inventory(args):
-    """An inventory answered by the base and by each expert alone: trait scores, pole separation, leakage."""
-    run, items = LoadedRun(replace(args, stage=args.stage or "warmup")), read_items(
-        args.items or Path(__file__).parent.parent / "data" / "inventory.csv")
+    """Ask the base and each expert alone the statements of an inventory: trait scores, pole separation, leakage."""
+    run, items = LoadedRun(replace(args, stage=args.stage or "warmup")), read_items(args.items or OUR_ITEMS)
     keys, letters = np.array([int(item["key"]) for item in items]), np.array([item["label_ocean"] for item in items])
-    agreed = np.stack([ratings(run, [item["text"].strip() for item in items], gate)
-                       for gate in (None, *map(one_hot_gate, range(len(EXPERTS))))])  # (1 + E, 2, I)
-    scores, who = np.where(keys > 0, agreed, 6 - agreed), ("base", *EXPERTS)
+    gates = {"base": None} | {name: one_hot_gate(e) for e, name in enumerate(EXPERTS)}
+    agreed = np.stack([ratings(run, [item["text"].strip() for item in items], gate) for gate in gates.values()])
+    scores = np.where(keys > 0, agreed, 6 - agreed)  # (1 + E, 2, I)
     traits = [letter for letter in INITIALS if letter in letters]
-    stage = run.folder("experts").parent.name
 
-    def mean(e, mask):  # nan, without a warning, where nothing is keyed this way
-        return scores[e][:, mask].mean() if mask.any() else math.nan
+    def mean(score, mask):  # NaN, without numpy's warning, where no statement is keyed this way
+        return score[:, mask].mean() if mask.any() else math.nan
 
-    cells = [[(mean(e, letters == t), np.abs(np.subtract(*scores[e][:, letters == t])).mean(),
-               mean(e, (letters == t) & (keys > 0)), mean(e, (letters == t) & (keys < 0))) for t in traits]
-             for e in range(len(who))]
-    print_table(**{"title": f"{len(items)} statements, experts after {stage}, each alone: trait scores from 1 to 5 ± the "
-                         "mean gap between the two orders of the answers", "head": ["", *traits],
-                "rows": [[name, *(f"{x:.2f}±{gap:.2f}" for x, gap, _, _ in row)] for name, row in zip(who, cells)]})
-    print_table(**{"title": "The same from the positively / negatively keyed statements alone: halves that differ show a "
-                         "habit of agreeing, not a trait", "head": ["", *traits],
-                "rows": [[name, *(f"{plus:.2f}/{minus:.2f}" for _, _, plus, minus in row)]
-                         for name, row in zip(who, cells)]})
-    moved = scores.mean(1)[1::2] - scores.mean(1)[2::2]  # (5, I): high expert minus low expert, a row a trait
+    both_orders, both_keys = [], []
+    for name, score in zip(gates, scores):
+        both_orders.append([name, *(f"{mean(score, letters == t):.2f}±"
+                                    f"{np.abs(np.subtract(*score[:, letters == t])).mean():.2f}" for t in traits)])
+        both_keys.append([name, *(f"{mean(score, (letters == t) & (keys > 0)):.2f}/"
+                                  f"{mean(score, (letters == t) & (keys < 0)):.2f}" for t in traits)])
+    print_table(["", *traits], both_orders, f"{len(items)} statements, experts after {run.stage_of('experts')}, each "
+                "alone: trait scores from 1 to 5 ± the mean gap between the two orders of the answers")
+    print_table(["", *traits], both_keys, "The same from the positively / negatively keyed statements alone: halves "
+                "that differ show a habit of agreeing, not a trait")
+    moved = scores.mean(1)[1::2] - scores.mean(1)[2::2]  # (5, I): high expert minus low expert, a row per trait
     apart = np.array([[row[letters == t].mean() / max(row[letters == t].std(), 1e-9) for t in traits] for row in moved])
-    own = np.array([[TRAITS[INITIALS.index(t)] == trait for t in traits] for trait in TRAITS])
-    print_table(**{"title": "High expert minus low expert, in standard deviations of that difference over statements; "
-                         "rows: whose experts, columns: whose statements", "head": ["", *traits],
-                "rows": [[trait, *(f"{x:+.2f}" for x in row)] for trait, row in zip(TRAITS, apart)]})
+    print_table(["", *traits], [[trait, *(f"{x:+.2f}" for x in row)] for trait, row in zip(TRAITS, apart)],
+                "High expert minus low expert, in standard deviations of that difference over statements; rows: whose "
+                "experts, columns: whose statements")
+    own = np.array([[initial == t for t in traits] for initial in INITIALS])
     print(f"\n  pole separation (own trait) {apart[own].mean():+.2f}, leakage to other traits (mean size) "
           f"{np.abs(apart[~own]).mean():.2f}")

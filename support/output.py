@@ -1,4 +1,7 @@
-"""What a teacher writes, on disk as soon as it is known: records in one file, rejected queries in another.
+"""The two files that a synthesis writes: records, and the queries that were rejected.
+
+A synthesis runs for hours. Whatever has become of a query is on disk as soon as it is known, so that after Ctrl-C, a
+kill or a power cut the same command goes on where it ended.
 """
 import json
 from collections import Counter
@@ -14,83 +17,89 @@ except ImportError:  # Windows
 
 
 class RecordWriter:
-    """FILE.jsonl for records and FILE.rejected.jsonl beside it, both append-only, a line a query, flushed.
+    """FILE.jsonl for records and FILE.rejected.jsonl beside it. Both are appended to, one line for each query.
 
-    Opening takes a lock of the operating system, which ends with the process, mends a torn last line and finds what is
-    done. A query that is tried again may stand in both files, or twice in the second, until `close` (or the next
-    opening) has cleared up: a record counts more than a rejection, a later rejection more than an earlier one.
+    Opening them locks FILE.jsonl (the operating system unlocks it when the process ends), repairs a last line that was
+    cut off, and finds what is done. While rejected queries are tried again, a query may be in both files, or twice in
+    the second. `tidy` clears that up: a record counts more than a rejection, a later rejection more than an earlier
+    one.
     """
 
     def __init__(self, out):
         if fcntl is None:
             raise UserError("--teacher local and http need the file locks of Linux or macOS")
-        self.out, self.rejected = Path(out), Path(out).with_suffix(".rejected.jsonl")
+        self.out, self.rejected_file = Path(out), Path(out).with_suffix(".rejected.jsonl")
         self.out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.file = open(self.out, "ab")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            repair_last_line(self.out), repair_last_line(self.rejected)
+            self.lock = open(self.out, "ab")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            repair_last_line(self.out)
+            repair_last_line(self.rejected_file)
         except BlockingIOError:
             raise UserError(f"{out}: another process is writing to it; wait for it, or give another --out") from None
         except OSError as error:
             raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
         self.done = {str(r["id"]) for r in read_records(self.out)} if self.out.stat().st_size else set()
-        self.refused = {}
-        self.clear_up()
+        self.tidy()
 
-    def clear_up(self):
-        self.refused = read_rejected(self.rejected, self.done)
-        if self.rejected.exists() and len(self.refused) < len(self.rejected.read_bytes().splitlines()):
-            write_records(self.rejected, self.refused.values())
+    def tidy(self):
+        self.rejected = read_rejected(self.rejected_file, self.done)
+        if self.rejected_file.exists() and len(self.rejected) < len(self.rejected_file.read_bytes().splitlines()):
+            write_records(self.rejected_file, self.rejected.values())
 
     def add(self, outcomes):
-        """Append what is finished: one write for each file, so that an interruption comes before it or after it."""
-        try:
-            for path in (self.out, self.rejected):
-                text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in outcomes
-                               if ("response" in one) == (path == self.out))
-                if text:
-                    with open(path, "ab") as file:
-                        file.write(text.encode("utf-8", "replace"))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}; what was finished before is saved") from None
-        self.done |= {str(o["id"]) for o in outcomes if "response" in o}
-        self.refused |= {str(o["id"]): o for o in outcomes if "response" not in o}
+        """Append outcomes: those with a response are records, the others are rejected.
+
+        Each file gets one write, so an interruption comes before it or after it, not within it.
+        """
+        records = {str(outcome["id"]): outcome for outcome in outcomes if "response" in outcome}
+        rejected = {str(outcome["id"]): outcome for outcome in outcomes if "response" not in outcome}
+        for path, entries in ((self.out, records), (self.rejected_file, rejected)):
+            if not entries:
+                continue
+            text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries.values())
+            try:
+                with open(path, "ab") as file:
+                    file.write(text.encode("utf-8", "replace"))
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror or error}; what was finished before is saved") from None
+        self.done |= records.keys()
+        self.rejected |= rejected
 
     def close(self):
-        self.clear_up()
-        self.file.close()
+        self.tidy()
+        self.lock.close()
 
 
 def reasons(entries):
-    """How many entries of a rejected file have each reason, by what stands before its colon."""
+    """Returns how many entries of a rejected file have each reason, by what stands before its colon."""
     return Counter(entry["reason"].partition(":")[0][:60] for entry in entries)
 
 
 def read_rejected(path, done):
-    """The entries of a rejected file, {id: the last one}, without those that are done by now; {} without a file."""
+    """Returns {id: its last entry} of a rejected file, without the ids that are done by now; {} if there is no file."""
     entries = {}
     for number, entry in read_lines(path) if path.exists() else ():
         if not isinstance(entry, dict) or "id" not in entry or not isinstance(entry.get("reason"), str):
-            raise UserError(f"{path}, line {number}: no entry of a rejected file")
+            raise UserError(f"{path}, line {number}: no entry of a rejected file, which has an id and a reason")
         entries[str(entry["id"])] = entry
     return {key: entry for key, entry in entries.items() if key not in done}
 
 
 def repair_last_line(path):
-    """Make a .jsonl file end with a whole line: what a kill or a power cut left of a last one is removed, and told."""
+    """Make a .jsonl file end with a whole line. What a kill or a power cut left of the last one is removed, which is
+    printed. UserError, and no change, if the last line is no JSON object at all."""
     data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        start = data.rfind(b"\n") + 1
+    last = data[data.rfind(b"\n") + 1:]
+    if not last:
+        return
+    with open(path, "r+b") as file:
         try:
-            json.loads(data[start:])
-            end = b"\n"
-        except (ValueError, RecursionError):
-            if data[start:].strip(b"\0")[:1] not in (b"{", b""):
-                raise UserError(f"{path}: its last line is no JSON object; is this a file of records?") from None
-            end = b""
-            print(f"{path}: the last line was torn and is removed; its query is done again")
-        with open(path, "r+b") as file:
-            file.truncate(len(data) if end else start)
+            json.loads(last)
             file.seek(0, 2)
-            file.write(end)
+            file.write(b"\n")
+        except (ValueError, RecursionError):
+            if last.strip(b"\0")[:1] not in (b"{", b""):  # a power cut may leave zeros
+                raise UserError(f"{path}: its last line is no JSON object; is this a file of records?") from None
+            file.truncate(len(data) - len(last))
+            print(f"{path}: the last line was cut off and is removed; its query is done again")

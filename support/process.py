@@ -1,36 +1,40 @@
-"""What concerns the process and not the method: torchrun's processes, and how malloc treats freed memory.
-"""
+"""What concerns the process and not the method: torchrun's processes, signals, and memory that malloc keeps."""
 import ctypes
 import os
-from contextlib import suppress
+import signal
+import threading
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
-# PyTorch's optimisers import this module. Were it after the group is made, its functions would keep the group as a
-# default value, whose threads outlive destroy_process_group then: they may abort the process while Python ends.
+# PyTorch's optimisers import this module. If it were imported after the process group is made, its functions would hold
+# the group as a default value. The group's threads would then outlive destroy_process_group and could abort the process.
 import torch.distributed.nn  # noqa: F401
 
 from support.files import UserError
 
 
 def rank_and_world_size():
-    """(number of this process, how many there are) of those that torchrun started; (0, 1) alone."""
+    """(number of this process, number of processes) among those that torchrun started; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join_process_group(setup, settings):
-    """Join the processes that torchrun started, each with a GPU of its own -> the number of this one, 0 if alone."""
+def join_process_group(device, batch_sizes):
+    """Join the processes that torchrun started. Returns this process's device; without torchrun that is `device`.
+
+    batch_sizes: {stage: rows of a step}. UserError where a step has fewer rows than there are processes.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
-        return 0
-    for stage, s in settings.items():
-        if s["batch"] < world_size:
-            raise UserError(f"{world_size} processes share {s['batch']} rows of a {stage} step: give a larger --batch")
-    if setup.device.type == "cuda":
-        setup.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(setup.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if setup.device.type == "cuda" else "gloo")
-    return rank_and_world_size()[0]
+        return device
+    for stage, rows in batch_sizes.items():
+        if rows < world_size:
+            raise UserError(f"{world_size} processes share {rows} rows of a {stage} step: give a larger --batch")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def all_reduce_sum(tensors):
@@ -39,19 +43,45 @@ def all_reduce_sum(tensors):
         work.wait()
 
 
-def any_process_wants_to_stop(stop, world_size):
-    """Whether any of `world_size` processes was asked to stop: all of them end after the same step."""
+def any_process_wants_to_stop(stop):
+    """Whether `stop()` is true in any process, so that all processes end after the same step."""
     flag = torch.tensor(float(stop()))
-    if world_size > 1:
+    if rank_and_world_size()[1] > 1:
         all_reduce_sum([flag])
     return flag.item() > 0
 
 
+@contextmanager
+def stop_on_signal():
+    """Yield a threading.Event that Ctrl-C (SIGINT) or SIGTERM sets. Training then finishes its step, saves and ends.
+
+    A second signal ends the process at once. Under torchrun it does not, because torchrun always sends two.
+    """
+    stop = threading.Event()
+
+    def ask_to_stop(*_):
+        stop.set()
+        if rank_and_world_size()[1] == 1:
+            restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        restore()
+
+
 def keep_freed_memory():
-    """Have glibc's malloc keep what is freed. As a rule it hands memory back to the system, and the next step, which
-    needs as much, gets it page by page: in one with 512 tokens of SmolLM2 a hundred thousand pages, 4 % of its time on
-    two virtual cores. Other C libraries go on as they do."""
+    """Make glibc's malloc keep freed memory instead of handing it back to the system. Other C libraries do not change.
+
+    A training step needs as much memory as the one before it. Handed back, this memory returns page by page: a step of
+    512 tokens of SmolLM2 takes 100,000 page faults, 4 % of its time on two virtual cores.
+    """
     with suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the heap's end stays, up to 2 GiB
-        mallopt(-3, 2**25)      # M_MMAP_THRESHOLD: less than 32 MiB, glibc's maximum, comes from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: up to 2 GiB of free memory stay at the heap's end
+        mallopt(-3, 2**25)      # M_MMAP_THRESHOLD: blocks below 32 MiB (glibc's maximum) come from the heap

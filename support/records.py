@@ -1,86 +1,102 @@
-"""Files of records and of queries: reading with a check of every line, writing, splitting by query.
+"""Files of records and files of queries: every line is checked when it is read. Also the split by query.
+
+What a record is stands at the top of synth.py.
 """
 import hashlib
 import json
 from pathlib import Path
 
 from router import active_experts
-from support.files import UserError, atomic, read_bytes, read_lines, read_table
+from support.files import UserError, atomic, read_bytes, read_lines, read_table, shorten
 
 
 SPLITS = ("train", "validation", "test")
+REQUIRED = ("id", "query", "response", "traits")
 
 
-def check_record(record, need_response=True):
-    """What is wrong with a record, in words, or None."""
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_history(value):
+    return value is None or isinstance(value, list) and all(
+        isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str) for turn in value)
+
+
+FIELDS = {  # field: (whether a value is valid, what is expected)
+    "id": (lambda value: type(value) in (str, int), "a string or a whole number"),
+    "query": (is_text, "some text"),
+    "response": (is_text, "some text"),
+    "traits": (lambda value: isinstance(value, dict), 'an object such as {"openness": 1}'),
+    "teacher_traits": (lambda value: value is None or isinstance(value, dict), "an object as in traits"),
+    "history": (is_history, 'a list of {"role": "system" | "user" | "assistant", "content": text}'),
+}
+
+
+def check_record(record, required=REQUIRED):
+    """Returns what is wrong with a record, in words, or None if it is valid."""
     if not isinstance(record, dict):
         return f"found a {type(record).__name__}, expected a JSON object"
-    for key in ("id", "query", "response", "traits"):
-        if key not in record and (need_response or key != "response"):
-            return f"no {key!r}; a record needs id, query, response and traits"
-    for key in ("query", "response"):
-        text = record.get(key, "-")
-        if not isinstance(text, str) or not text.strip():
-            return f"{key} is {text!r}, expected some text"
+    for key in required:
+        if key not in record:
+            return f"no {key!r}, expected {', '.join(required)}"
+    for key, (valid, expected) in FIELDS.items():
+        if key in record and not valid(record[key]):
+            return f"{key} is {shorten(record[key])}, expected {expected}"
+    for key in ("traits", "teacher_traits"):
+        try:
+            active_experts(record.get(key) or {})
+        except (TypeError, ValueError) as error:
+            return f"{key}: {error}"
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        return "too many brackets within brackets"
-    except UnicodeEncodeError:
-        return "half of a surrogate pair (\\ud800 to \\udfff), which is no text"
-    if not isinstance(record["id"], (str, int)) or isinstance(record["id"], bool):
-        return f"id is {record['id']!r}, expected a string"
-    if not isinstance(record["traits"], dict):
-        return f"traits is {record['traits']!r}, expected an object such as {{\"openness\": 1}}"
-    try:
-        active_experts(record["traits"])
-    except (TypeError, ValueError) as error:
-        return f"traits: {error}"
-    history = record.get("history") or []
-    if not isinstance(history, list) or not all(
-            isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
-            and isinstance(turn.get("content"), str) for turn in history):
-        return "history: expected a list of {\"role\": \"system\" | \"user\" | \"assistant\", \"content\": text}"
-    kept = record.get("teacher_traits") or {}  # what a review has changed
-    if not isinstance(kept, dict) or any(label not in (-1, 0, 1) for label in kept.values()):
-        return f"teacher_traits is {kept!r}, expected an object such as traits"
+    except (RecursionError, UnicodeEncodeError) as error:  # JSON can spell half of a surrogate pair, UTF-8 cannot
+        return f"cannot be written as JSON in UTF-8 ({error})"
     return None
 
 
 def read_records(path, need_response=True):
-    """The records of a .jsonl file, checked. UserError names file and line. The router stage needs no responses."""
-    records, lines = [], {}
+    """Returns the checked records of a .jsonl file. UserError names file and line.
+
+    The router stage needs no responses; one that is there is checked all the same.
+    """
+    required = REQUIRED if need_response else ("id", "query", "traits")
+    records, line_of_id = [], {}
     for number, record in read_lines(path):
-        problem = check_record(record, need_response)
-        if problem is None and str(record["id"]) in lines:
-            problem = f"id {record['id']!r} stands on line {lines[str(record['id'])]} already"
+        problem = check_record(record, required) or check_id(record["id"], number, line_of_id)
         if problem:
             raise UserError(f"{path}, line {number}: {problem}")
-        lines[str(record["id"])] = number
         records.append(record)
     if not records:
-        raise UserError(f"{path}: no records in it, expected one JSON object a line")
+        raise UserError(f"{path}: no records in it, expected one JSON object on each line")
     return records
 
 
+def check_id(id, number, line_of_id):
+    """Returns what is wrong with an id that an earlier line has, or None. line_of_id, {id: line}, gets new ids."""
+    first = line_of_id.setdefault(str(id), number)
+    return None if first == number else f"id {id!r} stands on line {first} already"
+
+
 def record_lines(records):
-    """Records as the bytes of a .jsonl file."""
+    """Returns records as the bytes of a .jsonl file."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def write_records(path, records):
-    """Write records to a .jsonl file, all or nothing."""
+    """Write records to a .jsonl file, all of them or none."""
     with atomic(path) as part:
         part.write_bytes(record_lines(records))
 
 
 def normalise_query(text):
-    """Text by which two queries are the same: case and white space do not count."""
+    """Returns the text by which queries are compared: case and white space do not count."""
     return " ".join(text.lower().split())
 
 
 def split_records(records, seed=0):
-    """80 / 10 / 10 by a hash of the query (case and white space folded): two records of one query never part."""
+    """Returns {split: records}, 80 / 10 / 10. A hash of the query decides, so records of one query stay together."""
     splits = {name: [] for name in SPLITS}
     for record in records:
         tenth = hashlib.sha256(f"{seed}:{normalise_query(record['query'])}".encode()).digest()[0] * 10 // 256
@@ -89,9 +105,9 @@ def split_records(records, seed=0):
 
 
 def load_data(path, seed=0, need_response=True):
-    """`--data`: a .jsonl file, split by query, or a folder with train, validation and test -> {split: records}.
+    """Read `--data`: a .jsonl file, which is split by query, or a folder with train, validation and test.jsonl.
 
-    Records whose traits are all zero are left out; the second result says how many there were.
+    Returns {split: records} and how many records were left out because all their traits are zero.
     """
     path = Path(path)
     if path.is_dir():
@@ -107,50 +123,53 @@ def load_data(path, seed=0, need_response=True):
 
 
 def read_queries(path):
-    """Queries of a .txt (one a line), .jsonl or .csv file -> ([{"id", "query", all else that was there}], duplicates).
+    """Read queries from a .txt file (one on each line), a .jsonl or a .csv file. UserError names file and line.
 
-    A given id is kept, else it is a hash of the query (and its history): the same file gives the same ids. Queries that
-    differ in case and white space only are one; the first is kept. UserError names file and line.
+    Returns ([{"id", "query", and all other fields of the file}], number of duplicates). Queries that differ only in
+    case and white space are duplicates; the first one is kept. A query without an id gets a hash of itself and its
+    history as its id, so the same query has the same id in every file.
     """
-    kind = Path(path).suffix.lower()
-    if kind == ".jsonl":
-        rows = read_lines(path)
-    elif kind == ".csv":
-        rows = [(number, {k: v for k, v in row.items() if v.strip()}) for number, row in read_table(path, ["query"])]
-    elif kind == ".txt":
-        try:
-            lines = read_bytes(path).decode("utf-8").split("\n")
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
-        rows = [(number, {"query": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        raise UserError(f"{path}: expected queries in a .txt, .jsonl or .csv file")
-    items, seen, lines, duplicates = [], set(), {}, 0
-    for number, row in rows:
-        if isinstance(row, dict):  # what the teacher is to write is not taken from elsewhere
-            row = {k: v for k, v in row.items() if k not in ("response", "traits", "cot")}
-            row["id"] = "" if row.get("id") is None else row["id"]
-            problem = check_record(row | {"traits": {}}, need_response=False)
-        else:
-            problem = check_record(row)
+    queries, known, line_of_id, duplicates = [], set(), {}, 0
+    for number, query in query_rows(Path(path)):
+        if isinstance(query, dict):
+            # the teacher writes these three, so those of the file are left out
+            query = {k: v for k, v in query.items() if k not in ("response", "traits", "cot")}
+            if query.get("id") in (None, ""):
+                query.pop("id", None)
+        problem = check_record(query, required=("query",))
         if problem:
-            raise UserError(f"{path}, line {number}: {problem.partition(';')[0]}")
-        key = normalise_query(row["query"]) + (json.dumps(row["history"]) if row.get("history") else "")
-        if key in seen:
+            raise UserError(f"{path}, line {number}: {problem}")
+        key = normalise_query(query["query"]) + (json.dumps(query["history"]) if query.get("history") else "")
+        if key in known:
             duplicates += 1
             continue
-        seen.add(key)
-        if row["id"] == "":
-            row["id"] = "q-" + hashlib.sha256(key.encode()).hexdigest()[:16]
-        if str(row["id"]) in lines:
-            raise UserError(f"{path}, line {number}: id {row['id']!r} stands on line {lines[str(row['id'])]} already, "
-                            "with another query")
-        lines[str(row["id"])] = number
-        items.append({"id": row["id"]} | row)
-    if not items:
+        known.add(key)
+        query = {"id": "q-" + hashlib.sha256(key.encode()).hexdigest()[:16]} | query
+        problem = check_id(query["id"], number, line_of_id)
+        if problem:
+            raise UserError(f"{path}, line {number}: {problem}, with another query")
+        queries.append(query)
+    if not queries:
         raise UserError(f"{path}: no queries in it")
-    return items, duplicates
+    return queries, duplicates
+
+
+def query_rows(path):
+    """Returns (line number, {field: value}) for each query of a .txt, .jsonl or .csv file."""
+    kind = path.suffix.lower()
+    if kind == ".jsonl":
+        return read_lines(path)
+    if kind == ".csv":  # an empty cell is a field that is not there
+        return [(number, {k: v for k, v in row.items() if v.strip()}) for number, row in read_table(path, ["query"])]
+    if kind != ".txt":
+        raise UserError(f"{path}: expected queries in a .txt, .jsonl or .csv file")
+    try:
+        lines = read_bytes(path).decode("utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+    return [(number, {"query": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def messages_of(record):
+    """Returns the conversation up to and including the query, as the chat format takes it."""
     return [*(record.get("history") or []), {"role": "user", "content": record["query"]}]

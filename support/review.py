@@ -1,8 +1,8 @@
-"""People and the data: what is in a file of records, how it is split, and how annotators check a teacher's labels.
+"""Looking at records: what a file holds, how it is split, and how people check the labels that a teacher gave.
 
-    python synth.py report data/mine.jsonl                               # tables, and the warnings
+    python synth.py report data/mine.jsonl                               # tables and warnings
     python synth.py split data/mine.jsonl --hold-out travel              # train.jsonl, validation.jsonl, test.jsonl
-    python synth.py review data/mine.jsonl --sample 200                  # a table for a spreadsheet
+    python synth.py review data/mine.jsonl --sample 200                  # a table to fill in with a spreadsheet program
     python synth.py review data/mine.jsonl --import a.csv b.csv          # agreement, and corrected records
 """
 import csv
@@ -12,7 +12,7 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,28 @@ from support.files import UserError, atomic, read_table
 from support.output import read_rejected, reasons
 from support.records import normalise_query, read_records, split_records, write_records
 from support.replies import read_pole
+from support.tables import print_table
+
+
+def read_files(files):
+    """The records of several files, as one list. UserError if two files share an id."""
+    records, origin = [], {}
+    for file in files:
+        for record in read_records(file):
+            if origin.setdefault(str(record["id"]), file) != file:
+                raise UserError(f"{file}: id {record['id']!r} is in {origin[str(record['id'])]} too")
+            records.append(record)
+    return records
+
+
+def check_new(path, overwrite):
+    """UserError if `path` exists and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; --overwrite replaces it, --out gives another name")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# report: what is in a file of records
+# report: what a file of records holds
 
 NAMED = re.compile(r"(?i)\b(openness|conscientious\w*|extr[ao]ver[st]\w*|introver[st]\w*|agreeable\w*|neurotic\w*)\b")
 
@@ -35,40 +53,50 @@ NAMED = re.compile(r"(?i)\b(openness|conscientious\w*|extr[ao]ver[st]\w*|introve
 @dataclass(kw_only=True)
 class Report:
     files: list[str]
-    """Records, FILE.jsonl; of FILE.rejected.jsonl beside it, the reasons are counted."""
+    """Records, FILE.jsonl. Rejected queries are counted from FILE.rejected.jsonl beside it."""
     json: bool = False
-    """One JSON object instead of tables."""
+    """Print one JSON object instead of tables."""
+
+
+def as_dict(value):
+    """Returns value if it is a dict, else an empty one: records from elsewhere may hold anything under `cot`."""
+    return value if isinstance(value, dict) else {}
 
 
 def shares(records):
-    """How many records, how many of them all-zero, and the share of each pole."""
+    """The number of records, how many have an all-zero vector, and each pole's share of the records."""
     active = sum(active_experts(r["traits"]) for r in records)
     return {"records": len(records), "all_zero": sum(not any(r["traits"].values()) for r in records),
             "poles": {expert: n / len(records) for expert, n in zip(EXPERTS, active.tolist())}}
 
 
-def measure(records, rejected=()):
-    """All that `report` shows, as JSON values. rejected: entries of the rejected file."""
-    refused = reasons(rejected)
-    active, total, words = torch.stack([active_experts(r["traits"]) for r in records]), shares(records), {}
-    for name in ("query", "situation", "response"):
-        texts = [r[name] if name != "situation" else r["cot"].get(name) if isinstance(r.get("cot"), dict) else None
-                 for r in records]
-        counts = sorted(len(text.split()) for text in texts if isinstance(text, str))
-        if counts:
-            words[name] = {"5 %": counts[len(counts) // 20], "median": counts[len(counts) // 2],
-                           "95 %": counts[len(counts) * 19 // 20], "longest": counts[-1]}
+def summarise(records, rejected=()):
+    """Everything that `report` shows, as JSON values. `rejected`: the entries of the rejected file."""
+    total, refused = shares(records), reasons(rejected)
+    cots = [as_dict(r.get("cot")) for r in records]
+    texts = {"query": [r["query"] for r in records], "situation": [cot.get("situation") for cot in cots],
+             "response": [r["response"] for r in records]}
+    words = {}
+    for name, found in texts.items():
+        lengths = sorted(len(text.split()) for text in found if isinstance(text, str))
+        if lengths:
+            words[name] = {"5 %": lengths[len(lengths) // 20], "median": lengths[len(lengths) // 2],
+                           "95 %": lengths[len(lengths) * 19 // 20], "longest": lengths[-1]}
+
     cues, quoted = {expert: Counter() for expert in EXPERTS}, []
-    for record in records:
-        why = record["cot"].get("traits") if isinstance(record.get("cot"), dict) else None
-        for trait, one in why.items() if isinstance(why, dict) else ():  # other people's records may hold anything
-            one = one if isinstance(one, dict) and trait in TRAITS else {}
-            pole, cue = read_pole(one.get("pole")), normalise_query(str(one.get("cue") or ""))
-            if pole and cue:
+    for record, cot in zip(records, cots):
+        for trait, choice in as_dict(cot.get("traits")).items():
+            pole, cue = read_pole(as_dict(choice).get("pole")), normalise_query(str(as_dict(choice).get("cue") or ""))
+            if pole and cue and trait in TRAITS:
                 cues[f"{'high' if pole > 0 else 'low'}_{trait}"][cue] += 1
                 quoted.append(cue.strip(" .,;:!?\"'") in normalise_query(record["query"]))
+
+    active = torch.stack([active_experts(r["traits"]) for r in records])
     zero = total["all_zero"] + refused["all-zero vector"]
     teachers = [r["teacher"] for r in (*records, *rejected) if isinstance(r.get("teacher"), dict)]
+    groups = {key: {name: shares([r for r in records if r.get(key) == name])
+                    for name in sorted({r[key] for r in records if isinstance(r.get(key), str)})}
+              for key in ("domain", "culture")}
     return total | {
         "rejected": dict(refused.most_common()),
         "all_zero_share": zero / (len(records) + refused["all-zero vector"]),
@@ -79,59 +107,62 @@ def measure(records, rejected=()):
         "words": words, "naming_traits": [r["id"] for r in records if NAMED.search(r["response"])],
         "cues": {expert: found.most_common(5) for expert, found in cues.items()},
         "cues_quoted": sum(quoted) / len(quoted) if quoted else None,
-        **{key: {name: shares([r for r in records if r.get(key) == name]) for name in sorted(
-            {r[key] for r in records if isinstance(r.get(key), str)})} for key in ("domain", "culture")},
+        **groups,
         "teachers": dict(Counter(str(t.get("name", "?")) for t in teachers)),
         **{key: sum(n for t in teachers if type(n := t.get(key)) is int)
            for key in ("calls", "tokens_read", "tokens_written")}}
 
 
-def tables(m):
-    """What `measure` found, for a terminal of 80 columns."""
-    def cut(text, width):
-        return text if len(text) <= width else text[:width - 1] + "…"
+def print_summary(found):
+    """Print what `summarise` found as tables of at most 80 columns."""
+    def table(head, rows):
+        print()
+        print_table(head, rows, width=80)
 
-    def line(name, cells, width):
-        return f"  {cut(name, 24):<24}" + "".join(f"{one:>{width}}" for one in cells)
-    naming, n = ", ".join(map(str, m["naming_traits"])), m["records"]
-    lines = [f"  {n} records, {sum(m['rejected'].values())} rejected; {m['calls']} calls, {m['tokens_read']:,} tokens "
-             f"read, {m['tokens_written']:,} written",
-             *(f"  {count:>7} by {cut(name, 60)}" for name, count in m["teachers"].items()),
-             *(f"  {count:>7} rejected: {cut(reason, 60)}" for reason, count in list(m["rejected"].items())[:8]), "",
-             line("all-zero vectors", [f"{m['all_zero_share']:.1%}"], 9) + "   (of records and rejected ones)",
-             line("duplicate queries", [m["duplicate_queries"]], 9),
-             line("duplicate responses", [m["duplicate_responses"]], 9),
-             line("responses naming traits", [len(m["naming_traits"])], 9) + f"   {cut(naming, 40)}"]
-    if m["cues_quoted"] is not None:
-        lines.append(line("cues that are quoted", [f"{m['cues_quoted']:.1%}"], 9) + "   (word for word in the query)")
-    lines += ["", line("words", ["5 %", "median", "95 %", "longest"], 9)]
-    lines += [line(name, found.values(), 9) for name, found in m["words"].items()]
-    lines += ["", line("active poles", m["active_poles"], 9), line("records", m["active_poles"].values(), 9), ""]
-    lines += [line("pole", ["share"], 9) + "   cues most often cited"]
-    for expert in EXPERTS:
-        cues = "; ".join(f"{cue} ({count})" for cue, count in m["cues"][expert])
-        lines.append(line(expert, [f"{m['poles'][expert]:.1%}"], 9) + f"   {cut(cues, 42)}")
-    lines += ["", line("records with both", SHORT_NAMES, 5)]
-    lines += [line(expert, row.values(), 5) for expert, row in m["together"].items()]
+    def left(text, width=42):  # of a column that print_table would set to the right
+        return f"{text if len(text) <= width else text[:width - 1] + '…':<{width}}"
+
+    print(f"\n  {found['records']:,} records, {sum(found['rejected'].values()):,} rejected; {found['calls']:,} calls, "
+          f"{found['tokens_read']:,} tokens read, {found['tokens_written']:,} written")
+    for name, head in (("teachers", "teacher"), ("rejected", "reason for rejecting")):
+        if found[name]:
+            table([head, "queries"], list(found[name].items())[:8])
+    rows = [["all-zero vectors", f"{found['all_zero_share']:.1%}", left("of records and rejected ones")],
+            ["duplicate queries", found["duplicate_queries"], ""],
+            ["duplicate responses", found["duplicate_responses"], ""],
+            ["responses naming traits", len(found["naming_traits"]), left(", ".join(map(str, found["naming_traits"])))]]
+    if found["cues_quoted"] is not None:
+        rows.append(["cues that are quoted", f"{found['cues_quoted']:.1%}", left("word for word in the query")])
+    table(["quality", "", ""], rows)
+    table(["words", "5 %", "median", "95 %", "longest"], [[name, *n.values()] for name, n in found["words"].items()])
+    table(["active poles", *found["active_poles"]], [["records", *found["active_poles"].values()]])
+    cues = {expert: "; ".join(f"{cue} ({n})" for cue, n in most) for expert, most in found["cues"].items()}
+    table(["pole", "share", left("cues most often cited")],
+          [[expert, f"{share:.1%}", left(cues[expert])] for expert, share in found["poles"].items()])
+    table(["records with both", *SHORT_NAMES],
+          [[name, *map(str, row.values())] for name, row in zip(SHORT_NAMES, found["together"].values())])
     for key in ("domain", "culture"):
-        if m[key]:
-            lines += ["", line(f"{key}, poles in %", [" all", " zero", *(f" {name}" for name in SHORT_NAMES)], 4)]
-            lines += [line(name, [f"{g['records']:>4}", f"{g['all_zero']:>5}", *(
-                f"{100 * p:.0f}" for p in g["poles"].values())], 4) for name, g in m[key].items()]
-    return "\n".join(text.rstrip() for text in lines)
+        if found[key]:
+            table([f"{key}, poles in %", "all", "zero", *SHORT_NAMES],
+                  [[name, *map(str, (group["records"], group["all_zero"])),
+                    *(f"{100 * share:.0f}" for share in group["poles"].values())]
+                   for name, group in found[key].items()])
 
 
 def report(args):
-    """Counts, poles, all-zero vectors, lengths, duplicates, cues, per domain and culture. Exit status 1 if more than
-    20 % of the trait vectors are all zero."""
+    """Counts, poles, all-zero vectors, lengths, duplicates and cues, also per domain and culture. The exit status is 1
+    if more than 20 % of the trait vectors are all zero."""
     records, rejected = [], []
     for file in args.files:
         records += read_records(file)
-        beside, done = Path(file).with_suffix(".rejected.jsonl"), {str(r["id"]) for r in records}
-        rejected += read_rejected(beside, done).values()
-    found = measure(records, rejected)
-    print(json.dumps({"files": args.files, **found}, ensure_ascii=False) if args.json
-          else f"{', '.join(args.files)}\n\n{tables(found)}")
+        done = {str(r["id"]) for r in records}
+        rejected += read_rejected(Path(file).with_suffix(".rejected.jsonl"), done).values()
+    found = summarise(records, rejected)
+    if args.json:
+        print(json.dumps({"files": args.files, **found}, ensure_ascii=False))
+    else:
+        print(", ".join(args.files))
+        print_summary(found)
     if found["all_zero_share"] > 0.02:
         print(f"warning: {found['all_zero_share']:.1%} of the trait vectors are all zero, the source's sign of a "
               "synthesis that has failed (at most 2 % is fine)", file=sys.stderr)
@@ -148,36 +179,30 @@ class Split:
     out: str | None = None
     """Folder for train.jsonl, validation.jsonl and test.jsonl; FILE without .jsonl if not given."""
     hold_out: list[str] = ()
-    """Domains that go into test.jsonl whole, and so into no training."""
+    """Domains whose records all go into test.jsonl, so that training never sees them."""
     seed: int = 0
-    """Of the split; train.py --data FILE.jsonl --seed N makes the same one."""
+    """Seed of the split; train.py --data FILE.jsonl --seed N makes the same one."""
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace files that exist."""
 
 
 def split(args):
-    """Train, validation and test.jsonl, 80/10/10 by query: two records of one query never part."""
-    records, lines = [], {}
-    for file in args.files:
-        for record in read_records(file):
-            if lines.setdefault(str(record["id"]), file) != file:
-                raise UserError(f"{file}: id {record['id']!r} stands in {lines[str(record['id'])]} too")
-            records.append(record)
+    """Write train, validation and test.jsonl, 80/10/10 by query: records with the same query stay together."""
+    records = read_files(args.files)
     out, domains = Path(args.out or Path(args.files[0]).with_suffix("")), {str(r.get("domain")) for r in records}
-    if set(args.hold_out) - domains:
-        raise UserError(f"--hold-out: no record is of the domain {min(set(args.hold_out) - domains)!r}; there are "
-                        f"{', '.join(sorted(domains))}")
-    held = {normalise_query(r["query"]) for r in records if str(r.get("domain")) in args.hold_out}
-    splits = split_records([r for r in records if normalise_query(r["query"]) not in held], args.seed)
-    splits["test"] += [r for r in records if normalise_query(r["query"]) in held]
+    for domain in sorted(set(args.hold_out) - domains):
+        raise UserError(f"--hold-out: no record is of the domain {domain!r}; there are {', '.join(sorted(domains))}")
+    held_out = {normalise_query(r["query"]) for r in records if str(r.get("domain")) in args.hold_out}
+    splits = split_records([r for r in records if normalise_query(r["query"]) not in held_out], args.seed)
+    splits["test"] += [r for r in records if normalise_query(r["query"]) in held_out]
     for name, part in splits.items():
         if not any(any(r["traits"].values()) for r in part):
             raise UserError(f"{', '.join(args.files)}: too few records: none with an active trait for {name}")
-        if (out / f"{name}.jsonl").exists() and not args.overwrite:
-            raise UserError(f"{out / f'{name}.jsonl'} is there already; --overwrite replaces it")
+        check_new(out / f"{name}.jsonl", args.overwrite)
     for name, part in splits.items():
         write_records(out / f"{name}.jsonl", part)
-        print(f"{out / f'{name}.jsonl'}: {len(part)} records, {len({normalise_query(r['query']) for r in part})} queries")
+        queries = {normalise_query(r["query"]) for r in part}
+        print(f"{out / f'{name}.jsonl'}: {len(part)} records, {len(queries)} queries")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,65 +210,59 @@ def split(args):
 
 @dataclass(kw_only=True)
 class Review:
-    file: list[str] = field(default_factory=list)
-    """Records, FILE.jsonl. With --import it may be left out: then the sample's own records are corrected."""
+    files: list[str]
+    """Records, FILE.jsonl; several are put together."""
     sample: int = 200
-    """How many records to draw, so that all poles are about equally frequent."""
+    """How many records to draw. All poles are drawn about equally often."""
     out: str | None = None
     """The table to fill in, FILE.review.csv if not given; with --import the corrected records, FILE.corrected.jsonl."""
     show_labels: bool = False
-    """Show the annotators what the teacher chose."""
+    """Show the teacher's labels to the annotators."""
     import_: list[str] = ()
     """Tables that annotators have filled in with 1 (high), -1 (low), 0 (neither) or nothing (can't say)."""
     seed: int = 0
-    """Of the sample."""
+    """Seed of the sample."""
     overwrite: bool = False
-    """Replace what is there."""
+    """Replace a file that exists."""
 
 
 def review(args):
-    """Draw a sample of records for people to label in a spreadsheet; or, with --import, measure how far they agree with
-    each other and with the teacher, and write corrected records."""
-    if len(args.file) > 1 or not args.file and not args.import_:
-        raise UserError(f"review takes one file of records, found {len(args.file)}; see python synth.py review --help")
+    """Draw a sample of records for people to label in a spreadsheet program. With --import, measure how far they agree
+    with each other and with the teacher, and write corrected records."""
+    records = read_files(args.files)
     if args.import_:
-        return import_labels(args)
-    records, out = read_records(args.file[0]), Path(args.out or Path(args.file[0]).with_suffix(".review.csv"))
+        return import_labels(args, records)
+    out = Path(args.out or Path(args.files[0]).with_suffix(".review.csv"))
     if out.suffix != ".csv":
         raise UserError(f"--out is {out}, expected a file named .csv")
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out} is there already, perhaps filled in; --overwrite replaces it")
-    beside = out.with_suffix(".records.jsonl")
-    if beside.exists() and beside.samefile(args.file[0]):
-        raise UserError(f"{beside}, the records to draw from, would be replaced by the sample's; give another --out")
-    if beside.exists() and not args.overwrite:
-        raise UserError(f"{beside} is there already; --overwrite replaces it, another --out leaves it")
-    sample, extra = stratified(records, args.sample, args.seed), ("domain", "culture", "history")
-    texts = ["id", *(key for key in extra if any(r.get(key) for r in sample)), "query", "response"]
+    check_new(out, args.overwrite)  # it may have been filled in
+    sample = stratified_sample(records, args.sample, args.seed)
+    texts = ["id", *(key for key in ("domain", "culture", "history") if any(r.get(key) for r in sample)),
+             "query", "response"]
     columns = [*texts, *TRAITS, "comment", *(f"teacher_{trait}" for trait in TRAITS if args.show_labels)]
-    with atomic(out) as part, open(part, "w", newline="", encoding="utf-8-sig") as file:  # the mark is for Excel
+    with atomic(out) as part, open(part, "w", newline="", encoding="utf-8-sig") as file:  # Excel needs the mark
         table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         table.writeheader()
         for r in sample:
-            said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in r.get("history") or [])
-            table.writerow({key: cell(r.get(key)) for key in texts} | {"history": cell(said)}
+            history = "\n".join(f"{turn['role']}: {turn['content']}" for turn in r.get("history") or [])
+            table.writerow({key: cell(r.get(key)) for key in texts} | {"history": cell(history)}
                            | {f"teacher_{trait}": r["traits"].get(trait, 0) for trait in TRAITS})
-    write_records(beside, sample)
     counts = sum(active_experts(r["traits"]) for r in sample).int().tolist()
-    print(f"{out}: {len(sample)} of {len(records)} records ({', '.join(f'{n} {s}' for n, s in zip(counts, SHORT_NAMES))}).\n"
+    poles = ", ".join(f"{n} {name}" for n, name in zip(counts, SHORT_NAMES))
+    print(f"{out}: {len(sample)} of {len(records)} records ({poles}).\n"
           "Give each annotator a copy, to fill the traits' columns with 1 (high), -1 (low),\n"
           "0 (neither) or nothing (can't say). Then:\n"
-          f"python synth.py review {args.file[0]} --import FIRST.csv SECOND.csv …")
+          f"python synth.py review {' '.join(args.files)} --import FIRST.csv SECOND.csv …")
 
 
 def cell(value):
-    """A text for a spreadsheet, which must not take it for a formula."""
+    """Returns a value as text that a spreadsheet program does not take for a formula."""
     text = "" if value is None else str(value)
     return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
-def stratified(records, size, seed):
-    """A sample that takes from each pole in turn (and from the all-zero records) as long as there are any, shuffled."""
+def stratified_sample(records, size, seed):
+    """Draw from the records of each pole, and from the all-zero ones, in turn while there are any; then shuffle."""
     rng, taken = random.Random(seed), {}
     order = rng.sample(records, len(records))
     strata = [[r for r in order if active_experts(r["traits"])[e]] for e in range(len(EXPERTS))]
@@ -257,33 +276,29 @@ def stratified(records, size, seed):
 
 
 def read_labels(path, records):
-    """A filled-in table -> {id: {trait: 1, 0 or −1}}, empty cells left out. One UserError names every cell that is
-    wrong (the first five), by row and column."""
-    known, labels, problems = {cell(r["id"]): str(r["id"]) for r in records}, {}, []
+    """A filled-in table as {id: {trait: 1, 0 or −1}} without its empty cells. UserError names a wrong cell."""
+    known, labels = {cell(r["id"]): str(r["id"]) for r in records}, {}
     for number, row in read_table(path, ["id", *TRAITS]):
-        key = known.get(row["id"].strip(), known.get(cell(row["id"].strip())))
+        key = known.get(row["id"].strip(), known.get(cell(row["id"].strip())))  # the program may have dropped the "'"
         if key is None or key in labels:
-            problems.append(f"row {number}: id {row['id']!r} " + ("stands there twice" if key else "is no record's"))
-            continue
+            problem = "there twice" if key else "not in the records"
+            raise UserError(f"{path}, row {number}: id {row['id']!r} is {problem}")
         labels[key] = {}
         for trait in TRAITS:
             text = row.get(trait, "").strip()
             if text and read_pole(text) is None:
-                problems.append(f"row {number}, column {trait}: {text[:40]!r}, expected 1, 0, -1 or nothing")
-            elif text:
+                raise UserError(f"{path}, row {number}, column {trait}: {text[:40]!r}, expected 1, 0, -1 or nothing")
+            if text:
                 labels[key][trait] = read_pole(text)
-    if problems:
-        more = f"; and {len(problems) - 5} more" if problems[5:] else ""
-        raise UserError(f"{path}: {'; '.join(problems[:5])}{more}")
     return labels
 
 
 def krippendorff_alpha(ratings):
-    """Krippendorff's α for ordinal values: ratings (annotators, units), NaN where there is none -> 1 for full
-    agreement, 0 for chance, NaN where nothing varies or no unit has two ratings.
+    """Krippendorff's α for ordinal values: 1 for full agreement, 0 for chance, NaN where nothing varies or no unit has
+    two ratings. ratings: (annotators, units), NaN where one is missing.
 
-    Coincidences o_ck count the pairs of values within a unit, each weighted 1/(m − 1) for m ratings; two values are as
-    far apart as there are values from one to the other, δ_ck = (Σ_{g=c..k} n_g − (n_c + n_k)/2)², and
+    The coincidences o_ck count the pairs of values within a unit, each weighted 1/(m − 1) where the unit has m ratings.
+    The distance of two values grows with how many ratings lie between them: δ_ck = (Σ_{g=c..k} n_g − (n_c + n_k)/2)².
     α = 1 − Σ o δ / (Σ n_c n_k δ / (n − 1)).  (Krippendorff, Content Analysis, chapter on reliability.)
     """
     ratings = np.asarray(ratings, dtype=float)
@@ -299,29 +314,27 @@ def krippendorff_alpha(ratings):
     return float(1 - (n.sum() - 1) * (o * distance).sum() / expected) if expected > 0 else math.nan
 
 
-def corrected(records, tables):
-    """-> records with the labels that more than half of the annotators gave, and how many changed, by trait."""
-    changed, found = Counter(), []
+def correct(records, tables):
+    """Returns records with the labels that more than half of the annotators gave, and the changes as {trait: count}."""
+    changes, corrected = Counter(), []
     for record in records:
-        new, kept = dict(record["traits"]), dict(record.get("teacher_traits") or {})
+        traits, originals = dict(record["traits"]), dict(record.get("teacher_traits") or {})
+        given = [labels.get(str(record["id"]), {}) for labels in tables]
         for trait in TRAITS:
-            votes = Counter(labels[str(record["id"])][trait] for labels in tables
-                            if trait in labels.get(str(record["id"]), {}))
+            votes = Counter(labels[trait] for labels in given if trait in labels)
             value, count = votes.most_common(1)[0] if votes else (0, 0)
-            if 2 * count > votes.total() and value != new.get(trait, 0):  # else the teacher's label stays
-                kept.setdefault(trait, new.get(trait, 0))
-                new[trait] = value
-                changed[trait] += 1
-        found.append(record | {"traits": new} | ({"teacher_traits": kept} if kept else {}))
-    return found, changed
+            if 2 * count > votes.total() and value != traits.get(trait, 0):  # else the teacher's label stays
+                originals.setdefault(trait, traits.get(trait, 0))
+                traits[trait] = value
+                changes[trait] += 1
+        corrected.append(record | {"traits": traits} | ({"teacher_traits": originals} if originals else {}))
+    return corrected, changes
 
 
-def import_labels(args):
-    """review --import: agreement, and the corrected records."""
-    records = read_records(args.file[0] if args.file else find_sample(args.import_[0]))
-    out = Path(args.out or Path(args.file[0] if args.file else args.import_[0]).with_suffix(".corrected.jsonl"))
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out} is there already; --overwrite replaces it")
+def import_labels(args, records):
+    """review --import: print the agreement and write the corrected records."""
+    out = Path(args.out or Path(args.files[0]).with_suffix(".corrected.jsonl"))
+    check_new(out, args.overwrite)
     if len({Path(path).resolve() for path in args.import_}) < len(args.import_):
         raise UserError("--import: one table is given twice; it would agree with itself")
     tables = [read_labels(path, records) for path in args.import_]
@@ -329,30 +342,20 @@ def import_labels(args):
                for r in records}
     units = [key for key in teacher if any(key in labels for labels in tables)]
 
-    def alphas(raters):
-        return [krippendorff_alpha([[r.get(u, {}).get(t, math.nan) for u in units] for r in raters]) for t in TRAITS]
-    rows = ([("annotators with each other", alphas(tables))] if len(tables) > 1 else []) + [
-        (f"{Path(path).name[:24]} with teacher", alphas([labels, teacher]))
-        for path, labels in zip(args.import_, tables)]
-    print(f"Krippendorff's alpha, ordinal, {len(units)} records: 1 is full agreement, 0 chance\n\n  {'':<37}"
-          + "".join(f"{trait[:5]:>8}" for trait in TRAITS))
-    for name, found in rows:
-        print(f"  {name:<37}" + "".join(f"{'–' if math.isnan(a) else format(a, '.3f'):>8}" for a in found))
-    records, changed = corrected(records, tables)
-    write_records(out, records)
-    print(f"\n{out}: {len(records)} records, {changed.total()} labels changed to what more than half of the\n"
-          "annotators gave; teacher_traits keeps the originals"
-          + "".join(f"\n  {n:>6}  {trait}" for trait, n in changed.items()))
-
-
-def find_sample(table):
-    """The records of the sample that a table was made from: FOLDER/*.records.jsonl with all of the table's ids."""
-    rows = {row["id"].strip() for _, row in read_table(table, ["id", *TRAITS])}
-    for file in sorted(Path(table).parent.glob("*.records.jsonl")):
-        if rows <= {cell(r["id"]) for r in read_records(file)}:
-            return file
-    raise UserError(f"{table}: beside it is no .records.jsonl with all of its ids; name the records: python synth.py "
-                    "review FILE.jsonl --import …")
+    def agreement(name, *raters):  # a row of the table below
+        alphas = [krippendorff_alpha([[r.get(u, {}).get(t, math.nan) for u in units] for r in raters]) for t in TRAITS]
+        return [name, *("–" if math.isnan(alpha) else alpha for alpha in alphas)]
+    rows = [agreement("annotators with each other", *tables)] if len(tables) > 1 else []
+    for path, labels in zip(args.import_, tables):
+        rows.append(agreement(f"{Path(path).name} with teacher", labels, teacher))
+    print_table(["", *(trait[:5] for trait in TRAITS)], rows, width=80,
+                title=f"Krippendorff's alpha, ordinal, {len(units)} records: 1 is full agreement, 0 chance")
+    corrected, changes = correct(records, tables)
+    write_records(out, corrected)
+    print(f"\n{out}: {len(corrected)} records, {changes.total()} labels changed to what more than half of the\n"
+          "annotators gave; teacher_traits keeps the originals")
+    if changes:
+        print_table(["", "changed"], changes.items())
 
 
 COMMANDS = {"report": (Report, report), "split": (Split, split), "review": (Review, review)}

@@ -1,13 +1,10 @@
-"""A run: presets, where its models, data and results are, what it was begun with, its log and its checkpoints.
+"""A run folder: presets, where its models, data and results are, and whether a command may go on in it.
 
-What is notable:
-- a run folder remembers what it was begun with: arguments, and fingerprints of models and data. What differs is refused
-- a checkpoint is one file, written under another name and renamed: nobody ever sees half of one
-- config.json names what is inside the run folder relative to it, so a run can be moved
-
-train.py makes runs; eval.py and what stands on it opens them.
+config.json holds the settings of a run and fingerprints of its models and data. A command whose settings differ is
+refused with what differs. Paths inside the run folder are stored relative to it, so that a run can be moved.
 """
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -20,9 +17,9 @@ import torch
 from lora import add_experts, load_experts
 from model import Transformer
 from router import Router, load_router
-from support.checkpoints import REPLACED, rewind_log, states
-from support.command import MOST, pick_device, pick_dtype
-from support.files import UserError, atomic, open_safetensors, read_bytes, read_json, remove, shorten, weight_files
+from support.checkpoints import checkpoint_files, read_log
+from support.command import pick_device, pick_dtype
+from support.files import UserError, atomic, check_settings, read_bytes, read_json, remove, shorten
 from support.records import SPLITS, load_data, record_lines, write_records
 from synth import template_records
 
@@ -31,9 +28,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-
-VERSION = 2  # of the run folder's format
+VERSION = 3  # of the run folder's format
 STAGES = ("warmup", "router", "joint")
+
 # What each preset is made of, and each stage's sizes: optimiser steps, rows a step, learning rates (all ours). "tokens"
 # is the most that a micro-batch holds, padding included.
 PRESETS = {
@@ -62,11 +59,11 @@ DOWNLOADS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A run: its folder, models and data
+# A run's models and data
 
 @dataclass
 class Setup:
-    """Where a run's models, data and results are, and how to load them. eval.py makes it from the run's config.json."""
+    """Where a run's models, data and results are, and how to load them."""
     run: Path
     preset: str
     base: str | None
@@ -81,20 +78,29 @@ class Setup:
     tokens: int
     eval_records: int
 
-    RUN = "{run}/"  # how config.json writes paths inside the run folder, so that a run can be moved
-    AGREE = ("preset", "base", "encoder", "data", "seed", "rank", "alpha")  # must be the same for all stages of a run
+    INSIDE = "{run}/"  # what a path inside the run folder begins with in config.json
+    SHARED = ("preset", "base", "encoder", "data", "seed", "rank", "alpha")  # the same for all stages of a run
 
     @staticmethod
-    def inside(path, run):
-        """A path as config.json has it -> as it is now that the run folder is `run`."""
-        return f"{run}/{path.removeprefix(Setup.RUN)}" if path and path.startswith(Setup.RUN) else path
+    def from_config(path, run):
+        """A path as config.json has it -> as it is now, with the run folder at `run`."""
+        inside = path and path.startswith(Setup.INSIDE)
+        return f"{run}/{path.removeprefix(Setup.INSIDE)}" if inside else path
 
-    def relative(self, path):
-        """The reverse of `inside`."""
-        return Setup.RUN + path.removeprefix(f"{self.run}/") if path and path.startswith(f"{self.run}/") else path
+    def to_config(self, path):
+        """The reverse of `from_config`."""
+        return Setup.INSIDE + path.removeprefix(f"{self.run}/") if self.is_inside(path) else path
+
+    def is_inside(self, path):
+        return bool(path) and path.startswith(f"{self.run}/")
+
+    def shared(self):
+        """The settings that all stages of a run share, as config.json has them."""
+        found = {key: getattr(self, key) for key in Setup.SHARED}
+        return found | {key: self.to_config(found[key]) for key in ("base", "encoder", "data")}
 
     def load_base(self, experts=None):
-        """The frozen base with ten experts, fresh ones from the seed or those saved in the folder `experts`."""
+        """The frozen base with ten experts: fresh ones drawn from the seed, or those saved in the folder `experts`."""
         model = Transformer.from_pretrained(self.base, self.dtype, self.device)
         if self.rank > model.config.dim:
             raise UserError(f"--rank is {self.rank}, expected at most the base's width, {model.config.dim}")
@@ -105,7 +111,7 @@ class Setup:
         return model
 
     def load_router(self, folder=None):
-        """The router, fp32, from the public encoder or as saved in `folder`."""
+        """The router in fp32, from the public encoder or as saved in `folder`."""
         encoder = Transformer.from_pretrained(self.encoder, torch.float32, self.device)
         torch.manual_seed(self.seed)
         router = Router(encoder, self.tau)
@@ -114,32 +120,38 @@ class Setup:
         return router
 
     def load_data(self, need_response=True):
-        """{split: records}. The template teacher's are made where they are missing or torn: same seed, same text."""
-        if Path(self.data) == self.run / "data":
-            counts = PRESETS[self.preset]["records"]
-            try:
-                torn = [len(records) for records in load_data(self.data)[0].values()] != list(counts)
-            except UserError:
-                torn = True
-            for name, count in zip(SPLITS, counts) if torn else ():
-                file, records = self.run / "data" / f"{name}.jsonl", template_records(name, count, self.seed)
-                if file.exists() and not record_lines(records).startswith(read_bytes(file)):
-                    raise UserError(f"{file}: neither the template teacher's records of seed {self.seed} nor a part of "
-                                    "them. Remove it to have them made again; records of your own go in with --data")
-                write_records(file, records)
+        """{split: records} that have an active trait."""
+        self.write_template_data()
         splits, zero = load_data(self.data, self.seed, need_response)
         if zero:
             print(f"{self.data}: left out {zero} records whose traits are all zero")
         return splits
 
+    def write_template_data(self):
+        """Write the template teacher's records, if the run takes these and they are missing or incomplete."""
+        if Path(self.data) != self.run / "data":
+            return
+        counts = PRESETS[self.preset]["records"]
+        try:
+            if [len(records) for records in load_data(self.data)[0].values()] == list(counts):
+                return
+        except UserError:
+            pass  # missing or cut off
+        for name, count in zip(SPLITS, counts):
+            file, records = self.run / "data" / f"{name}.jsonl", template_records(name, count, self.seed)
+            if file.exists() and not record_lines(records).startswith(read_bytes(file)):
+                raise UserError(f"{file}: neither the template teacher's records of seed {self.seed} nor a part of "
+                                "them. Remove it to have them made again; records of your own go in with --data")
+            write_records(file, records)
+
     def stage_folder(self, part):
-        """Where the latest experts ("experts") or router ("router") of this run are, or None."""
+        """Where the latest "experts" or "router" of this run are, or None."""
         first = "warmup" if part == "experts" else "router"
         return next((self.run / s / part for s in ("joint", first) if (self.run / s / part).is_dir()), None)
 
 
 def resolve(args, stages):
-    """The Setup that the arguments ask for. One UserError names everything that is missing, and how to get it."""
+    """The Setup that the arguments ask for. One UserError names everything that is missing and how to get it."""
     preset, problems = PRESETS[args.preset], []
     run = Path(f"runs/{args.preset}" if args.run is None else args.run)
 
@@ -175,7 +187,7 @@ def resolve(args, stages):
 
 
 def stage_settings(args, stage, dtype=None):
-    """What a stage trains with: the command line's values, else the preset's. dtype: the base's."""
+    """The settings of one stage: the command line's values, else the preset's. dtype: the base's."""
     s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"]}
     s |= {k: v for k in ("steps", "batch", "lr", "router_lr", "tokens")
           if (v := getattr(args, k)) is not None and k in s}
@@ -191,113 +203,32 @@ def stage_settings(args, stage, dtype=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Begin, continue or refuse
+# config.json
 
-@contextmanager
-def lock(run):
-    """Keep a run folder to this process: a second one that trains in it would write over the first one's files."""
-    folder = None
-    if fcntl is not None:  # without such locks, on Windows, it goes unnoticed
-        folder = os.open(run, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
-            raise UserError(f"{run}: another process trains here; wait for it, or give another --run") from None
-        except OSError:  # a file system without them
-            pass
-    try:
-        yield
-    finally:
-        if folder is not None:
-            os.close(folder)
-
-
-HARMLESS = ("save_every", "keep", "log_every", "recompute")  # may change from one part of a run to the next
-
-
-def differences(was, now):
-    """What differs between two dicts of settings, in words; None is "not given", and agrees with anything."""
-    return "; ".join(f"{k} was {was.get(k)!r} and is now {v!r}" for k, v in now.items()
-                     if k not in HARMLESS and None not in (was.get(k), v) and was.get(k) != v)
-
-
-def is_path(value):
-    return isinstance(value, str) and value != "" and "\0" not in value
-
-
-KINDS = {  # what the setup in a run's config.json holds
-    "preset": lambda v: isinstance(v, str) and v in PRESETS, "data": is_path,
-    "base": lambda v: v is None or is_path(v), "encoder": lambda v: v is None or is_path(v),
-    "seed": lambda v: type(v) is int and 0 <= v <= 2**31, "rank": lambda v: type(v) is int and 1 <= v <= MOST["rank"],
-    "alpha": lambda v: type(v) in (int, float) and 0 < v <= 2**31}
+CONFIG = {"setup": (dict,), "fingerprints": (dict,), "stages": (dict,)}
+SETUP = {"preset": (*PRESETS,), "base": (str, None), "encoder": (str, None), "data": (str,), "seed": (0, int),
+         "rank": (int,), "alpha": (float,)}
 
 
 def read_run(run):
-    """A run folder's config.json -> dict. UserError for what another version, or a hand, has made of it."""
+    """A run folder's config.json, {"version", "setup", "fingerprints", "stages"}, checked. UserError for another
+    format, and for values that train.py never writes."""
     file = Path(run) / "config.json"
-    found = read_json(file)
-    if "version" not in found:
+    config = read_json(file)
+    if "version" not in config:
         raise UserError(f"{file}: not a run's, it has no version; give --run a folder that train.py made")
-    if found["version"] != VERSION or not all(isinstance(found.get(k), dict) for k in ("setup", "stages")):
-        raise UserError(f"{file}: format {shorten(found['version'])}, expected {VERSION}: made by another version")
-    setup, stages = found["setup"], found["stages"]
-    for key in sorted(setup.keys() | KINDS):
-        if key not in KINDS or not KINDS[key](setup.get(key)):
-            raise UserError(f"{file}: {key} of setup is {shorten(setup.get(key))}, which no run has. Was it edited?")
-    for stage, settings in stages.items():
-        tau = settings.get("tau", 1.0) if isinstance(settings, dict) else None
-        if stage not in STAGES or type(tau) not in (int, float) or not 1e-9 <= tau <= 2**31:
-            raise UserError(f"{file}: stage {shorten(stage)} is {shorten(settings)}, which no run has. Was it edited?")
-    if not isinstance(found.get("content", {}), dict):
-        raise UserError(f"{file}: content is {shorten(found['content'])}, expected an object")
-    return found
-
-
-def fingerprint(path):
-    """What a model folder or data hold, as a short text: a hash of config.json, tokenizer, chat template and a
-    sample of every tensor (the same for one file and for shards); or of the records."""
-    path, digest = Path(path), hashlib.sha256()
-    if not (path / "config.json").exists():
-        for file in [path / f"{split}.jsonl" for split in SPLITS] if path.is_dir() else [path]:
-            digest.update(hashlib.sha256(read_bytes(file)).digest())
-        return digest.hexdigest()[:16]
-    digest.update(json.dumps(read_json(path / "config.json"), sort_keys=True).encode())
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (path / name).exists():
-            digest.update(hashlib.sha256(read_bytes(path / name)).digest())
-    samples = {}
-    for file, names in weight_files(path).items():
-        with open_safetensors(file) as tensors:
-            for name in set(tensors.keys()) & set(tensors.keys() if names is None else names):
-                part = tensors.get_slice(name)
-                shape = part.get_shape()
-                values = part[shape[0] // 2:shape[0] // 2 + 1] if shape else torch.zeros(0)  # the row in the middle
-                samples[name] = f"{name}{shape}".encode() + values.contiguous().view(torch.uint8).numpy().tobytes()
-    for name in sorted(samples):
-        digest.update(samples[name])
-    return digest.hexdigest()[:16]
-
-
-def same_content(setup, was, inside):
-    """What config.json holds of fingerprints, and those of what the run takes from outside its folder; or of what is
-    inside, which the run makes from the seed -> both. UserError if what is there is not what was."""
-    paths = {key: path for key in ("base", "encoder", "data") if (path := getattr(setup, key))}
-    found = {key: fingerprint(path) for key, path in paths.items() if path.startswith(f"{setup.run}/") == inside}
-    for key in found.keys() & was.keys():
-        if found[key] != was[key]:
-            raise UserError(f"{paths[key]}: not the {key} that {setup.run} was begun with: what is in it has changed "
-                            f"(its fingerprint was {shorten(was[key])}, now {found[key]!r}). Put back what was there, or "
-                            "give another --run")
-    return was | found
-
-
-def note_content(setup):
-    """The same for models and data inside the run folder, once they are made; config.json takes a note of them."""
-    found = read_run(setup.run)
-    noted = same_content(setup, found.get("content", {}), inside=True)
-    if noted != found.get("content"):
-        write_config(setup.run, found | {"content": noted})
+    if config["version"] != VERSION:
+        raise UserError(f"{file}: version is {shorten(config['version'])}, expected {VERSION}: another version of this "
+                        "program made the run, and only that one reads it")
+    check_settings(file, config, CONFIG)
+    check_settings(file, config["setup"], SETUP)
+    check_settings(file, config["stages"], dict.fromkeys(STAGES, (dict, None)))
+    for settings in config["stages"].values():
+        check_settings(file, settings, {"tau": (float, None)})
+    unknown = (config["setup"].keys() - SETUP) | (config["stages"].keys() - set(STAGES))
+    if unknown:
+        raise UserError(f"{file}: {min(unknown)!r} is no setting or stage of a run. Was the file edited?")
+    return config
 
 
 def write_config(run, config):
@@ -305,96 +236,161 @@ def write_config(run, config):
         part.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def open_run(setup, settings, args):
-    """Begin, continue or refuse a run folder; write its config.json -> the stages that are still to be trained."""
-    run, file = setup.run, setup.run / "config.json"
-    own = {k: getattr(setup, k) for k in Setup.AGREE}
-    own |= {k: setup.relative(own[k]) for k in ("base", "encoder", "data")}
-    if "joint" in settings and (args.overwrite or not (run / "joint").is_dir()):
-        for stage in ("warmup", "router"):
-            if stage not in settings and not (run / stage).is_dir():
-                raise UserError(f"{run}: the joint stage starts from warmup and router, and {stage} is not done here: "
-                                f"python train.py --preset {setup.preset} --stage {stage} --run {run} first")
-    if not file.exists():
-        if args.resume:
-            raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is begun here")
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(f"{run} is there already and holds no run: choose another --run, or remove it")
-        found = {"version": VERSION, "setup": own, "stages": {}, "content": same_content(setup, {}, inside=False)}
+MAY_CHANGE = ("save_every", "keep", "log_every", "recompute")  # they change no result
+
+
+def differences(was, now):
+    """What differs between two dicts of settings, as text. None means "not given" and agrees with anything."""
+    return "; ".join(f"{k} was {was.get(k)!r} and is now {v!r}" for k, v in now.items()
+                     if k not in MAY_CHANGE and None not in (was.get(k), v) and was.get(k) != v)
+
+
+def fingerprint(path):
+    """A short hash of a model folder (configuration, tokenizer, weights) or of records (a file or a folder of splits).
+
+    Of a safetensors file it reads the size and the first and last MiB: the names and shapes of all tensors and a part
+    of their values.
+    """
+    path, digest = Path(path), hashlib.sha256()
+    if (path / "config.json").exists():
+        names = "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+        files = [path / name for name in names if (path / name).exists()] + sorted(path.glob("*.safetensors"))
     else:
-        found = read_run(run)
-        # later stages were built on the first one that is trained anew
-        anew = STAGES[STAGES.index(next(iter(settings))):] if args.overwrite else ()
-        found["stages"] = {stage: was for stage, was in found["stages"].items() if stage not in anew}
-        differ = differences(found["setup"], own) if found["stages"] or not args.overwrite else ""
+        files = [path / f"{split}.jsonl" for split in SPLITS] if path.is_dir() else [path]
+    for file in files:
+        if file.suffix != ".safetensors":
+            digest.update(read_bytes(file))
+            continue
+        with open(file, "rb") as weights:
+            size = weights.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            for at in (0, max(0, size - 2**20)):
+                weights.seek(at)
+                digest.update(weights.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+def check_fingerprints(setup):
+    """UserError if the models or data are not those that the run was started with. New ones are noted."""
+    found = read_run(setup.run)
+    paths = {key: path for key in ("base", "encoder", "data") if (path := getattr(setup, key)) and Path(path).exists()}
+    now = {key: fingerprint(path) for key, path in paths.items()}
+    for key in now.keys() & found["fingerprints"].keys():
+        differ = differences({key: found["fingerprints"][key]}, {key: now[key]})
         if differ:
-            raise UserError(f"{run} was begun with other arguments: {differ}. Give the same or another --run")
-        was = found.get("content", {}) if found["stages"] or not args.overwrite else {}
-        found["content"] = same_content(setup, was, inside=False)
-        found["setup"] = own if not found["stages"] and args.overwrite else found["setup"] | {
-            k: v for k, v in own.items() if v is not None}
-    begun = [stage for stage in settings if stage in found["stages"]]
-    for stage in begun:
-        differ = differences(found["stages"][stage], settings[stage])
+            raise UserError(f"{paths[key]}: not the {key} that {setup.run} was started with: its content has changed "
+                            f"(fingerprint of {differ}). Restore what was there, or give another --run")
+    if found["fingerprints"] | now != found["fingerprints"]:
+        write_config(setup.run, found | {"fingerprints": found["fingerprints"] | now})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start, continue or refuse
+
+@contextmanager
+def lock(run):
+    """Keep other processes from training in this run folder. UserError if one does already."""
+    if fcntl is None:  # Windows has no such locks: a second process goes unnoticed
+        yield
+        return
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process trains here; wait for it, or give another --run") from None
+        except OSError:
+            pass  # some file systems have no locks
+        yield
+    finally:
+        os.close(folder)
+
+
+def has_begun(run, stage):
+    """Whether anything of a stage was saved or logged."""
+    return bool((run / stage).exists() or checkpoint_files(run, stage)
+                or any(entry["stage"] == stage for _, entry in read_log(run)))
+
+
+def open_run(setup, settings, args, locks):
+    """Start, continue or refuse a run, and write its config.json. Returns the stages still to be trained.
+
+    settings: {stage: settings} of the stages asked for. locks: an ExitStack that takes the lock on the folder.
+    Everything is checked before anything is written; --overwrite then moves the old folder aside.
+    """
+    run, existed, locked = setup.run, (setup.run / "config.json").exists(), setup.run.is_dir()
+    if locked:
+        locks.enter_context(lock(run))
+    if args.resume and not existed:
+        raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is started here")
+    if not existed and run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"{run} is there already and holds no run: choose another --run, or remove it")
+    for stage in ("warmup", "router"):
+        if "joint" in settings and stage not in settings and not (run / stage).is_dir() and (
+                args.overwrite or not (run / "joint").is_dir()):
+            raise UserError(f"{run}: the joint stage starts from warmup and router, and {stage} is not done here: "
+                            f"python train.py --preset {setup.preset} --stage {stage} --run {run} first")
+
+    # what there is to agree with: stages that have begun and stay; or nothing, where nothing was saved or none stays
+    found = read_run(run) if existed else {}
+    kept = STAGES[:STAGES.index(next(iter(settings)))] if args.overwrite else STAGES  # later stages build on earlier ones
+    stages = {stage: s for stage, s in found.get("stages", {}).items() if stage in kept and has_begun(run, stage)}
+    if not stages and (args.overwrite or not any((run / name).exists() for name in ("models", "data"))):
+        found = {}
+    shared = setup.shared()
+    differ = differences(found.get("setup", {}), shared)
+    if differ:
+        raise UserError(f"{run} was started with other settings: {differ}. Give the same or another --run")
+    for stage in settings:
+        differ = differences(stages.get(stage, {}), settings[stage])
         if differ:
-            raise UserError(f"{run}: {stage} was begun with other settings: {differ}. Give the same to go on with "
-                            "--resume, or --overwrite to train anew")
-    to_do = [stage for stage in settings if not (run / stage).is_dir()]
+            raise UserError(f"{run}: {stage} was started with other settings: {differ}. Give the same to go on with "
+                            "--resume, or --overwrite to start again")
+    to_do = [*settings] if args.overwrite else unfinished_stages(run, settings)
+    begun = [stage for stage in settings if stage in stages]
     if begun and to_do and not args.resume:
         raise UserError(f"{run} holds a run (begun: {', '.join(begun)}; not done: {', '.join(to_do)}): --resume goes "
-                        "on with it, --overwrite trains anew")
-    if args.overwrite and file.exists():
-        set_aside(run, anew if found["stages"] else (*anew, "pretrain", "models", "data", "tokens"))
+                        "on with it, --overwrite starts again")
+
+    if args.overwrite and existed:
+        move_aside(run, [*stages, "models", "data"] if stages else [])
+    write_config(run, {
+        "version": VERSION, "setup": found.get("setup", shared) | {k: v for k, v in shared.items() if v is not None},
+        "fingerprints": found.get("fingerprints", {}), "stages": stages | settings})
+    if not locked or args.overwrite and existed:  # a lock goes with the folder that was moved
+        locks.enter_context(lock(run))
+    complete_setup(setup)
+    return to_do
+
+
+def unfinished_stages(run, settings):
+    return [stage for stage in settings if not (run / stage).is_dir()]
+
+
+def complete_setup(setup):
+    """Take from config.json the models that other stages were given: the closing table may need them."""
+    found = read_run(setup.run)["setup"]
+    setup.base, setup.encoder = (Setup.from_config(found[key], setup.run) for key in ("base", "encoder"))
+
+
+def move_aside(run, kept):
+    """Rename a run folder to RUN.replaced-N, whole. The new folder gets copies of the stages and folders `kept`."""
+    aside = next(path for n in itertools.count(1) if not (path := Path(f"{run}.replaced-{n}")).exists())
+    new = run.with_name(run.name + ".~part")
+    remove(new)
+    new.mkdir()
     try:
-        write_config(run, found | {"stages": found["stages"] | settings})
-    except UserError:
-        put_back(run)
-        raise
-    return remaining(setup, settings)
-
-
-def unbegin(run, stages, config):
-    """Leave a run as it was, if an error came before anything of it was saved: config is what config.json held."""
-    if any(states(run, stage) or (run / stage).exists() for stage in stages):
-        return
-    if (run / REPLACED).exists():
-        return put_back(run)
-    logged = (run / "log.jsonl").is_file() and (run / "log.jsonl").stat().st_size
-    if config is not None:
-        with atomic(run / "config.json") as part:
-            part.write_bytes(config)
-    elif not logged and {path.name for path in run.iterdir()} <= {"config.json", "log.jsonl", "state", "tokens"}:
-        remove(run)
-
-
-def remaining(setup, settings):
-    """Take what the run folder's config.json says of models -> the stages that are still to be trained."""
-    found = read_run(setup.run)["setup"]  # the closing may need what another stage was given
-    setup.base, setup.encoder = (Setup.inside(found[k], setup.run) for k in ("base", "encoder"))
-    return [stage for stage in settings if not (setup.run / stage).is_dir()]
-
-
-def set_aside(run, names):
-    """Move stages' (or other) folders and checkpoints to replaced/, and their lines out of the log."""
-    aside = run / REPLACED
-    put_back(run)  # where a kill came before the first checkpoint
-    (aside / "state").mkdir(parents=True)
-    for name in ("config.json", "log.jsonl"):
-        if (run / name).is_file():
-            shutil.copy2(run / name, aside)
-    for name in names:
-        for path in (run / name, *states(run, name)):
-            if path.exists():
-                os.replace(path, aside / path.relative_to(run))
-        if (run / "log.jsonl").exists():
-            rewind_log(run, name, 0).close()
-
-
-def put_back(run):
-    """The reverse of set_aside, where it was done."""
-    aside = run / REPLACED
-    for path in [*aside.glob("state/*"), *(path for path in aside.glob("*") if path.name != "state")]:
-        there = run / path.relative_to(aside)
-        remove(there)
-        os.replace(path, there)
-    remove(aside, *(run / "state").glob("*.~part") if aside.exists() else ())
+        for name in kept:
+            if (run / name).is_dir():
+                shutil.copytree(run / name, new / name)
+            for file in checkpoint_files(run, name):
+                (new / "state").mkdir(exist_ok=True)
+                shutil.copy2(file, new / "state")
+        lines = [line for line, entry in read_log(run) if entry["stage"] in kept or kept and entry["stage"] == "pretrain"]
+        (new / "log.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    except OSError as error:
+        remove(new)
+        raise UserError(f"{run}: cannot be moved aside ({error.strerror or error}); nothing was changed") from None
+    os.replace(run, aside)
+    os.replace(new, run)
+    print(f"{run}: the run that was here is now {aside}, whole")

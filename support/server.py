@@ -1,4 +1,7 @@
 """A teacher behind a server that speaks OpenAI's chat completions.
+
+It is not in synth.py because sockets, retries and keys teach nothing about Persona-CoT. Several threads each take a
+query through its steps, one request at a time. The main thread saves what they finish.
 """
 import email.utils
 import http.client
@@ -11,16 +14,20 @@ import ssl
 import threading
 import time
 import urllib.parse
+from functools import partial
 
 from support.files import UserError
-from support.replies import Fault, Reply
+from support.replies import Reply, RequestFailed
 
 
-class Http:
+LONGEST_ANSWER = 8_000_000  # bytes of an HTTP answer that are read
+
+
+class HttpTeacher:
     """Any server that speaks OpenAI's chat completions, with `workers` requests in flight.
 
-    The key goes to the host of --url and nowhere else: redirects are not followed and proxies not used. Whatever the
-    server sends is scrubbed of it before it can be printed or written.
+    The key goes to the host of --url and nowhere else: redirects are not followed and proxies are not used. It is
+    removed from everything that the server sends before that can be printed or written to a file.
     """
 
     def __init__(self, args):
@@ -30,144 +37,162 @@ class Http:
         except ValueError:
             self.host = None
         if not self.host or url.scheme not in ("http", "https") or "@" in url.netloc or url.query or url.fragment \
-                or not args.url.isascii() or not args.url.isprintable() or " " in args.url:
+                or not re.fullmatch(r"[!-~]+", args.url):  # visible ASCII
             raise UserError("--url: expected the base of the server's addresses, such as http://localhost:8080/v1, "
                             "without user name, key or query")
-        self.tls = ssl.create_default_context() if url.scheme == "https" else None
         self.path = url.path.rstrip("/") + "/chat/completions"
+        self.new_connection = http.client.HTTPConnection if url.scheme == "http" else \
+            partial(http.client.HTTPSConnection, context=ssl.create_default_context())  # verifies certificates
         self.key = os.environ.get(args.key_env, "").strip() if args.key_env else ""
-        if args.key_env and not (self.key.isascii() and self.key.isprintable() and self.key and " " not in self.key):
+        if args.key_env and not re.fullmatch(r"[!-~]+", self.key):
             raise UserError(f"the environment variable {args.key_env} (--key-env) holds no key")
         self.body = {"model": args.model, "max_tokens": args.max_new_tokens}
-        self.body |= {} if args.temperature is None else {"temperature": args.temperature}
-        self.name, self.args, self.reached, self.not_before = f"http:{args.model}", args, False, 0.0
-        self.finished, self.over = queue.SimpleQueue(), threading.Event()
+        if args.temperature is not None:
+            self.body["temperature"] = args.temperature
+        self.name, self.args = f"http:{args.model}", args
+        self.connected = False     # whether the server has ever been reached
+        self.not_before = 0.0      # when the server wants the next request, in the seconds of time.monotonic
+        self.stop = threading.Event()
+        self.finished = queue.SimpleQueue()  # outcomes, errors, and None from each worker that ends
 
-    def outcomes(self, queries):
-        running, lock = self.args.workers, threading.Lock()
-        room = threading.Semaphore(2 * running)  # for what is asked or not yet written: all that a kill can lose
+    def run(self, queries, save):
+        """Take every query (an iterator of Synthesis) to its outcome, and save([outcome]) each one in this thread.
 
-        def work():  # daemons: they end with the program, whatever they wait for
+        After an error or Ctrl-C no worker waits any longer or asks anything more, and what is finished is saved.
+        """
+        lock = threading.Lock()
+        # Queries that are asked or not saved yet. The limit is what a kill of the process can lose
+        unsaved = threading.Semaphore(2 * self.args.workers)
+
+        def work():
             try:
                 while True:
-                    room.acquire()
+                    unsaved.acquire()
                     with lock:
                         query = next(queries, None)
-                    if query is None or self.over.is_set():
+                    if query is None or self.stop.is_set():
                         return self.finished.put(None)
-                    self.drive(query)
+                    self.converse(query)
                     self.finished.put(query.outcome)
             except BaseException as error:
                 self.finished.put(error)
 
-        for _ in range(running):
+        running = self.args.workers
+        for _ in range(running):  # daemons end with the program, whatever they are waiting for
             threading.Thread(target=work, daemon=True).start()
         try:
             while running:
                 outcome = self.finished.get()
-                running -= outcome is None
-                if isinstance(outcome, BaseException):
+                if outcome is None:
+                    running -= 1
+                elif isinstance(outcome, BaseException):
                     raise outcome
-                if outcome:
-                    yield [outcome]
-                    room.release()
-        finally:  # after an error or Ctrl-C nobody waits any longer or asks again
-            self.over.set()
-            room.release(self.args.workers)
+                else:
+                    save([outcome])
+                    unsaved.release()
+        finally:
+            self.stop.set()
+            unsaved.release(self.args.workers)
+            left = [self.finished.get() for _ in range(self.finished.qsize())]
+            save([outcome for outcome in left if isinstance(outcome, dict)])
 
-    def left(self):
-        outcomes = []
-        while not self.finished.empty():
-            outcomes.append(self.finished.get())
-        return [outcome for outcome in outcomes if isinstance(outcome, dict)]
-
-    def drive(self, query):
-        """All requests of one query, with waits that double after every fault in a row, or as the server asks."""
-        faults = 0
-        while not query.outcome and not self.over.wait(max(0.0, self.not_before - time.monotonic())):
+    def converse(self, query):
+        """Make all requests of one query, with a wait after each one that failed. It has no outcome if told to stop."""
+        failures = 0  # in a row
+        while not query.outcome and not self.stop.wait(max(0.0, self.not_before - time.monotonic())):
             try:
-                reply, faults = self.request(query.ask[0]), 0
-            except Fault as fault:
-                reply, faults = fault, faults + 1
+                reply, failures = self.request(query.question.messages), 0
+            except RequestFailed as failure:
+                reply, failures = failure, failures + 1
             except UserError as error:
                 raise UserError(f"query {query.item['id']!r}: {error}") from None
             query.tell(reply)
-            if isinstance(reply, Fault) and not query.outcome:
-                if reply.wait is not None:  # for everybody: the server has said when
+            if failures and query.outcome and not self.connected:
+                raise UserError(f"{self.args.url}: {reply}; is the server running, and is this its address?")
+            if failures and not query.outcome:
+                if reply.wait is not None:  # the server's wish holds for all workers
                     self.not_before = max(self.not_before, time.monotonic() + reply.wait)
                 else:
-                    self.over.wait(min(60.0, self.args.backoff * 2 ** (faults - 1)) * random.uniform(0.5, 1))
-            if isinstance(reply, Fault) and query.outcome and not self.reached:
-                raise UserError(f"{self.args.url}: {reply}; is the server running, and is this its address?")
+                    self.stop.wait(min(60.0, self.args.backoff * 2 ** (failures - 1)) * random.uniform(0.5, 1))
 
     def request(self, messages):
-        """One chat completion -> Reply. Fault for what may pass; UserError with the server's message for what won't."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        deadline, body = time.monotonic() + self.args.timeout, bytearray()
-        where = {"host": self.host, "port": self.port, "timeout": self.args.timeout}
-        connection = http.client.HTTPSConnection(**where, context=self.tls) if self.tls \
-            else http.client.HTTPConnection(**where)
+        """Returns the Reply to one chat completion.
+
+        RequestFailed if the request may succeed later; UserError if the server will never accept it.
+        """
         try:
-            connection.connect()
-            self.reached, plug = True, connection.sock
-            connection.request("POST", self.path, json.dumps(self.body | {"messages": messages}), headers)
-            response = connection.getresponse()
-            while (left := deadline - time.monotonic()) > 0 and len(body) < 8_000_000:
-                plug.settimeout(left)  # of the whole request: a server that sends a byte a minute is none
-                part = response.read1(65536)
-                if not part:
-                    break
-                body += part
-            else:
-                raise Fault("the reply is longer than 8 MB" if left > 0 else "no reply in time (--timeout)")
+            return self.read_answer(*self.post(json.dumps(self.body | {"messages": messages})))
         except ssl.SSLCertVerificationError as error:
             raise UserError(f"{self.host}: its certificate is not valid ({error.verify_message})") from None
         except TimeoutError:
-            raise Fault("no reply in time (--timeout)") from None
+            raise RequestFailed("no reply in time (--timeout)") from None
         except (OSError, http.client.HTTPException) as error:
-            raise Fault(f"connection: {self.clean(str(error) or type(error).__name__)}") from None
+            raise RequestFailed(f"connection: {self.one_line(str(error) or type(error).__name__)}") from None
+
+    def post(self, content):
+        """Send one request. Returns (status, headers, body) of the answer."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        deadline = time.monotonic() + self.args.timeout
+        connection = self.new_connection(self.host, self.port, timeout=self.args.timeout)
+        try:
+            connection.connect()
+            self.connected, sock = True, connection.sock
+            connection.request("POST", self.path, content, headers)
+            answer, body = connection.getresponse(), bytearray()
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:  # the timeout is for the whole answer, not for each part of it
+                    raise TimeoutError
+                sock.settimeout(left)
+                part = answer.read1(65536)
+                if not part:
+                    return answer.status, answer.headers, bytes(body)
+                body += part
+                if len(body) > LONGEST_ANSWER:
+                    raise RequestFailed("the reply is longer than 8 MB")
         finally:
             connection.close()
+
+    def read_answer(self, status, headers, body):
+        """Returns the Reply in an answer of the server, or raises what the answer means; see `request`."""
         try:
             found = json.loads(body)
         except (ValueError, RecursionError):
             found = None
-        if response.status != 200:
-            raise self.refusal(response, found, body)
+        text = body[:2000].decode("utf-8", "replace")
+        if status != 200:
+            error = found.get("error", found) if isinstance(found, dict) else None
+            error = error.get("message", error) if isinstance(error, dict) else error
+            if 300 <= status < 400:
+                error = f"it redirects to {headers.get('Location')}; if you trust that address, give it as --url"
+            said = self.one_line(f"{status} {http.client.responses.get(status, '')}: {error or text}")
+            if status == 429 or status >= 500:
+                raise RequestFailed(f"server: {said}", retry_after(headers.get("Retry-After")))
+            raise UserError(f"{self.host} answered {said}")
         try:
             choice, usage = found["choices"][0], found.get("usage") or {}
             counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
-            return Reply(self.scrub(str(choice["message"]["content"] or "")), choice.get("finish_reason") == "length",
+            return Reply(self.without_key(str(choice["message"]["content"] or "")),
+                         choice.get("finish_reason") == "length",
                          *(n if type(n) is int else 0 for n in counts))
         except (LookupError, TypeError, AttributeError):
-            raise Fault(f"not a chat completion: {self.clean(body[:2000].decode('utf-8', 'replace'))!r}") from None
+            raise RequestFailed(f"not a chat completion: {self.one_line(text)!r}") from None
 
-    def refusal(self, response, found, body):
-        """What a status other than 200 means: a Fault for 429 and 5xx, else a UserError."""
-        said = found.get("error", found) if isinstance(found, dict) else None
-        said = said.get("message", said) if isinstance(said, dict) else said
-        said = f"{response.status} {response.reason}: {said or body[:2000].decode('utf-8', 'replace')}"
-        if response.status == 429 or response.status >= 500:
-            return Fault(f"server: {self.clean(said)}", retry_after(response.headers.get("Retry-After")))
-        if response.status < 400:
-            where = response.headers.get("Location")
-            said = f"{response.status}, redirects to {where}; if you trust it, give that as --url"
-        return UserError(f"{self.host} answered {self.clean(said)}")
-
-    def scrub(self, text):
+    def without_key(self, text):
         return text.replace(self.key, "[key]") if self.key else text
 
-    def clean(self, text):
-        """A server's words, fit for one line of a terminal."""
-        return "".join(c if c.isprintable() else " " for c in " ".join(self.scrub(text).split()))[:300]
+    def one_line(self, text):
+        """Returns the server's words as one line that is safe to print in a terminal."""
+        return "".join(c if c.isprintable() else " " for c in " ".join(self.without_key(text).split()))[:300]
 
 
 def retry_after(text):
-    """Seconds to wait as a Retry-After header has them, in seconds or as a date -> 0 to 3600, or None."""
+    """Returns the seconds to wait that a Retry-After header names, as a number or a date: at most an hour, or None."""
     try:
-        if not re.fullmatch(r"\d{1,9}(\.\d*)?", (text or "").strip()):
-            return min(3600.0, max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()))
-        return min(3600.0, float(text))
+        if re.fullmatch(r"\s*\d+(\.\d*)?\s*", text or ""):
+            return min(3600.0, float(text))
+        return min(3600.0, max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()))
     except (TypeError, ValueError, OverflowError):
         return None

@@ -1,9 +1,11 @@
-"""The one way in which every command prints a table."""
+"""How every command prints a table, and a gate as bars."""
 import textwrap
+
+from lora import EXPERTS
 
 
 def format_cell(value):
-    """Returns a value as text: [mean, standard deviation] as 1.234 ± 0.005, [mean, low, high] as an interval."""
+    """Returns a cell as text: [mean, deviation] as 1.234 ± 0.005, [mean, low, high] with its interval in brackets."""
     if isinstance(value, (list, tuple)):
         if len(value) == 3:
             return f"{value[0]:+.4f} [{value[1]:+.4f}, {value[2]:+.4f}]"
@@ -14,18 +16,32 @@ def format_cell(value):
 
 
 def print_table(head, rows, title="", width=200):
-    """Print rows of cells under their column names. Cells are texts, numbers or what `format_cell` takes.
+    """Print rows of cells under their column names. A cell is a text, a number or a list that `format_cell` takes.
 
-    The first column stands to the left and is cut where a line would be longer than `width`; the others stand to the
-    right.
+    The first column is aligned left, and so is a column of sentences; the others are aligned right. Where a line would
+    be longer than `width`, the first column is cut.
     """
     table = [[format_cell(value) for value in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     widths[0] = min(widths[0], width - 2 - sum(w + 2 for w in widths[1:]))
+    sentences = [any(len(row[i].split()) > 3 for row in table) for i in range(len(head))]
     if title:
         print("\n" + textwrap.fill(title, 80) + "\n")
     for first, *others in table:
         if len(first) > widths[0]:
             first = first[:widths[0] - 1] + "…"
-        line = "  " + first.ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(others, widths[1:]))
+        line = "  " + first.ljust(widths[0])
+        for cell, w, is_sentence in zip(others, widths[1:], sentences[1:]):
+            line += "  " + (cell.ljust(w) if is_sentence else cell.rjust(w))
         print(line.rstrip())
+
+
+def format_gate(gate, width=16):
+    """Returns a gate (E,) as five lines of text, one per trait, with bars relative to the largest weight."""
+    largest, lines = max(gate.tolist()), []
+    for e in range(0, len(EXPERTS), 2):
+        trait = EXPERTS[e].partition("_")[2]
+        high, low = (f"{pole:>6} {'█' * round(width * weight / largest):<{width}} {weight:.2f}"
+                     for pole, weight in zip(("high", "low"), gate[e:e + 2].tolist()))
+        lines.append(f"  {trait:<17}{high} {low}")
+    return "\n".join(lines)

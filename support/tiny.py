@@ -1,18 +1,17 @@
-"""The embedded default: a Llama-shaped base and a Qwen-shaped encoder of under a million parameters, made on the spot.
-"""
+"""The embedded default: a Llama-shaped base and a Qwen-shaped encoder of under a million parameters, made on the spot."""
 import json
 
 import numpy as np
-from safetensors.torch import save_file
-from tokenizers import decoders, models, pre_tokenizers, Tokenizer, trainers
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lora import EXPERTS
 from model import Config, Transformer
-from support.chat import Chat, encode
-from support.files import atomic
+from support.chat import Chat, encode, load_tokenizer
+from support.files import UserError, atomic, read_json
 from support.rows import Row, make_rows
-
+from synth import template_records
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
@@ -20,14 +19,31 @@ LLAMA_TEMPLATE = (
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def make_tiny(kind, folder, records, seed, fit_base):
-    """Write a Llama-shaped base or a Qwen-shaped encoder of under a million parameters, with its tokenizer, as a model
-    folder like any published one. `fit_base` trains the base; the encoder stays as initialised."""
-    llama = kind == "base"
-    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"] \
-        if llama else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+def make_missing_models(setup, fit_base):
+    """Make the models inside the run folder that are missing or incomplete. Other folders are never written to.
+
+    fit_base(model, rows) trains the base.
+    """
+    for role, folder in (("encoder", setup.encoder), ("base", setup.base)):
+        if folder != str(setup.run / "models" / role):
+            continue
+        try:
+            Transformer.from_pretrained(folder)
+            load_tokenizer(folder)
+            read_json(f"{folder}/tokenizer_config.json")
+        except UserError:
+            make_tiny(role, folder, template_records("train", 2000, setup.seed), setup.seed, fit_base)
+
+
+def make_tiny(role, folder, records, seed, fit_base):
+    """Write a model folder like any published one: the "base" is Llama-shaped and trained by `fit_base(model, rows)`,
+    the "encoder" is Qwen-shaped and stays as initialised. The tokenizer is trained on the records' texts."""
+    llama = role == "base"
+    special = LLAMA_TOKENS if llama else CHATML_TOKENS
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,19 +72,22 @@ def make_tiny(kind, folder, records, seed, fit_base):
             elif name.endswith("bias"):
                 torch.nn.init.zeros_(p)
         if llama:
-            fit_base(model, Chat.from_dir(part))
+            fit_base(model, pretraining_rows(records, Chat.from_dir(part)))
         save_file({n: t.contiguous() for n, t in model.state_dict().items()}, part / "model.safetensors",
                   metadata={"format": "pt"})
 
 
 def pretraining_rows(records, chat):
-    """What tiny's base learns from: queries with neutral replies, and the sentences of all manners as plain text, so
-    that it knows their words but not when to use them. All of a row is supervised: it has a language to learn."""
+    """What tiny's base learns from: queries with neutral replies, and a third as many sentences in a pole's manner.
+
+    The sentences stand alone, so that the base knows their words but not when to use them. All tokens but the first are
+    supervised, since the base has a language to learn.
+    """
     rows, _ = make_rows([{**r, "response": r["neutral"]} for r in records], chat)
-    sentences = sorted({text for record in records for text in record["manner"].values()})
-    plain = [Row(f"plain-{i}", torch.zeros(len(EXPERTS)),
-                     np.array([chat.bos, *encode(chat.tokenizer, text), chat.end], dtype=np.int32), 1)
-             for i, text in enumerate(sentences)]
     for row in rows:
         row.prompt = 1
-    return rows + plain[:len(rows) // 3]
+    sentences = sorted({text for record in records for text in record["manner"].values()})
+    plain = [Row(f"plain-{i}", torch.zeros(len(EXPERTS)),
+                 np.array([chat.bos, *encode(chat.tokenizer, text), chat.end], dtype=np.int32), 1)
+             for i, text in enumerate(sentences[:len(rows) // 3])]
+    return rows + plain

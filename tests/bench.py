@@ -1,8 +1,9 @@
-"""Speed and memory, beside what a user would otherwise take: `transformers` and `peft`, with the same weights.
+"""Speed and memory beside `transformers` and `peft` with the same weights.
 
-What is compared comes from interleaved runs (A B A B …): absolute times are noise, ratios of neighbours are not. Shown
-are medians, the ratio to the table's first row (median over the rounds, and the middle half of them in brackets), and
-what share of the machine's ceiling a row reaches: matrix products or bytes from memory, both measured on the spot.
+What is compared runs in turns (A B A B …), because on a busy machine the ratio of neighbouring runs is steadier than
+the times. A table shows medians and the ratio to its first row: the median over the rounds, and in brackets the middle
+half of them. "ceiling" is the share of what this machine can do, in matrix products or in bytes from memory, which is
+measured first.
 
     python tests/bench.py step [--compile]           # a training step beside peft, one adapter and ten
     python tests/bench.py profile [--compile]        # where the time of such a step goes
@@ -10,13 +11,13 @@ what share of the machine's ceiling a row reaches: matrix products or bytes from
     python tests/bench.py teacher --weights weights/SmolLM2-135M-Instruct [--natural]
     python tests/bench.py router                     # the router stage beside a plain loop over padded batches
     python tests/bench.py memory                     # what experts save for backward; the largest tensors of a step
-    python tests/bench.py memory --shape Llama-3.1-8B --layers 2 --length 64     # 8 GB
+    python tests/bench.py memory --shape Llama-3.1-8B --layers 2 --length 64     # takes 8 GB
     python tests/bench.py load --weights weights/SmolLM2-135M-Instruct weights/Qwen2.5-0.5B
     python tests/bench.py data --weights weights/SmolLM2-135M-Instruct weights/Qwen2.5-0.5B
     python tests/bench.py growth --layers 8 --out growth.png
-    python tests/bench.py gpu                        # what wants a GPU, at the 8B's true shape
+    python tests/bench.py gpu                        # training and decoding at the 8B's true shape, on a GPU
 
-Without --weights, weights are random and of the shape --shape. pytest does not collect this file.
+Without --weights, models have random weights and the shape --shape. pytest does not collect this file.
 """
 import argparse
 import functools
@@ -38,9 +39,10 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness import alone, ceiling, elsewhere, fresh, gates, interleaved, linears, our_step, pair, peak, reference
-from harness import rows_of, shape, show, stage, step_flops, table, token_bytes, wait, with_experts
-from lora import EXPERTS, TARGETS, merged
+from harness import alone, ceiling, fresh, gates, in_another_process, interleaved, linears, our_step, pair, peak
+from harness import print_times, reference, rows_of, saved_bytes, shape, stage, step_flops, token_bytes, wait
+from harness import with_experts, with_weights
+from lora import EXPERTS, TARGETS, merged_tensors
 from model import CONFIGS, Transformer, generate, pad
 from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
 from support.chat import Chat, load_tokenizer
@@ -51,54 +53,54 @@ from support.process import keep_freed_memory
 from support.records import read_queries, read_records, write_records
 from support.rows import Row, batches, n_tokens, make_rows, micro_batches, rows_per_pole
 from support.runs import PRESETS, Setup
-from synth import Query, template_records
+from support.tables import print_table
+from synth import Synthesis, template_records
 from train import row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# step, generate, teacher
+# step, profile
 
 def step(args):
-    """A training step: forward, loss, backward, optimiser. Ours keeps freed memory, as train.py does; `peft` has a
-    process of its own, in which malloc is as a user finds it."""
-    rows, length = step_shape(args)
+    """A training step: forward, loss, backward, optimiser.
+
+    Ours and peft's run in two processes, because train.py has malloc keep freed memory, which is a setting of the whole
+    process, and peft is measured as a user finds it.
+    """
+    rows, length = args.batch, args.length
     mixture = "PersonaFuse, ten experts"
-    with elsewhere(our_steps, args) as ours, elsewhere(their_steps, args) as theirs:
+    with in_another_process(our_steps, args) as ours, in_another_process(their_steps, args) as theirs:
         for prompt, share in ((1, "all"), (length * 2 // 3 + 1, "a third")):
-            runs = {mixture: partial(ours, prompt)} | (
-                {"the same, --compile": partial(ours, prompt, True)} if args.compile else {})
+            runs = {mixture: partial(ours, prompt)}
+            if args.compile:
+                runs["the same, --compile"] = partial(ours, prompt, True)
             work = step_flops(shape(args), [length] * rows, rows * (length + 1 - prompt))
-            table(f"Training step, {rows} x {length} tokens, {share} of them supervised",
-                  interleaved({"peft, one adapter": partial(theirs, prompt)} | runs, args.rounds),
-                  work=dict.fromkeys(runs, work), rate=args.flops)
-        table("The same, all supervised, beside ten adapters",
-              interleaved({mixture: partial(ours, 1), "peft, ten adapters": partial(theirs, 1, len(EXPERTS))},
-                          max(1, args.rounds // 2)))
-
-
-def step_shape(args):
-    return args.batch or 4, args.length or 128  # 4 × 128 = 512 supervised tokens
+            print_times(f"Training step, {rows} x {length} tokens, {share} of them supervised",
+                        interleaved({"peft, one adapter": partial(theirs, prompt)} | runs, args.rounds),
+                        work=dict.fromkeys(runs, work), rate=args.flops)
+        runs = {mixture: partial(ours, 1), "peft, ten adapters": partial(theirs, 1, len(EXPERTS))}
+        print_times("The same, all supervised, beside ten adapters", interleaved(runs, max(1, args.rounds // 2)))
 
 
 def our_steps(args):
-    """-> a function that makes a step of the mixture: (tokens of a prompt, compiled or not)."""
+    """Returns a function that makes a step of the mixture: (first supervised token, compiled or not)."""
     if args.device.type == "cpu":
         keep_freed_memory()
-    model, (rows, length) = fresh(shape(args), args), step_shape(args)
+    model, rows, length = fresh(shape(args), args), args.batch, args.length
     optimizer = torch.optim.AdamW(with_experts(model), fused=True)
     gate = gates(rows, args.device).requires_grad_()
 
     def run(prompt, compiled=False):
-        compile_blocks(model, compiled)  # finds what was compiled before
+        compile_blocks(model, compiled)  # compiled code is found again
         our_step(model, rows_of(model.config, rows, length, prompt), optimizer, gate)()
         wait(args.device)
     return run
 
 
 def their_steps(args):
-    """-> a function that makes a step of `peft`: (tokens of a prompt, adapters)."""
+    """Returns a function that makes a step of peft: (first supervised token, number of adapters)."""
     import peft
-    (ours, theirs), (rows, length) = pair(args), step_shape(args)
+    (ours, theirs), rows, length = pair(args), args.batch, args.length
     settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS))
     model, config = peft.get_peft_model(theirs, settings, EXPERTS[0]), ours.config
 
@@ -122,12 +124,15 @@ def their_steps(args):
 
 
 def profile(args):
-    """Where the time of a training step goes, by PyTorch's profiler: matrix products, by whose weights they multiply,
-    other operations, and what is between them, where Python works (and a GPU, whose own time is counted, waits)."""
+    """Where the time of a training step goes, by PyTorch's profiler.
+
+    Matrix products are told apart by whose weights they multiply. Between operations, Python works. On a GPU, the time
+    of an operation is that of its kernels.
+    """
     run, vocabulary, on_gpu = our_steps(args), shape(args).vocab_size, args.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     found, wall = {}, 0.0  # {kind: [operations, seconds, FLOPs]}
-    run(1, args.compile)  # to warm up
+    run(1, args.compile)  # the first step is slower
     for _ in range(args.rounds):
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiled:
             began = time.perf_counter()
@@ -136,22 +141,24 @@ def profile(args):
         for event in profiled.events():
             if event.device_type == torch.autograd.DeviceType.CPU:  # a kernel's time is its operation's, too
                 kind, work = operation(event, vocabulary)
-                spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-                more = event.name.startswith("aten::"), spent / 1e6, work
+                microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                more = event.name.startswith("aten::"), microseconds / 1e6, work
                 found[kind] = [n + m for n, m in zip(found.get(kind, (0, 0, 0)), more)]
-    found["between operations"] = [0, wall - sum(spent for _, spent, _ in found.values()), 0]
-    rows, length = step_shape(args)
-    show(f"A training step, {rows} x {length} tokens, all supervised: {wall / args.rounds * 1e3:,.0f} ms, profiled",
-         ["", "operations", "ms", "share", "GFLOP/s", "ceiling"],
-         [[kind, f"{n / args.rounds:,.0f}", f"{spent / args.rounds * 1e3:,.0f}", f"{spent / wall:.0%}",
-           *([f"{work / spent / 1e9:,.0f}", f"{work / spent / args.flops:.0%}"] if work and spent else ["", ""])]
-          for kind, (n, spent, work) in sorted(found.items(), key=lambda item: -item[1][1])])
+    found["between operations"] = [0, wall - sum(seconds for _, seconds, _ in found.values()), 0]
+    cells = []
+    for kind, (n, seconds, work) in sorted(found.items(), key=lambda item: -item[1][1]):
+        rate = [f"{work / seconds / 1e9:,.0f}", f"{work / seconds / args.flops:.0%}"] if work and seconds else ["", ""]
+        cells.append([kind, f"{n / args.rounds:,.0f}", f"{seconds / args.rounds * 1e3:,.0f}", f"{seconds / wall:.0%}",
+                      *rate])
+    print_table(["", "operations", "ms", "share", "GFLOP/s", "ceiling"], cells,
+                f"A training step, {args.batch} x {args.length} tokens, all supervised: "
+                f"{wall / args.rounds * 1e3:,.0f} ms, profiled")
 
 
 def operation(event, vocabulary, width=8 * len(EXPERTS)):
-    """What kind of operation a profiler's event is, and its FLOPs, where it is a matrix product. width: E·r.
+    """Returns the kind of a profiler event, and its FLOPs if it is a matrix product. width: E·r.
 
-    A product is known by its sizes: in a step of as many tokens as E·r or the vocabulary all would be taken for one kind.
+    A product is recognised by its sizes, so a step must not have as many tokens as E·r or the vocabulary.
     """
     if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
         (n, k), (_, m) = event.input_shapes[event.name != "aten::mm":][:2]
@@ -161,53 +168,53 @@ def operation(event, vocabulary, width=8 * len(EXPERTS)):
     return next((kind for part, kind in kinds.items() if part in event.name), "all other operations"), 0
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# generate, teacher
+
 def decode(args):
     """Greedy generation, and what experts cost in it."""
     ours, theirs = pair(args)
-    with torch.device("meta"):
-        dense = Transformer(ours.config)
     with_experts(ours)
-    new, length = args.steps or 64, args.length or 64
-    for rows in (1, args.batch or 16):
+    new, length = args.steps, args.length
+    for rows in (1, args.batch):
         ids = torch.randint(3, ours.config.vocab_size, (rows, length), device=args.device)
         prompts, gate = ids.tolist(), gates(rows, args.device)
-        mask = torch.ones_like(ids)
-        mixture = f"PersonaFuse, {rows} gate{'s' * (rows > 1)}"
-        runs = {"PersonaFuse, no experts": lambda: generate(ours, prompts, None, new),
-                "transformers.generate": lambda: theirs.generate(
-                    ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False),
-                mixture: lambda: generate(ours, prompts, gate, new)}
+        gated = f"{rows} gate{'s' * (rows > 1)}"
+        runs = {"PersonaFuse, no experts": partial(generate, ours, prompts, None, new),
+                "transformers.generate": partial(
+                    theirs.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                    do_sample=False),
+                f"PersonaFuse, {gated}": partial(generate, ours, prompts, gate, new)}
         if rows == 1:
-            dense.load_state_dict(merged(ours, gate[0]), assign=True)
-            runs["merged for one gate"] = lambda: generate(dense, prompts, None, new)
+            dense = with_weights(ours.config, dict(merged_tensors(ours, gate[0])))
+            runs["merged for one gate"] = partial(generate, dense, prompts, None, new)
         if args.compile:
-            runs |= decoding_compiled(ours, {"no experts": (prompts, None, new),
-                                             mixture.partition(", ")[2]: (prompts, gate, new)})
-        work = {name: new * token_bytes(ours, "gate" in name and "merged" not in name) for name in runs}
-        table(f"Generation, {rows} x {length} tokens of prompt, {new} new ones",
-              interleaved(runs, args.rounds, args.device), rows * new, work=work, rate=args.bandwidth)
+            runs |= decoding_compiled(ours, {"no experts": (prompts, None, new), gated: (prompts, gate, new)})
+        work = {name: new * token_bytes(ours, gated in name) for name in runs}
+        print_times(f"Generation, {rows} x {length} tokens of prompt, {new} new ones",
+                    interleaved(runs, args.rounds, args.device), rows * new, work=work, rate=args.bandwidth)
 
 
 def decoding_compiled(model, calls):
-    """{name: arguments of generate} -> runs of them with a compiled step, which is there for these runs only."""
+    """Returns {name: run} for calls {name: arguments of generate}. Only these runs use the model's compiled step."""
     compile_decoding(model)
-    made, model.decode, model.kept = (model.decode, model.kept), None, None
+    compiled, model.compiled_step = model.compiled_step, None
 
     def run(given):
-        model.decode, model.kept = made
+        model.compiled_step = compiled
         generate(model, *given)
-        model.decode = model.kept = None
+        model.compiled_step = None
     return {f"compiled, {name}": partial(run, given) for name, given in calls.items()}
 
 
 def teacher(args):
-    """The local teacher's replies, in batches, from the prompts that synth.py asks it with (--steps joint there)."""
+    """The local teacher's replies, in batches, to the prompts of synth.py --steps joint."""
     from transformers import AutoModelForCausalLM
     folder, device = folders(args, 1)[0], args.device
     ours, chat = Transformer.from_pretrained(folder, args.dtype, device), Chat.from_dir(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype).to(device).eval()
-    rows, new, stops = args.batch or 16, args.steps or 64, sorted(chat.stops)
-    prompts = [chat.prompt(Query(item, "joint", 0, "bench").ask[0]) for item in queries(args, rows)]
+    rows, new, stops = args.batch, args.steps, sorted(chat.stops)
+    prompts = [chat.prompt(Synthesis(item, "joint", 0, "bench").question.messages) for item in queries(args, rows)]
     width, replies = max(map(len, prompts)), {}
     ids = torch.tensor([[stops[0]] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -224,51 +231,57 @@ def teacher(args):
 
     times = interleaved({"transformers.generate": run_theirs, "PersonaFuse": run_ours}, args.rounds, device)
     lengths, same = [len(r) for r in replies["ours"]], sum(a == b for a, b in zip(*replies.values()))
-    table(f"{rows} prompts of {min(map(len, prompts))} to {width} tokens, replies of {min(lengths)} to {max(lengths)}; "
-          f"{same} of {rows} equal", times, sum(lengths),
-          {"PersonaFuse": max(lengths) * token_bytes(ours)}, args.bandwidth)
+    print_times(f"{rows} prompts of {min(map(len, prompts))} to {width} tokens, replies of {min(lengths)} to "
+                f"{max(lengths)}; {same} of {rows} equal", times, sum(lengths),
+                {"PersonaFuse": max(lengths) * token_bytes(ours)}, args.bandwidth)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# router
 
 def folders(args, n):
-    """The first n of --weights. UserError if there are fewer."""
+    """Returns the first n folders of --weights. UserError if there are fewer."""
     if len(args.weights or ()) < n:
         raise UserError(f"{args.what} needs --weights with {n} model folder{'s: base, encoder' if n > 1 else ''}")
     return args.weights[:n]
 
 
 def queries(args, n):
-    """n queries as items: those of --queries, over again where they don't suffice, else the template teacher's."""
+    """Returns n queries: those of --queries, repeated if there are fewer, or the template teacher's."""
     items = read_queries(args.queries)[0] if args.queries else template_records("train", n)
     return [items[i % len(items)] for i in range(n)]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# router
+
 def query_rows(config, args, n):
-    """n Examples with queries: random ids of real queries' lengths (--queries, with the tokenizer of --weights) or of
-    lengths drawn log-normally, median 60 tokens, sigma 0.7."""
+    """Returns n Rows whose queries are random ids of realistic lengths.
+
+    Lengths are those of --queries under the tokenizer of --weights, or log-normal with median 60 and sigma 0.7.
+    """
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(60), 0.7, n), 4, MAX_QUERY_TOKENS).astype(int)
     if args.queries:
         tokenizer = load_tokenizer(folders(args, 1)[0])
-        every = [len(query_ids(tokenizer, item["query"])) for item in read_queries(args.queries)[0]]
-        lengths = rng.choice(every, n, replace=n > len(every))
+        real = [len(query_ids(tokenizer, item["query"])) for item in read_queries(args.queries)[0]]
+        lengths = rng.choice(real, n, replace=n > len(real))
     return [Row(str(i), torch.eye(len(EXPERTS))[rng.integers(len(EXPERTS))],
-                    query=rng.integers(config.vocab_size, size=length)) for i, length in enumerate(lengths)]
+                query=rng.integers(config.vocab_size, size=length)) for i, length in enumerate(lengths)]
 
 
 def router(args):
-    """The router stage over the same queries in batches of --batch: train.py's, of similar length and cut into
-    micro-batches, and random ones padded to their longest row. Parameters and optimiser are shared by both."""
+    """The router stage over the same queries in batches of --batch, with the same parameters and optimiser.
+
+    train.py makes batches of similar lengths and cuts them into micro-batches. The plain loop makes random batches and
+    pads them to their longest row.
+    """
     config = shape(args, "Qwen2.5-0.5B", whole_head=True)
-    rows, batch = query_rows(config, args, (args.steps or 4) * (args.batch or 16)), args.batch or 16
+    rows, batch = query_rows(config, args, args.steps * args.batch), args.batch
+    lengths = [n_tokens(row) for row in rows]
     task, _ = stage("router", config, args)
     ours, theirs = task.router, reference(config, args).model
     for name, parameter in ours.encoder.named_parameters():
         owner, _, leaf = name.removeprefix("model.").rpartition(".")
         setattr(theirs.get_submodule(owner), leaf, parameter)
-    order, rng = batches([n_tokens(row) for row in rows], batch, 0), np.random.default_rng(0)
+    order, rng = batches(lengths, batch, 0), np.random.default_rng(0)
 
     def run_ours():
         for _ in range(len(rows) // batch):
@@ -276,47 +289,32 @@ def router(args):
 
     def run_theirs():
         for part in rng.permutation(len(rows)).reshape(-1, batch):
-            ids, lengths = pad([rows[i].query for i in part], args.device)
-            mask = torch.arange(ids.shape[1], device=args.device) < lengths[:, None]
+            ids, sizes = pad([rows[i].query for i in part], args.device)
+            mask = torch.arange(ids.shape[1], device=args.device) < sizes[:, None]
             with task.autocast:
                 hidden = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-                similarity = ours.similarity(hidden[torch.arange(len(part), device=args.device), lengths - 1])
+                similarity = ours.similarity(hidden[torch.arange(len(part), device=args.device), sizes - 1])
                 loss = contrastive_loss(similarity, torch.stack([rows[i].active for i in part]), task.s.contrastive_tau)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(task.parameters(), task.s.clip)
             task.optimizer.step()
             task.optimizer.zero_grad()
 
-    lengths = [n_tokens(row) for row in rows]
     runs = {"transformers, padded batches": run_theirs, "PersonaFuse": run_ours}
-    table(f"Router stage, {len(rows)} queries of {min(lengths)} to {max(lengths)} tokens, {batch} a step",
-          interleaved(runs, args.rounds, args.device), sum(lengths),
-          dict.fromkeys(runs, step_flops(config, lengths, len(rows), 0, frozen=False, head=False)), args.flops)
+    work = step_flops(config, lengths, len(rows), experts=0, frozen=False, head=False)
+    print_times(f"Router stage, {len(rows)} queries of {min(lengths)} to {max(lengths)} tokens, {batch} a step",
+                interleaved(runs, args.rounds, args.device), sum(lengths), dict.fromkeys(runs, work), args.flops)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # memory
 
-def saved_bytes(model, run):
-    """Bytes that autograd keeps for the backward pass of run(), parameters not counted; each storage once."""
-    own, kept = {p.data_ptr() for p in model.parameters()}, {}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run()  # alive until all is counted, so that no address is used twice
-    del loss
-    return sum(kept.values())
-
-
 class Sizes(TorchDispatchMode):
-    """Collects the shape, bytes and origin of every tensor that an operation newly allocates."""
+    """Notes (bytes, shape, operation) of every tensor that an operation allocates, in `found`."""
 
     def __init__(self):
         super().__init__()
-        self.found = []  # (bytes, shape, operation)
+        self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -330,53 +328,51 @@ class Sizes(TorchDispatchMode):
 def memory(args):
     """What ten experts add to what is saved for backward, and the largest tensors of a step."""
     config = shape(args, whole_head=True)
-    model, rows, length = fresh(config, args).requires_grad_(False), args.batch or 4, args.length or 128
-    batch, state = rows_of(config, rows, length), model.state_dict()
+    rows, length = args.batch, args.length
+    batch, state = rows_of(config, rows, length), fresh(config, args).state_dict()
     saved = {}
-    for n_experts in (0, 1, 10):  # 0: gradients through the frozen model, to the embeddings
-        with torch.device("meta"):
-            model = Transformer(config)
-        model.load_state_dict(state, assign=True)
-        model.requires_grad_(False)
-        parameters = with_experts(model, n_experts) if n_experts else []
-        gate = gates(rows, args.device, n_experts).requires_grad_() if n_experts else None
+    for n_experts in (0, 1, 10):  # 0: gradients pass through the frozen model to the embeddings
+        model, parameters, gate = with_weights(config, state), [], None
+        if n_experts:
+            parameters, gate = with_experts(model, n_experts), gates(rows, args.device, n_experts).requires_grad_()
         hook = model.model.embed_tokens.register_forward_hook(lambda module, given, out: out.requires_grad_())
-        saved[n_experts] = saved_bytes(model, lambda: row_losses(model, batch, gate))
+        saved[n_experts] = saved_bytes(model.parameters(), lambda: row_losses(model, batch, gate))
         hook.remove()
     run = our_step(model, batch, torch.optim.AdamW(parameters, fused=True), gate)
-    run()
+    run()  # makes the optimiser's moments
     most, largest = peak(run, args.device)
     with Sizes() as sizes:
         run()
-    held = sum(t.nbytes for t in state.values()) + 3 * sum(p.nbytes for p in parameters)  # and two moments
-    show(f"Saved for backward, {rows} x {length} tokens",
-         ["", "MB", "of the peak", "with weights"],
-         [[name, f"{size / 1e6:,.1f}", f"{size / most:.1%}", f"{size / (most + held):.1%}"] for name, size in (
-             ("by the frozen model", saved[0]), ("one expert adds", saved[1] - saved[0]),
-             ("nine more experts add", saved[10] - saved[1]), ("ten experts add", saved[10] - saved[0]),
-             ("peak of a step, above weights and moments", most))])
-    # what a naive formulation would allocate: logits of all positions, each expert's own output
-    widths, tokens = {width for pair in linears(config) for width in pair}, (rows * length, rows * (length + 1))
-    forbidden = {"tokens x vocabulary": {n * config.vocab_size for n in tokens},
-                 "tokens x experts x width": {n * 10 * width for n in tokens for width in widths}}
-    unlike = sorted({(size, f"{list(dims)}", op) for size, dims, op in sizes.found}, reverse=True)[:6]
+    always = sum(t.nbytes for t in state.values()) + 3 * sum(p.nbytes for p in parameters)  # 3: experts and two moments
+    cells = {"by the frozen model": saved[0], "one expert adds": saved[1] - saved[0],
+             "nine more experts add": saved[10] - saved[1], "ten experts add": saved[10] - saved[0],
+             "peak of a step, above weights and moments": most}
+    print_table(["", "MB", "of the peak", "with weights"],
+                [[what, f"{size / 1e6:,.1f}", f"{size / most:.1%}", f"{size / (most + always):.1%}"]
+                 for what, size in cells.items()], f"Saved for backward, {rows} x {length} tokens")
     note = "" if largest is None else f" (the profiler's largest allocation: {largest / 1e6:,.1f} MB)"
-    show(f"The largest tensors of a step{note}", ["tensor", "MB", "made by"],
-         [[dims, f"{size / 1e6:,.1f}", op] for size, dims, op in unlike])
-    for what, numbers in forbidden.items():
+    print_table(["tensor", "MB", "made by"],
+                [[f"{list(dims)}", f"{size / 1e6:,.1f}", name]
+                 for size, dims, name in sorted(set(sizes.found), reverse=True)[:6]],
+                f"The largest tensors of a step{note}")
+    # what a naive formulation would allocate: logits of all positions, and the output of each expert
+    widths, tokens = {width for pair in linears(config) for width in pair}, (rows * length, rows * (length + 1))
+    naive = {"tokens x vocabulary": {n * config.vocab_size for n in tokens},
+             "tokens x experts x width": {n * 10 * width for n in tokens for width in widths}}
+    for what, numbers in naive.items():
         found = [dims for _, dims, _ in sizes.found if np.prod(dims, dtype=int) in numbers]
         print(f"  of size {what}: {len(found)} of {len(sizes.found):,} tensors", *found[:1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# load, data: in processes of their own, so that peak memory is true
+# load, data: each run in its own process, whose peak memory is then that of the run
 
 def read_once(folders, dtype):
     return [np.frombuffer(file.read_bytes(), np.uint8) for folder in folders for file in weight_files(folder)]
 
 
 def load_ours(folders, dtype):
-    """As train.py --preset small --stage joint does it."""
+    """Loads as train.py --preset small --stage joint does."""
     setup = Setup(Path(), "small", *folders, None, torch.device("cpu"), dtype, 0, 1.0, 8, 16.0, 2048, 100)
     return [*setup.load_base().parameters(), *setup.load_router().parameters()]
 
@@ -390,15 +386,15 @@ def bytes_of(arrays):
     return sum(array.nbytes for array in arrays)
 
 
-def ready():
-    """Imports that are not to be counted as loading."""
+def import_transformers():
+    """Import what loading needs, which does not count as loading."""
     import transformers
     transformers.utils.logging.disable_progress_bar()
     transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.Qwen2ForCausalLM
 
 
-def drop_cached(folders):
-    """Have the system forget what it keeps of these models' files in memory."""
+def drop_from_page_cache(folders):
+    """Have the system forget what it keeps in memory of these models' files."""
     for file in (file for folder in folders for file in weight_files(folder)):
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -406,51 +402,51 @@ def drop_cached(folders):
 
 
 def load(args):
-    """Start-up of --preset small: both models in memory, beside reading their files once, from memory (the system's page
-    cache) and from the disk."""
+    """Loading both models of --preset small, beside reading their files once, from the page cache and from the disk."""
     given = folders(args, 2), args.dtype
     runs = {"reading the files once": read_once, "PersonaFuse": load_ours, "transformers": load_theirs}
-    peaks = {}
+    sizes = {}  # {name: (bytes of the result, highest peak)}
     for place in ("the page cache", "the disk"):
-        found = {name: [] for name in runs}
+        times = {name: [] for name in runs}
         for turn in range(args.rounds + 1):
             for name, run in runs.items():
                 if place == "the disk":
-                    drop_cached(given[0])
-                size, seconds, peak = alone(run, *given, ready=ready, measure=bytes_of)
-                peaks[name] = size, max(peak, peaks.get(name, (0, 0))[1])
-                found[name] += [seconds] if turn else []
-        table(f"Loading both models of --preset small from {place}", found)
-    show("Memory of it, in GB", ["", "result", "peak above the start", "ratio"],
-         [[name, f"{size / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{peak / size:.2f}"] for name, (size, peak) in peaks.items()])
+                    drop_from_page_cache(given[0])
+                size, seconds, most = alone(run, *given, ready=import_transformers, measure=bytes_of)
+                sizes[name] = size, max(most, sizes.get(name, (0, 0))[1])
+                if turn:
+                    times[name].append(seconds)
+        print_times(f"Loading both models of --preset small from {place}", times)
+    print_table(["", "result", "peak above the start", "ratio"],
+                [[name, f"{size / 1e9:.2f}", f"{most / 1e9:.2f}", f"{most / size:.2f}"]
+                 for name, (size, most) in sizes.items()], "Memory of it, in GB")
 
 
-def data_path(file, folders, cache):
-    """Records to the padded micro-batches of one epoch, as warm-up and router see them -> seconds of each part."""
+def data_path(file, folders):
+    """From a file to the padded micro-batches of one epoch of warm-up. Returns the seconds of each part."""
     marks = [time.perf_counter()]
     records = read_records(file)
     marks.append(time.perf_counter())
-    rows, _ = make_rows(records, Chat.from_dir(folders[0]), load_tokenizer(folders[1]), 2048, cache)
+    rows, _ = make_rows(records, Chat.from_dir(folders[0]), load_tokenizer(folders[1]), 2048)
     marks.append(time.perf_counter())
     rows = rows_per_pole(rows)
     order = batches([n_tokens(row) for row in rows], 64, 0)
     for _ in range(len(rows) // 64):
         for group in micro_batches([rows[i] for i in next(order)], 2048):
             pad([row.ids for row in group]), pad([row.query for row in group])
-    return [*np.diff([*marks, time.perf_counter()]), time.perf_counter() - marks[0]]
+    marks.append(time.perf_counter())
+    return [*np.diff(marks), marks[-1] - marks[0]]
 
 
 def data(args):
     """The data path of --count records: reading, tokenising for both models, an epoch of batches."""
-    given, rows = folders(args, 2), []
     with tempfile.TemporaryDirectory() as folder:
-        file, cache = Path(folder) / "records.jsonl", Path(folder) / "tokens"
+        file = Path(folder) / "records.jsonl"
         write_records(file, template_records("train", args.count))
-        for name in ("the first time", "again"):
-            seconds, _, peak = alone(data_path, file, given, cache)
-            rows.append([f"{args.count:,} records, {name}", *(f"{s:.1f} s" for s in seconds), f"{peak / 1e9:.2f} GB"])
-            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
-    show("The data path, one process", ["", "reading", "tokenising", "batching", "together", "peak"], rows)
+        seconds, _, most = alone(data_path, file, folders(args, 2))
+    print_table(["", "reading", "tokenising", "batching", "together", "peak"],
+                [[f"{args.count:,} records", *(f"{s:.1f} s" for s in seconds), f"{most / 1e9:.2f} GB"]],
+                "The data path, one process")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,42 +457,41 @@ GROWTH = {"experts": (1, 2, 5, 10, 20, 40), "rank": (1, 4, 8, 16, 32, 64), "toke
 
 
 def growth(args):
-    """Step time and memory against one size at a time; the others are 10 experts, rank 8, 128 tokens, 4 rows."""
+    """Step time and memory while one size grows; the others stay at 10 experts, rank 8, 128 tokens, 4 rows."""
     config = shape(args)
     state = fresh(config, args).state_dict()
     runs, most = {}, {}
-    for what, values in GROWTH.items():
-        for value in values:
-            sizes = {"experts": 10, "rank": 8, "tokens a row": 128, "rows": 4} | {what: value}
-            with torch.device("meta"):
-                model = Transformer(config)
-            model.load_state_dict(state, assign=True)
-            optimizer = torch.optim.AdamW(with_experts(model, sizes["experts"], sizes["rank"]), fused=True)
-            runs[what, value] = our_step(model, rows_of(config, sizes["rows"], sizes["tokens a row"]), optimizer,
-                                         gates(sizes["rows"], args.device, sizes["experts"]))
-            runs[what, value]()
-            most[what, value] = peak(runs[what, value], args.device)[0]
+    for key in [(what, value) for what, values in GROWTH.items() for value in values]:
+        sizes = {"experts": 10, "rank": 8, "tokens a row": 128, "rows": 4} | dict([key])
+        model = with_weights(config, state)
+        optimizer = torch.optim.AdamW(with_experts(model, sizes["experts"], sizes["rank"]), fused=True)
+        runs[key] = our_step(model, rows_of(config, sizes["rows"], sizes["tokens a row"]), optimizer,
+                             gates(sizes["rows"], args.device, sizes["experts"]))
+        runs[key]()
+        most[key] = peak(runs[key], args.device)[0]
     times = interleaved(runs, args.rounds, args.device)
-    rows = []
-    for (what, value), found in times.items():
-        low, middle, high = (f"{f(found) * 1e3:,.0f}" for f in (min, statistics.median, max))
-        rows.append([what, str(value), f"{middle} ms", f"{low} to {high}", f"{most[what, value] / 1e6:,.0f} MB"])
-    show(f"A step's time, and memory above weights and moments, {config.n_layers} layers",
-         ["", "", "median", "lowest to highest", "peak"], rows)
+    cells = []
+    for (what, value), seconds in times.items():
+        low, median, high = (f"{f(seconds) * 1e3:,.0f}" for f in (min, statistics.median, max))
+        cells.append([what, value, f"{median} ms", f"{low} to {high}", f"{most[what, value] / 1e6:,.0f} MB"])
+    print_table(["", "", "median", "lowest to highest", "peak"], cells,
+                f"A step's time, and memory above weights and moments, {config.n_layers} layers")
     if args.out:
         plot(times, most, args.out)
 
 
 def plot(times, most, file):
-    """Time above, memory below, a column for each size, all axes logarithmic: what is proportional is a straight line
-    of slope 1. Colours that the colour-blind can tell apart, and two markers."""
+    """Draw time above and memory below, a column for each size. The colour-blind can tell the two colours apart.
+
+    All axes are logarithmic: what grows in proportion is a straight line of slope 1.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(12, 6), sharex="col", sharey="row", layout="constrained")
     for (top, bottom), (what, values) in zip(axes.T, GROWTH.items()):
-        low, middle, high = (np.array([f(times[what, v]) * 1e3 for v in values]) for f in (min, statistics.median, max))
-        top.errorbar(values, middle, [middle - low, high - middle], color="#0072B2", marker="o", capsize=3)
+        low, median, high = (np.array([f(times[what, v]) * 1e3 for v in values]) for f in (min, statistics.median, max))
+        top.errorbar(values, median, [median - low, high - median], color="#0072B2", marker="o", capsize=3)
         bottom.plot(values, [most[what, v] / 1e6 for v in values], color="#D55E00", marker="s", linestyle="--")
         bottom.set_xlabel(what)
         for axis in (top, bottom):
@@ -546,18 +541,17 @@ def gpu(args):
             print(*cells, sep="  ", file=sys.stderr, flush=True)
             rows.append(cells)
         del run, task, models, model  # the next stage needs the memory
-    show(f"Training, 4 micro-batches of {args.tokens:,} tokens a step; peak in GB",
-         ["stage", "tokens a row", "recompute", "compile", "tokens/s", "s a step", "peak"], rows)
-    model, new = fresh(config, args), args.steps or 128
+    print_table(["stage", "tokens a row", "recompute", "compile", "tokens/s", "s a step", "peak"], rows,
+                f"Training, 4 micro-batches of {args.tokens:,} tokens a step; peak in GB")
+    model, new = fresh(config, args), args.steps
     with_experts(model)
-    for n in (1, args.batch or 16):
+    for n in (1, args.batch):
         prompts, gate = torch.randint(3, config.vocab_size, (n, 64)).tolist(), gates(n, args.device)
         calls = {"no experts": (prompts, None, new), f"{n} gate(s)": (prompts, gate, new)}
         runs = {name: partial(generate, model, *given) for name, given in calls.items()}
         runs |= decoding_compiled(model, calls)
-        table(f"Decoding, {n} x {new} tokens",
-              interleaved(runs, args.rounds, args.device), n * new,
-              {name: new * token_bytes(model, "gate" in name) for name in runs}, args.bandwidth)
+        print_times(f"Decoding, {n} x {new} tokens", interleaved(runs, args.rounds, args.device), n * new,
+                    {name: new * token_bytes(model, "gate" in name) for name in runs}, args.bandwidth)
 
 
 def whole_rows(name, config, encoder, rows, length):
@@ -578,8 +572,18 @@ def compile_blocks(model, compiled):
         compile_layers(model)
 
 
-COMMANDS = {"step": step, "profile": profile, "generate": decode, "teacher": teacher, "router": router,
-            "memory": memory, "load": load, "data": data, "growth": growth, "gpu": gpu}
+COMMANDS = {  # the function, and what --batch, --length and --steps are if they are not given
+    "step": (step, {"batch": 4, "length": 128}),
+    "profile": (profile, {"batch": 4, "length": 128}),
+    "generate": (decode, {"batch": 16, "length": 64, "steps": 64}),
+    "teacher": (teacher, {"batch": 16, "steps": 64}),
+    "router": (router, {"batch": 16, "steps": 4}),
+    "memory": (memory, {"batch": 4, "length": 128}),
+    "load": (load, {}),
+    "data": (data, {}),
+    "growth": (growth, {}),
+    "gpu": (gpu, {"batch": 16, "steps": 128}),
+}
 NO_CEILING = ("load", "data", "memory", "growth")
 
 
@@ -590,20 +594,24 @@ def main(argv=None):
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", help="model folders; else random weights")
     parser.add_argument("--shape", choices=CONFIGS, help="SmolLM2-135M; router: Qwen2.5-0.5B; gpu: Llama-3.1-8B")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--batch", type=int, help="rows; generate: in its second table")
+    parser.add_argument("--batch", type=int, help="rows; generate and gpu: those of the second decoding table")
     parser.add_argument("--length", type=int, help="tokens a row")
-    parser.add_argument("--steps", type=int, help="new tokens of generate, teacher and gpu; steps a round of router")
+    parser.add_argument("--steps", type=int, help="router: steps a round; generate, teacher, gpu: new tokens a row")
     parser.add_argument("--tokens", type=int, default=PRESETS["paper"]["tokens"], help="gpu: tokens a micro-batch")
-    parser.add_argument("--rounds", type=int, default=5, help="measured turns, after one to warm up (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that is not counted (5)")
     parser.add_argument("--compile", action="store_true",
-                        help="step, generate: with torch.compile as well; profile: only so")
-    parser.add_argument("--natural", action="store_true", help="teacher: replies end where they end")
+                        help="step, generate: with torch.compile as well; profile: with it")
+    parser.add_argument("--natural", action="store_true", help="teacher: replies end at a stop token")
     parser.add_argument("--queries", help="router, teacher: a file of real queries, .txt, .jsonl or .csv")
     parser.add_argument("--count", type=int, default=100_000, help="data: records")
     parser.add_argument("--out", help="growth: a PNG file for the plot")
     parser.add_argument("--device", help="cpu (the default; gpu: cuda), cuda or cuda:N")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
     args = parser.parse_args(argv)
+    command, defaults = COMMANDS[args.what]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.what == "gpu" and not args.device and not torch.cuda.is_available():
         raise UserError("gpu needs a CUDA GPU, and there is none here; --device cpu --shape SmolLM2-135M --layers 1 "
                         "--tokens 512 --length 128 only tries the code")
@@ -614,7 +622,7 @@ def main(argv=None):
           f"{torch.get_num_threads()} threads, {str(args.dtype).removeprefix('torch.')}"
           + (f"; at most {args.flops / 1e9:,.0f} GFLOP/s, {args.bandwidth / 1e9:,.1f} GB/s" if args.flops else ""),
           flush=True)
-    COMMANDS[args.what](args)
+    command(args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What bench.py's tables are made with: interleaved runs, the machine's ceiling, peaks of memory, the least that a step
-and a token cost, and the same weights in our model and in that of `transformers`.
-"""
+"""What the commands of bench.py share: turns, the machine's limits, peak memory, and the same weights in two models."""
 import gc
 import statistics
 import sys
@@ -21,19 +19,21 @@ from lora import add_experts, expert_layers
 from model import CONFIGS, Config, Transformer
 from router import Router
 from support.rows import Row
+from support.tables import print_table
 from train import Stage, row_losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The harness
+# Time
 
 def wait(device):
+    """Wait until the GPU has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def interleaved(runs, rounds, device=torch.device("cpu")):
-    """{name: function} -> {name: seconds of each round}; one round to warm up, then all in turn, `rounds` times."""
+    """Run {name: function} in turns, A B A B …. Returns {name: seconds of each round} without the first round."""
     times = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -47,64 +47,42 @@ def interleaved(runs, rounds, device=torch.device("cpu")):
     return times
 
 
-def show(title, head, rows):
-    """Print a table: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    print(f"\n{title}\n")
-    for row in [head, *rows]:
-        print("  " + "  ".join(f"{cell:{'<>'[i > 0]}{w}}" for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
-    sys.stdout.flush()
+def print_times(title, times, tokens=None, work=None, rate=1.0):
+    """Print a row for each name of `times`: the median, and the ratio to the first name's time in the same round.
 
-
-def table(title, times, amount=None, work=None, rate=1.0):
-    """Print medians, and ratios of neighbours to the first name with their middle half. amount: tokens of a run, for
-    tokens/s. work: {name: FLOPs or bytes of a run}, shown as a share of `rate`, the machine's ceiling."""
+    Ratios are medians, with the middle half of the rounds in brackets. tokens: of one run, for a column of tokens/s.
+    work: {name: FLOPs or bytes of one run}, for a column with its share of `rate`, what the machine can do a second.
+    """
     first, rows = next(iter(times.values())), []
-    for name, found in times.items():
-        ratios, middle = sorted(t / f for t, f in zip(found, first)), statistics.median(found)
-        q = len(ratios) // 4
-        rows.append([name, f"{middle * 1e3:,.0f} ms",
-                     f"{statistics.median(ratios):.2f} [{ratios[q]:.2f}, {ratios[-1 - q]:.2f}]",
-                     *([f"{amount / middle:,.1f}"] if amount else []),
-                     *([f"{work[name] / middle / rate:.0%}" if name in work else ""] if work else [])])
-    show(title, ["", "median", "ratio [half]", *(["tokens/s"] if amount else []),
-                 *(["ceiling"] if work else [])], rows)
+    for name, seconds in times.items():
+        ratios, median = sorted(t / f for t, f in zip(seconds, first)), statistics.median(seconds)
+        quarter = len(ratios) // 4
+        row = [name, f"{median * 1e3:,.0f} ms",
+               f"{statistics.median(ratios):.2f} [{ratios[quarter]:.2f}, {ratios[-1 - quarter]:.2f}]"]
+        if tokens:
+            row.append(f"{tokens / median:,.1f}")
+        if work:
+            row.append(f"{work[name] / median / rate:.0%}" if name in work else "")
+        rows.append(row)
+    head = ["", "median", "ratio [half]"] + ["tokens/s"] * bool(tokens) + ["ceiling"] * bool(work)
+    print_table(head, rows, title)
 
 
 def ceiling(device, dtype):
-    """This machine's rate of matrix products (FLOP/s) and its memory bandwidth (B/s), the best of ten."""
+    """Returns what this machine can do: FLOP/s in matrix products and bytes/s from memory, the best of ten tries."""
     n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     big = torch.ones((1 << 28) // 4 if device.type == "cpu" else 1 << 30, device=device)
-    products = interleaved({"mm": lambda: a @ b, "sum": lambda: big.sum()}, 10, device)
-    return 2 * n ** 3 / min(products["mm"]), big.nbytes / min(products["sum"])
-
-
-def peak(run, device):
-    """Run it -> (the most bytes that were allocated at once, above those there before; the largest allocation)."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before, None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # freed ones are negative
-    return int(np.cumsum(sizes).max()), max(sizes)
-
-
-def alone(function, *args, ready=None, measure=None):
-    """function(*args) in a fresh process -> (its result, or measure(it), seconds, peak bytes above those at its
-    start). The result is there until the clock has stopped, so that to free it is not counted."""
-    with ProcessPoolExecutor(1, get_context("spawn"), ready) as pool:
-        return pool.submit(timed, measure, function, *args).result()
+    times = interleaved({"product": lambda: a @ b, "sum": lambda: big.sum()}, 10, device)
+    return 2 * n ** 3 / min(times["product"]), big.nbytes / min(times["sum"])
 
 
 @contextmanager
-def elsewhere(make, *args):
-    """make(*args) in a fresh process -> the function that it returned there, run there when it is called here. For runs
-    that take turns, but have to differ in what a process has one of: how malloc treats what is freed."""
+def in_another_process(make, *args):
+    """Call make(*args) in a fresh process, and yield a function that calls there what it returned.
+
+    For runs that take turns but need different settings of the process, such as what malloc does with freed memory.
+    """
     with ProcessPoolExecutor(1, get_context("spawn"), prepare, (make, *args)) as pool:
         yield lambda *which: pool.submit(run_prepared, *which).result()
 
@@ -118,49 +96,95 @@ def run_prepared(*which):
     prepared(*which)
 
 
-def timed(measure, function, *args):
-    def resident(which):  # Linux
-        return int(Path("/proc/self/status").read_text().split(which)[1].split()[0]) * 1024
-    before, began = resident("VmRSS:"), time.perf_counter()
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+def peak(run, device):
+    """Call run(). Returns the most bytes that were allocated at once, beyond those before, and the bytes of the largest
+    allocation, which is None on a GPU."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before, None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # negative where memory is freed
+    return int(np.cumsum(sizes).max()), max(sizes)
+
+
+def saved_bytes(parameters, run):
+    """Returns the bytes that autograd saves for the backward pass of run(), without `parameters`. Each storage counts
+    once."""
+    own, saved = {p.untyped_storage().data_ptr() for p in parameters}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run()  # alive until everything is counted, so that no address is used twice
+    del output
+    return sum(saved.values())
+
+
+def alone(function, *args, ready=None, measure=None):
+    """Call function(*args) in a fresh process, after ready(). Returns its result, or measure(result), its seconds and
+    its peak memory in bytes beyond that at its start (on Linux). The result is freed after the clock has stopped."""
+    with ProcessPoolExecutor(1, get_context("spawn"), ready) as pool:
+        return pool.submit(measured, measure, function, *args).result()
+
+
+def measured(measure, function, *args):
+    def memory(field):
+        return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) * 1024
+    before, began = memory("VmRSS:"), time.perf_counter()
     result = function(*args)
     seconds = time.perf_counter() - began
-    return measure(result) if measure else result, seconds, resident("VmHWM:") - before
+    return measure(result) if measure else result, seconds, memory("VmHWM:") - before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a step and a token cost at least
+# The least work that a step and a token take
 
 def linears(config):
-    """(in, out) of the seven linear layers of a block."""
+    """Returns (in, out) of the seven linear layers of a block."""
     c, heads, kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     return [(c.dim, heads), *[(c.dim, kv)] * 2, (heads, c.dim), *[(c.dim, c.hidden_dim)] * 2, (c.hidden_dim, c.dim)]
 
 
-def step_flops(config, lengths, wanted, experts=10, rank=8, frozen=True, head=True):
-    """FLOPs of a training step over rows of these lengths: 2 for each weight and token forward, 2 backward for the
-    input and, unless it is frozen, 2 for the weight; causal attention, 2 + 5. The last layer's MLP and the head work
-    on the `wanted` positions only: those that a loss is computed from."""
+def step_flops(config, lengths, supervised, experts=10, rank=8, frozen=True, head=True):
+    """Returns the FLOPs of a training step over rows of these lengths.
+
+    A weight takes 2 per token forward, 2 backward for its input and, unless it is frozen, 2 for its gradient. Causal
+    attention is 2 products forward and 5 backward. The last layer's MLP and the head work on `supervised` positions.
+    """
     c, tokens = config, sum(lengths)
 
-    def linear(shapes):  # per token
+    def per_token(shapes):
         return sum((4 if frozen else 6) * i * o + 6 * (i + o) * experts * rank for i, o in shapes)
     attention = 7 * c.n_layers * c.n_heads * c.head_dim * sum(length**2 for length in lengths)
-    return (c.n_layers * linear(linears(c)) * tokens - linear(linears(c)[4:]) * (tokens - wanted) + attention
-            + head * 4 * c.vocab_size * c.dim * wanted)
+    return (c.n_layers * per_token(linears(c)) * tokens - per_token(linears(c)[4:]) * (tokens - supervised) + attention
+            + head * 4 * c.vocab_size * c.dim * supervised)
 
 
 def token_bytes(model, experts=True):
-    """Bytes of weights that decoding one token (of all rows at once) has to read."""
+    """Returns the bytes of weights that are read to decode one token of each row."""
     read = sum(p.nbytes for name, p in model.named_parameters() if ".layers." in name
                and (experts or not name.endswith((".A", ".B"))))
     return read + model.head_weight.nbytes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The same weights, ours and theirs
+# Models and batches
 
 def shape(args, default="SmolLM2-135M", whole_head=False):
-    """The Config that is asked for. With fewer layers the vocabulary shrinks alike: the head keeps its share."""
+    """Returns the Config that the options name.
+
+    With fewer layers the vocabulary shrinks in proportion, so that the head keeps its share, unless whole_head.
+    """
     config = Config.from_dir(args.weights[0]) if args.weights else CONFIGS[args.shape or default]
     if not args.layers:
         return config
@@ -169,7 +193,7 @@ def shape(args, default="SmolLM2-135M", whole_head=False):
 
 
 def fresh(config, args, dtype=None):
-    """A model with random weights, laid out on the device in its dtype, or the one in --weights, if it is whole."""
+    """Returns the model in --weights, or one of this shape with random weights; with --layers always the latter."""
     if args.weights and not args.layers:
         return Transformer.from_pretrained(args.weights[0], dtype or args.dtype, args.device)
     torch.manual_seed(0)
@@ -181,8 +205,16 @@ def fresh(config, args, dtype=None):
         torch.set_default_dtype(torch.float32)
 
 
+def with_weights(config, state):
+    """Returns another Transformer that shares the tensors of a state dict."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
 def reference(config, args):
-    """A `transformers` model of this shape."""
+    """Returns a model of `transformers` of this shape."""
     import transformers
     kind = "Qwen2" if config.qkv_bias else "Llama"
     settings = getattr(transformers, kind + "Config")(
@@ -194,7 +226,7 @@ def reference(config, args):
 
 
 def pair(args):
-    """(our model, theirs), which share their weights: random ones of the shape --shape, or those in --weights."""
+    """Returns our model and that of `transformers`, which share their weights."""
     config = shape(args)
     ours, theirs = fresh(config, args), reference(config, args)
     theirs.load_state_dict(ours.state_dict(), strict=False, assign=True)
@@ -204,7 +236,7 @@ def pair(args):
 
 
 def with_experts(model, n_experts=10, rank=8):
-    """Experts beside every layer, with B as if it had been trained -> the trainable parameters."""
+    """Add experts whose B is random, as if they had been trained. Returns the trainable parameters."""
     parameters = add_experts(model, n_experts, rank, 2 * rank)
     for layer in expert_layers(model).values():
         torch.nn.init.normal_(layer.B, std=0.01)
@@ -216,13 +248,13 @@ def gates(n, device, n_experts=10):
 
 
 def rows_of(config, rows, length, prompt=1):
-    """`rows` Examples of random ids: `length` tokens that are predicted, of which `prompt` − 1 are not supervised."""
+    """Returns Rows of random ids: `length` tokens are predicted, of which the first `prompt` − 1 are not supervised."""
     ids = torch.randint(config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
     return [Row(str(i), None, row.numpy(), prompt) for i, row in enumerate(ids)]
 
 
 def our_step(model, batch, optimizer, gate):
-    """A training step of the mixture as a function, without the router: through train.py's loss."""
+    """Returns a function that makes a training step of the mixture under a given gate, with train.py's loss."""
     tokens = sum(len(row.ids) - row.prompt for row in batch)
 
     def run():
@@ -233,7 +265,7 @@ def our_step(model, batch, optimizer, gate):
 
 
 def stage(name, config, args, encoder=None, tokens=2048):
-    """A stage's Task with a model of `config` (the router's encoder, for "router") -> (task, the models in it)."""
+    """Returns train.py's Stage with a model of `config` (for "router": an encoder), and the Transformers in it."""
     s = SimpleNamespace(lr=1e-4, router_lr=1e-5, tokens=tokens, clip=1.0, lam=0.1, contrastive_tau=0.07,
                         joint_gate="learned", batch=0)
     model = None if name == "router" else fresh(config, args)

@@ -1,4 +1,4 @@
-"""Every command of bench.py runs, on models of almost no size, and what its tables are made with keeps its laws."""
+"""Every command of bench.py runs, on tiny models, and the figures in its tables are what they claim to be."""
 import io
 import subprocess
 import sys
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import bench
-from bench import main, operation, saved_bytes
-from harness import interleaved, linears, our_step, peak, rows_of, step_flops, table, token_bytes, with_experts
+from bench import main, operation
+from harness import interleaved, linears, our_step, peak, print_times, rows_of, saved_bytes, step_flops, token_bytes
+from harness import with_experts
 from lora import ExpertLinear
 from model import CONFIGS, Config, Transformer
 from support.files import UserError
@@ -33,12 +34,12 @@ def small(monkeypatch):
 
 
 def do_not_compile(monkeypatch):
-    """Which takes minutes."""
+    """Leave out torch.compile, which takes minutes."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
 
 
-def shown(command):
+def output(command):
     out = io.StringIO()
     with redirect_stdout(out):
         main(command.split())
@@ -46,15 +47,17 @@ def shown(command):
     return out.getvalue()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The commands
+
 @pytest.mark.parametrize("command, words", [
     pytest.param("step --rounds 1 --layers 1 --length 12 --compile", "the same, --compile", marks=pytest.mark.slow),
-    pytest.param("generate --rounds 1 --steps 3 --batch 3 --compile", "compiled, 3 gates",
-                 marks=pytest.mark.slow),
+    pytest.param("generate --rounds 1 --steps 3 --batch 3 --compile", "compiled, 3 gates", marks=pytest.mark.slow),
     ("profile --rounds 1 --length 12 --compile", "products with the experts"),
     ("router --rounds 1 --batch 3 --steps 2", "padded batches")])
 def test_runs_on_random_weights(command, words, monkeypatch):
     do_not_compile(monkeypatch)
-    assert words in shown(command)
+    assert words in output(command)
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +69,18 @@ def folders(tmp_path_factory):
     return f"{folder / 'base'} {folder / 'encoder'}"
 
 
-def test_runs_on_model_folders(folders, tmp_path):
+def test_runs_on_model_folders_and_real_queries(folders, tmp_path):
     queries = tmp_path / "queries.txt"
     queries.write_text("How are you?\nWhat should I do on Sunday, when nobody is at home?\n")
-    assert "2 of 2 equal" in shown(f"teacher --weights {folders} --steps 4 --batch 2 --rounds 1 --queries {queries}")
-    assert "8 queries" in shown(f"router --weights {folders.split()[1]} --queries {queries} --rounds 1 --batch 2")
+    assert "2 of 2 equal" in output(f"teacher --weights {folders} --steps 4 --batch 2 --rounds 1 --queries {queries}")
+    assert "8 queries" in output(f"router --weights {folders.split()[1]} --queries {queries} --rounds 1 --batch 2")
 
 
 @pytest.mark.slow
-def test_runs_in_processes_of_their_own(folders):
-    printed = shown(f"load --weights {folders} --rounds 1")
+def test_runs_in_other_processes(folders):
+    printed = output(f"load --weights {folders} --rounds 1")
     assert "from the page cache" in printed and "from the disk" in printed and "Memory of it" in printed
-    assert "300 records, again" in shown(f"data --weights {folders} --count 300")
+    assert "300 records" in output(f"data --weights {folders} --count 300")
 
 
 @pytest.mark.slow
@@ -85,7 +88,7 @@ def test_runs_in_processes_of_their_own(folders):
 def test_gpu_runs_on_a_cpu(compiler, monkeypatch):
     if compiler == "none":
         do_not_compile(monkeypatch)
-    out = shown("gpu --device cpu --tokens 48 --rounds 1 --steps 2 --batch 2 --length 24")
+    out = output("gpu --device cpu --tokens 48 --rounds 1 --steps 2 --batch 2 --length 24")
     rows = [line.split()[:4] for line in out.splitlines() if line.split()[1:2] == ["24"]]
     assert rows == [[stage, "24", recompute, compiled] for stage in ("warmup", "router", "joint")
                     for compiled in ("no", "yes") for recompute in ("no", "yes")]
@@ -96,8 +99,8 @@ def test_gpu_runs_on_a_cpu(compiler, monkeypatch):
 def test_growth_is_a_table_and_a_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is in requirements-dev.txt")
     monkeypatch.chdir(tmp_path)
-    table = shown("growth --rounds 1 --out growth.png")
-    assert "tokens a row" in table and (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "tokens a row" in output("growth --rounds 1 --out growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_is_a_program():
@@ -105,69 +108,74 @@ def test_is_a_program():
     assert said.returncode == 0 and "python tests/bench.py step" in said.stdout, said.stderr
 
 
-def test_says_in_one_line_what_is_missing(monkeypatch):
+@pytest.mark.parametrize("command, words", [("gpu", "needs a CUDA GPU"), ("load", "--weights with 2"),
+                                            ("teacher", "--weights with 1")])
+def test_names_what_is_missing(command, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for command, words in (("gpu", "needs a CUDA GPU"), ("load", "--weights with 2"), ("teacher", "--weights with 1")):
-        with pytest.raises(UserError, match=words):
-            main([command])
+    with pytest.raises(UserError, match=words):
+        main([command])
 
 
-def test_runs_take_turns_and_ratios_are_those_of_neighbours(capsys):
+# ----------------------------------------------------------------------------------------------------------------------
+# The figures
+
+def test_runs_take_turns_and_a_ratio_is_that_of_the_same_round(capsys):
     order = []
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
-    assert "".join(order) == "ababab" and all(len(found) == 2 for found in times.values())  # the first was to warm up
-    table("title", {"a": [1.0, 2.0, 4.0, 1.0], "b": [3.0, 4.0, 4.0, 2.0]}, 7, {"b": 70.0}, 100.0)
+    assert "".join(order) == "ababab" and all(len(found) == 2 for found in times.values())  # the first does not count
+    print_times("title", {"a": [1.0, 2.0, 4.0, 1.0], "b": [3.0, 4.0, 4.0, 2.0]}, 7, {"b": 70.0}, 100.0)
     _, a, b = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert a[1:] == ["1,500", "ms", "1.00", "[1.00,", "1.00]", "4.7"]
     assert b[1:] == ["3,500", "ms", "2.00", "[2.00,", "2.00]", "2.0", "20%"]
 
 
-def test_a_peak_counts_what_is_there_at_once():
+def test_a_peak_is_what_is_allocated_at_once():
     def run():
         for _ in range(3):
-            both = torch.empty(1000), torch.empty(5000)  # 24 kB, three times, but never beside each other
+            both = torch.empty(1000), torch.empty(5000)  # 24 kB, three times, but never at once
             del both
     assert peak(run, torch.device("cpu")) == (24_000, 20_000)
 
 
 def test_what_is_saved_for_backward_is_counted_once_and_without_parameters():
     layer, x = torch.nn.Linear(8, 8), torch.ones(4, 8, requires_grad=True)
-    assert saved_bytes(layer, lambda: (layer(x) + layer(x)).sum()) == x.nbytes  # x twice, the weight not at all
+    assert saved_bytes(layer.parameters(), lambda: (layer(x) + layer(x)).sum()) == x.nbytes  # x is saved twice
 
 
-def test_operations_that_a_step_needs():
-    """As PyTorch counts them, but for what it leaves out: attention on a CPU, and what the experts add in place."""
+def test_the_work_of_a_step_is_what_pytorch_counts():
+    """FlopCounterMode leaves out attention on a CPU, and what the experts add in place. The profiler counts products
+    only."""
     from torch.utils.flop_counter import FlopCounterMode
     model = Transformer(SHAPES["Llama-3.1-8B"])
     parameters, c = with_experts(model), model.config
     model.model.embed_tokens.register_forward_hook(lambda module, given, out: out.requires_grad_())
-    gate, batch = torch.full((4, 10), 0.1), rows_of(c, 4, 16, 9)  # 64 positions, 32 of them wanted
+    gate, batch = torch.full((4, 10), 0.1), rows_of(c, 4, 16, 9)  # 64 positions, 32 of them supervised
+    whole = step_flops(c, [16] * 4, 32)
     with FlopCounterMode(display=False) as counter:
         our_step(model, batch, torch.optim.AdamW(parameters), gate)()
     in_place = 2 * 80 * (c.n_layers * sum(out for _, out in linears(c)) * 64 - sum(out for _, out in linears(c)[4:]) * 32)
     attention = c.n_layers * 7 * c.n_heads * c.head_dim * 4 * 16**2  # 2 products forward and 5 backward, half of each
-    assert counter.get_total_flops() + in_place + attention == step_flops(c, [16] * 4, 32)
+    assert counter.get_total_flops() + in_place + attention == whole
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiled:
         our_step(model, batch, torch.optim.AdamW(parameters, fused=True), gate)()
     found = Counter()
     for event in profiled.events():
         kind, work = operation(event, c.vocab_size)
         found[kind] += work
-    experts = step_flops(c, [16] * 4, 32) - step_flops(c, [16] * 4, 32, experts=0)
-    head = 4 * c.vocab_size * c.dim * 32
+    experts, head = whole - step_flops(c, [16] * 4, 32, experts=0), 4 * c.vocab_size * c.dim * 32
     assert found == {"products with the experts": experts, "products with the head": head, "attention": 0,
-                     "products with the frozen layers": step_flops(c, [16] * 4, 32) - attention - experts - head,
+                     "products with the frozen layers": whole - attention - experts - head,
                      "the optimiser": 0, "all other operations": 0}
     assert token_bytes(model) - token_bytes(model, experts=False) == sum(p.nbytes for p in parameters)
 
 
-def test_what_must_not_exist_is_seen(monkeypatch):
-    """Each expert's own output, then their sum: tokens x experts x width, which `memory` has to count."""
-    assert "experts x width: 0 of" in shown("memory --length 16")
+def test_memory_finds_a_tensor_of_size_tokens_by_experts_by_width(monkeypatch):
+    """Such a tensor is made on purpose: each expert's output, then their sum."""
+    assert "experts x width: 0 of" in output("memory --length 16")
 
     def one_by_one(self, x, gate=None):
         y = torch.nn.functional.linear(x, self.weight, self.bias)
         each = torch.einsum("bter,ero->bteo", torch.einsum("btd,erd->bter", x, self.A), self.B)  # (B, T, E, out)
         return y if gate is None else y + self.scale * (gate[:, None, :, None] * each).sum(2)
     monkeypatch.setattr(ExpertLinear, "forward", one_by_one)
-    assert "experts x width: 0 of" not in shown("memory --length 16")
+    assert "experts x width: 0 of" not in output("memory --length 16")

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,7 +82,7 @@ def test_torchrun_trains_saves_stops_and_resumes_like_one_process(run_folder, he
 
 if __name__ == "__main__":  # what torchrun runs: each process writes what it has after each stage
     torch.set_num_threads(1)
-    join_process_group(SimpleNamespace(device=torch.device("cpu")), {})
+    join_process_group(torch.device("cpu"), {})
     for stage in ("warmup", "router", "joint"):
         parameters, log = trained(stage)
         name = f"{sys.argv[1]}/{stage}-{torch.distributed.get_rank()}"

@@ -1,11 +1,17 @@
-"""Laws of what is measured: the figures against examples worked by hand, the gate rules, and the commands' output on
-the small run that test_commands.py makes.
+"""Laws of eval.py and support/measure.py: metrics against examples worked by hand, gate rules, and what the commands
+print, answer and export. The commands run on the small run that test_commands.py makes.
 """
 import functools
 import json
 import math
+import os
+import pty
 import re
+import select
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +21,23 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
-from support import measure
+from support import export as export_module
 from eval import average_precision, heat_map, recall_at_k
-from lora import EXPERTS, SHORT_NAMES
-from model import generate, pad
-from router import GATE_RULES, active_experts, format_gate, gates_for_rule, oracle_gate, persona_gate, query_ids, raw_gate
-from support.chat import load_tokenizer
+from lora import EXPERTS, SHORT_NAMES, add_experts, expert_layers, merged_tensors
+from model import Transformer, generate, pad
+from router import GATE_RULES, active_experts, gates_for_rule, oracle_gate, persona_gate, query_ids, raw_gate
+from support.chat import Chat, encode
 from support.files import UserError
-from support.measure import bootstrap, domain_subsets
-from support.records import SPLITS, read_records, write_records
+from support.measure import LoadedRun, bootstrap, domain_subsets
+from support.records import SPLITS, read_queries, read_records, write_records
 from support.rows import make_rows
 from support.runs import fingerprint
+from support.tables import format_gate
 from synth import lab, signatures, template_records
 from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
+
+ROOT = Path(evaluation.__file__).resolve().parent
+printed = []  # by the fixture `ablation`
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -42,14 +52,16 @@ from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: 
     ([.5, .5, .5, .5], [0, 0, 0, 1], 1 / 4),
     ([.9, .5, .5, .1], [0, 1, 0, 1], (1 / 3 + 2 / 4) / 2),
     ([-.2, -.9], [1, 0], 1.0), ([.3], [1], 1.0), ([.4, .4], [1, 1], 1.0),
+    ([.1, .2], [0, 0], math.nan),                              # nothing is relevant
 ])
 def test_average_precision_of_examples_worked_by_hand(scores, relevant, wanted):
-    assert abs(average_precision(np.array(scores), np.array(relevant)) - wanted) < 1e-12
+    found = average_precision(np.array(scores), np.array(relevant))
+    assert np.isclose(found, wanted, rtol=0, atol=1e-12, equal_nan=True)
 
 
 def test_average_precision_is_its_definition():
-    """For each relevant item: of those that score at least as high (itself included), how many are relevant; where
-    items tie, a relevant one is preceded by all irrelevant ones of its score and by those relevant ones before it."""
+    """For each relevant item: the share of relevant ones among all items that are ranked at least as high. An item is
+    preceded by all irrelevant items of its own score."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         n = int(rng.integers(1, 30))
@@ -59,26 +71,19 @@ def test_average_precision_is_its_definition():
         precisions = []
         for score in np.unique(scores):
             above, tied = scores > score, scores == score
-            for k in range(int(relevant[tied].sum())):  # the tied relevant ones, one after the other
+            for k in range(int(relevant[tied].sum())):  # the tied relevant items, one after the other
                 hits = relevant[above].sum() + k + 1
                 precisions.append(hits / (above.sum() + (1 - relevant[tied]).sum() + k + 1))
-        assert abs(average_precision(scores, relevant) - np.mean(precisions)) < 1e-12
-        mixed = rng.permutation(n)
-        assert abs(average_precision(scores[mixed], relevant[mixed]) - np.mean(precisions)) < 1e-12
+        for order in (np.arange(n), rng.permutation(n)):
+            assert abs(average_precision(scores[order], relevant[order]) - np.mean(precisions)) < 1e-12
 
 
-def test_average_precision_of_nothing_relevant_is_not_a_number():
-    assert math.isnan(average_precision(np.array([.1, .2]), np.array([0, 0])))
-
-
-def test_recall_counts_as_many_places_as_there_are_active_poles():
+def test_recall_takes_as_many_guesses_as_there_are_active_poles():
     similarity = np.array([[.9, .8, .1, .0], [.1, .2, .3, .4], [.5, .1, .4, .3]])
     active = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]])
-    assert recall_at_k(similarity[:1], active[:1]) == 1.0
-    assert recall_at_k(similarity[1:2], active[1:2]) == 0.0
-    assert abs(recall_at_k(similarity[2:], active[2:]) - 2 / 3) < 1e-12  # .5 .4 .3 are first; .1 is missed
+    for i, wanted in enumerate((1, 0, 2 / 3)):  # the last: .5 .4 .3 are the guesses, so .1 is missed
+        assert abs(recall_at_k(similarity[i:i + 1], active[i:i + 1]) - wanted) < 1e-12
     assert abs(recall_at_k(similarity, active) - (1 + 0 + 2 / 3) / 3) < 1e-12
-    assert recall_at_k(np.array([[.2, .9, .5]]), np.array([[0, 1, 0]])) == 1.0  # ranks, not the order: they differ here
     rng = np.random.default_rng(0)
     similarity, active = rng.normal(size=(50, 10)), np.eye(10)[rng.integers(0, 10, 50)]
     active[::2, 3] = 1
@@ -91,40 +96,36 @@ def test_recall_counts_as_many_places_as_there_are_active_poles():
 # Intervals and subsets
 
 def test_an_interval_holds_the_mean_per_token_and_narrows_with_records():
-    rng = np.random.default_rng(1)
-    widths = []
+    rng, widths = np.random.default_rng(1), []
     for n in (50, 5000):
         difference, counts = rng.normal(0.5, 2, n), rng.integers(1, 30, n).astype(float)
         mean, low, high = bootstrap(difference, counts, n=300)
         assert low < mean < high and abs(mean - difference.sum() / counts.sum()) < 1e-12
         widths.append(high - low)
-    assert 0.05 < widths[1] / widths[0] < 0.2  # about one over the root of a hundred
-
-
-def test_an_interval_covers_as_often_as_it_says():
-    """95 % of intervals hold the true mean; with 150 trials, between 132 and 149 of them."""
-    rng = np.random.default_rng(2)
-    held = sum(low <= 0 <= high for low, high in (
-        bootstrap(rng.normal(0, 1, 80), np.ones(80), seed, n=200)[1:] for seed in range(150)))
-    assert 132 <= held < 150
-
-
-def test_a_constant_difference_has_an_interval_of_no_width():
+    assert 0.05 < widths[1] / widths[0] < 0.2  # about 1 / √100
     counts = np.array([3.0, 10.0, 1.0, 25.0])
-    assert np.allclose(bootstrap(0.2 * counts, counts), 0.2, atol=1e-12)
+    assert np.allclose(bootstrap(0.2 * counts, counts), 0.2, atol=1e-12)  # a constant difference has no width
+
+
+def test_an_interval_covers_the_true_mean_as_often_as_it_says():
+    """95 % of intervals hold the true mean: of 150 trials, between 132 and 149."""
+    rng = np.random.default_rng(2)
+    covered = sum(low <= 0 <= high for low, high in (
+        bootstrap(rng.normal(0, 1, 80), np.ones(80), seed, n=200)[1:] for seed in range(150)))
+    assert 132 <= covered < 150
 
 
 def test_the_bootstrap_is_paired_and_fixed_by_its_seed():
-    """What makes both losses of a record large cancels: records differ by ten, the gates by a hundredth."""
+    """What records have in common under both gates cancels: records differ by 10, the gates by 0.01."""
     rng = np.random.default_rng(3)
     records, counts = rng.normal(100, 10, 400), np.ones(400)
-    a, b = records + rng.normal(0.01, 0.01, 400), records
-    mean, low, high = bootstrap(a - b, counts)
+    difference = records + rng.normal(0.01, 0.01, 400) - records
+    mean, low, high = bootstrap(difference, counts)
     assert 0.008 < low < mean < high < 0.012
-    assert bootstrap(a - b, counts, 5) == bootstrap(a - b, counts, 5) != bootstrap(a - b, counts, 6)
+    assert bootstrap(difference, counts, 5) == bootstrap(difference, counts, 5) != bootstrap(difference, counts, 6)
 
 
-def test_subsets_are_seen_and_held_out_domains_where_there_are_both():
+def test_seen_and_held_out_domains_are_subsets_where_there_are_both():
     parts = domain_subsets(np.array([False, True, True, False, False]))
     assert [(name, rows.tolist()) for name, rows in parts] == [
         ("all", [0, 1, 2, 3, 4]), ("domains seen in training", [0, 3, 4]), ("domains held out", [1, 2])]
@@ -133,9 +134,10 @@ def test_subsets_are_seen_and_held_out_domains_where_there_are_both():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Gate rules
+# Gate rules and gates set by hand
 
 def some_labels(n=400, seed=0):
+    """Active poles (n, 10) and similarities (n, 10)."""
     generator = torch.Generator().manual_seed(seed)
     active = (torch.rand(n, 10, generator=generator) < 0.2).float()
     active[active.sum(-1) == 0, 0] = 1
@@ -143,15 +145,13 @@ def some_labels(n=400, seed=0):
 
 
 @pytest.mark.parametrize("tau", [0.2, 1.0])
-def test_every_rules_gates_are_distributions(tau):
+def test_the_gates_of_every_rule_are_distributions(tau):
     active, similarity = some_labels()
-    for rule in GATE_RULES:
+    assert gates_for_rule("base", active) is None
+    for rule in GATE_RULES.keys() - {"base"}:
         gates = gates_for_rule(rule, active, similarity, tau, seed=1)
-        if rule == "base":
-            assert gates is None
-        else:
-            assert gates.shape == (400, 10) and gates.dtype == torch.float32 and (gates >= 0).all(), rule
-            assert (gates.sum(-1) - 1).abs().max() < 1e-5, rule
+        assert gates.shape == (400, 10) and gates.dtype == torch.float32 and (gates >= 0).all(), rule
+        assert (gates.sum(-1) - 1).abs().max() < 1e-5, rule
 
 
 def test_rules_are_their_formulas():
@@ -159,20 +159,18 @@ def test_rules_are_their_formulas():
     assert torch.equal(gates_for_rule("uniform", active), torch.full((400, 10), 0.1))
     assert torch.equal(gates_for_rule("learned", active, similarity, 0.3), (similarity / 0.3).softmax(-1))
     assert torch.equal(gates_for_rule("labels", active), active / active.sum(-1, keepdim=True))
-    for tau in (0.5, 1.0):
-        gates, k = gates_for_rule("oracle", active, tau=tau), active.sum(-1, keepdim=True)
-        e, f = math.exp(1 / tau), math.exp(-1 / tau)
-        assert torch.allclose(gates, (active * e + (1 - active) * f) / (k * e + (10 - k) * f), atol=1e-6)
-        assert torch.equal(gates, oracle_gate(active, tau))
+    assert torch.equal(gates_for_rule("oracle", active, tau=0.5), oracle_gate(active, 0.5))
+    with pytest.raises(ValueError, match="unknown gate rule 'best', expected one of base, uniform"):
+        gates_for_rule("best", active, similarity)
 
 
 @pytest.mark.parametrize("n", [2, 3, 400])
-def test_shuffled_gates_are_the_learned_ones_and_nobody_keeps_their_own(n):
+def test_shuffled_gates_are_the_learned_ones_and_no_query_keeps_its_own(n):
     active, similarity = some_labels(n)
     learned = gates_for_rule("learned", active, similarity, 0.5)
     for seed in range(5):
         shuffled = gates_for_rule("shuffled", active, similarity, 0.5, seed)
-        same = (shuffled[:, None] == learned[None]).all(-1)  # (N, N): whose gate each row got
+        same = (shuffled[:, None] == learned[None]).all(-1)  # (N, N): whose gate each query got
         assert (same.sum(0) == 1).all() and (same.sum(1) == 1).all() and not same.diagonal().any()
     if n > 3:
         assert not torch.equal(shuffled, gates_for_rule("shuffled", active, similarity, 0.5, 0))
@@ -180,7 +178,7 @@ def test_shuffled_gates_are_the_learned_ones_and_nobody_keeps_their_own(n):
 
 
 def test_random_gates_are_dirichlet_of_one_and_fixed_by_the_seed():
-    """Uniform on the simplex: mean 1/10, variance 9/1100 of each weight."""
+    """Uniform on the simplex: each weight has mean 1/10 and variance 9/1100."""
     active, _ = some_labels(20_000)
     gates = gates_for_rule("random", active, seed=3)
     assert torch.equal(gates, gates_for_rule("random", active, seed=3))
@@ -188,37 +186,12 @@ def test_random_gates_are_dirichlet_of_one_and_fixed_by_the_seed():
     assert (gates.mean(0) - 0.1).abs().max() < 0.003 and (gates.var(0) - 9 / 1100).abs().max() < 0.0005
 
 
-def test_a_rule_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="unknown gate rule 'best', expected one of base, uniform"):
-        gates_for_rule("best", *some_labels(2))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Text: heat map and raw gates
-
-def test_a_heat_map_has_a_row_for_each_query_and_fits_a_terminal():
-    gates = torch.full((3, 10), 0.02)
-    gates[0, 3], gates[1, 0], gates[2, 9] = 0.8, 0.4, 0.2
-    active = torch.zeros(3, 10)
-    active[0, 3] = active[0, 0] = active[1, 9] = 1
-    queries = ["Short", "A query\nover two lines, longer than the column that it is given here, by far", "x" * 40]
-    lines = heat_map(gates.numpy(), active.numpy(), queries).split("\n")
-    assert len(lines) == 4 and all(len(line) <= 82 for line in lines)
-    assert lines[0].split() == [*SHORT_NAMES] == ["O+", "O-", "C+", "C-", "E+", "E-", "A+", "A-", "N+", "N-"]
-    cells = [[line[41:][4 * i:4 * i + 4] for i in range(10)] for line in lines]
-    assert [cell.strip() for cell in cells[0]] == [*SHORT_NAMES]  # each name stands over its column
-    assert cells[1][3] == "[██]" and cells[1][0] == "[··]" and cells[1][1] == " ·· "
-    assert cells[2][0] == " ▒▒ " and cells[2][9] == "[··]" and cells[3][9] == " ░░ "
-    assert lines[1].startswith("Short ") and lines[2][39:41] == "… " and "over two" in lines[2]
-    assert lines[3][:40] == "x" * 40
-
-
 @pytest.mark.parametrize("text, wanted", [
     (",".join(["0.1"] * 10), [0.1] * 10), ("1,0,0,0,0,0,0,0,0,0", [1] + [0] * 9),
     ("high_openness:0.7,low_neuroticism:0.3", [0.7] + [0] * 8 + [0.3]), ("low_openness", [0, 1] + [0] * 8),
     (" low_neuroticism:0.25 , high_openness:0.75 ", [0.75] + [0] * 8 + [0.25]),
     ("0.0999,0.1001" + ",0.1" * 8, [0.0999, 0.1001] + [0.1] * 8), ("high_openness:1", [1] + [0] * 9)])
-def test_raw_gates_that_are_distributions_are_taken(text, wanted):
+def test_a_raw_gate_is_ten_weights_or_names_with_weights(text, wanted):
     gate = raw_gate(text)
     assert gate.shape == (1, 10) and torch.allclose(gate, torch.tensor([wanted]).float(), atol=1e-6)
 
@@ -228,324 +201,662 @@ def test_raw_gates_that_are_distributions_are_taken(text, wanted):
     "nan" + ",0" * 9, "inf" + ",0" * 9, "high_openness:0.7", "openness:1", "O+", "high_openness:x,low_openness:1",
     "high_openness:0.5,low_openness:0.6", "high_openness:1.5,low_openness:-0.5", "high_openness:nan",
     "a,b,c,d,e,f,g,h,i,j", "high_openness:0.4,high_openness:1"])
-def test_raw_gates_that_are_none_are_refused_with_what_is_expected(text):
+def test_a_raw_gate_that_is_no_distribution_is_refused_with_what_is_expected(text):
     with pytest.raises(UserError, match="expected ten weights from 0 up that sum to 1") as error:
         raw_gate(text)
     assert all(name in str(error.value) for name in EXPERTS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The commands
+# A run to measure
 
-@pytest.fixture
-def run(run_folder, monkeypatch):  # noqa: F811
-    """The run, read only, under the name that it was made with."""
-    monkeypatch.chdir(run_folder.parent.parent)
-    return RUN
-
-
-def shown(capsys, command, *argv):
-    evaluation.main([*command.split(), *argv])
+def output_of(capsys, command, *more):
+    """What a command of eval.py prints. `more`: arguments with spaces in them."""
+    capsys.readouterr()
+    evaluation.main([*command.split(), *map(str, more)])
     return capsys.readouterr().out
 
 
-def opened(run, stage="joint"):
-    args = evaluation.Ask(queries=["x"], run=str(run), stage=stage)
-    return measure.LoadedRun(args)
+def opened(run, **options):
+    return LoadedRun(evaluation.Talk(run=str(run), **options))
 
 
-def test_routing_reports_every_expert_on_three_subsets(run, capsys):
-    out = shown(capsys, f"routing --run {run} --show 4")
-    assert re.findall(r"^(\d+) test queries, (.*); router after joint, tau 1$", out, re.M) == [
-        ("60", "all"), *zip(re.findall(r"^(\d+) test queries, domains", out, re.M),
-                            ("domains seen in training", "domains held out"))]
-    counts = [int(n) for n in re.findall(r"^(\d+) test queries", out, re.M)]
+def accept_models(run):
+    """Make a run take the models in its folder for those that it was trained on."""
+    config = json.loads((run / "config.json").read_text())
+    config["fingerprints"] |= {role: fingerprint(run / "models" / role) for role in ("base", "encoder")}
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def rewrite(file, change):
+    """Apply change(name, tensor) to every tensor of a safetensors file."""
+    save_file({name: change(name, t) for name, t in sorted(load_file(file).items())}, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def strong(run_folder, here):
+    """A copy of the run with large random weights. The run itself has hardly learned anything: it answers everything
+    with full stops, and its experts change nothing that could be seen."""
+    folder = copy(run_folder, here)
+    torch.manual_seed(0)
+    rewrite(folder / "models" / "base" / "model.safetensors",
+            lambda name, t: t if t.dim() < 2 else 0.2 * torch.randn_like(t))
+    accept_models(folder)
+    for file in sorted((folder / "joint" / "experts").glob("*/adapter_model.safetensors")):
+        rewrite(file, lambda name, t: t if "lora_A" in name else 0.1 * torch.randn_like(t))
+    return folder
+
+
+@pytest.fixture
+def ablation(run_folder, capsys):
+    """What ablate prints on 20 records. Three tests look at it, so it is computed once."""
+    if not printed:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "generate_replies", functools.partial(train.generate_replies, max_new_tokens=3))
+            printed.append(output_of(capsys, f"ablate --run {run_folder} --records 20 --replies 1"))
+    return printed[0]
+
+
+@pytest.fixture
+def no_table(monkeypatch):
+    """ablate without the slow table of experts and poles."""
+    monkeypatch.setattr(evaluation, "expert_table", lambda run, args: None)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(5, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which run, which stage, which temperature
+
+def test_a_run_without_joint_is_measured_after_warm_up(run_folder, here, no_table, capsys):
+    copy(run_folder, here, ["joint"])
+    assert "router after router, tau 1" in output_of(capsys, f"routing --run {RUN}")
+    assert "experts after warmup" in " ".join(output_of(capsys, f"ablate --run {RUN} --records 4").split())
+    run = opened(RUN)
+    assert (run.folder("experts"), run.folder("router")) == (RUN / "warmup" / "experts", RUN / "router" / "router")
+    with pytest.raises(UserError, match="no router of stage joint yet: .*--preset tiny --stage joint --run runs/tiny"):
+        evaluation.main(f"routing --run {RUN} --stage joint".split())
+
+
+@pytest.mark.parametrize("stage, command, part, missing", [
+    ("router", "ask Hello", "experts", "warmup"), ("router", "ablate", "experts", "warmup"),
+    ("router", "health", "experts", "warmup"), ("warmup", "routing", "router", "router"),
+    ("warmup", "ablate", "router", "router"), ("warmup", "health", "router", "router"),
+    ("warmup", "ask Hello", "router", "router")])
+def test_a_run_of_one_stage_names_the_missing_one_with_its_command(run_folder, here, stage, command, part, missing):
+    undone(run_folder, here, "joint", missing)
+    with pytest.raises(UserError, match=f"no {part} of stage {missing} yet: python train.py --preset tiny --stage "
+                                        f"{missing} --run {RUN}"):
+        evaluation.main([*command.split(), "--run", str(RUN)])
+
+
+@pytest.mark.parametrize("command", ["routing", "ablate", "ask Hello"])
+def test_a_run_that_does_not_exist_is_one_line_with_the_way_out(here, command):
+    with pytest.raises(UserError, match="no/run: no config.json, so there is no run here; python train.py --preset tiny"
+                       ) as error:
+        evaluation.main([*command.split(), "--run", "no/run"])
+    assert "\n" not in str(error.value) and not any(here.iterdir())
+
+
+def test_the_temperature_is_that_of_joint_training_unless_given(run_folder, here):
+    folder = copy(run_folder, here)
+    config = json.loads((folder / "config.json").read_text())
+    config["stages"]["joint"]["tau"] = 0.3
+    (folder / "config.json").write_text(json.dumps(config))
+    for given, wanted in ((None, 0.3), (0.7, 0.7)):
+        run = opened(RUN, tau=given)
+        assert run.setup.tau == run.router.temperature == wanted
+
+
+def test_experts_or_a_router_trained_on_other_models_are_refused(run_folder, here):
+    """The other models have the same shape, so nothing else would show it. --base and --encoder make it right; what
+    PEFT trained belongs to no run, so it cannot be checked."""
+    copy(run_folder, here)
+    other = Path(shutil.copytree(RUN, "other"))
+    for role in ("base", "encoder"):
+        rewrite(other / "models" / role / "model.safetensors", lambda name, t: t + 1e-3)
+    accept_models(other)
+    shutil.copytree("other/joint/experts", "elsewhere")
+    for role, part, loaded in (("base", "experts", "model"), ("encoder", "router", "router")):
+        theirs = f"other/joint/{part}"
+        why = f"models/{role}: not the {role} that {theirs} was trained on.*--{role} names"
+        with pytest.raises(UserError, match=why) as error:
+            getattr(opened(RUN, **{part: theirs}), loaded)
+        assert "\n" not in str(error.value)
+        getattr(opened(RUN, **{part: theirs, role: f"other/models/{role}"}), loaded)
+        getattr(opened(RUN, **{part: f"{RUN}/joint/{part}"}), loaded)
+    assert opened(RUN, experts="elsewhere").model
+
+
+def test_evaluation_writes_nothing_into_the_run(run_folder, capsys):
+    before = {file: file.stat().st_mtime_ns for file in run_folder.rglob("*")}
+    output_of(capsys, f"ask --run {run_folder} --max-new-tokens 1 Hello?")
+    output_of(capsys, f"routing --run {run_folder}")
+    assert {file: file.stat().st_mtime_ns for file in run_folder.rglob("*")} == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# routing
+
+def test_a_heat_map_has_a_row_for_each_query_and_fits_a_terminal(capsys):
+    gates = np.full((3, 10), 0.02)
+    gates[0, 3], gates[1, 0], gates[2, 9] = 0.8, 0.4, 0.2
+    active = np.zeros((3, 10))
+    active[0, 3] = active[0, 0] = active[1, 9] = 1
+    heat_map(gates, active, ["Short", "A query\nover two lines, longer than its column, by far and away", "x" * 38])
+    head, *rows = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert len(rows) == 3 and all(len(line) <= 80 for line in [head, *rows])
+    assert re.findall(r"\S+", head) == ["query", *SHORT_NAMES]
+    columns = [head.index(name) for name in SHORT_NAMES]  # each name stands over its column
+    first, second, third = ([line.ljust(80)[at:at + 2] for at in columns] for line in rows)
+    assert first[3] == "█*" and first[0] == "·*" and first[1] == "· "
+    assert second[0] == "▒ " and second[9] == "·*" and third[9] == "░ "
+    assert rows[0].startswith("  Short ") and rows[2].startswith(f"  {'x' * 38}  ")
+    assert rows[1].startswith("  A query over two lines") and rows[1][:40].endswith("…")
+
+
+def test_routing_reports_every_expert_on_three_subsets(run_folder, capsys):
+    out = output_of(capsys, f"routing --run {run_folder} --show 4")
+    titles = re.findall(r"^(\d+) test queries, (.*); router after joint, tau 1$", out, re.M)
+    counts = [int(n) for n, _ in titles]
+    assert [name for _, name in titles] == ["all", "domains seen in training", "domains held out"]
     assert counts[1] + counts[2] == counts[0] == 60
     for expert in EXPERTS:
         assert len(re.findall(rf"^  {expert} +\d+ +(?:\d\.\d{{3}}|nan) +\d\.\d{{3}} +\d\.\d{{3}}$", out, re.M)) == 3
     assert len(re.findall(r"^  mean ", out, re.M)) == out.count("recall at |P|") == out.count("top-1 mass") == 3
-    queries = [r["query"] for r in read_records(run / "data" / "test.jsonl")]
-    rows = out.split("\n\n")[-1].splitlines()
-    assert len(rows) == 5 and all(row.startswith(query[:39]) for row, query in zip(rows[1:], queries))
-    assert rows[0].split() == [*SHORT_NAMES] and all(len(row) <= 82 for row in rows)
+    queries = [r["query"] for r in read_records(run_folder / "data" / "test.jsonl")]
+    _, *rows = out.split("\n\n")[-1].splitlines()
+    assert len(rows) == 4 and all(row.startswith(f"  {query[:30]}") for row, query in zip(rows, queries))
+    assert all(len(line) <= 80 for line in out.splitlines())
 
 
-def test_routings_figures_are_those_of_the_saved_router(run, capsys):
+def test_routings_numbers_are_those_of_the_saved_router(run_folder, capsys):
     """Of the stage that was asked for, on the test records, at the temperature that was asked for."""
-    records = read_records(run / "data" / "test.jsonl")
+    records = read_records(run_folder / "data" / "test.jsonl")
     active = torch.stack([active_experts(r["traits"]) for r in records])
     for stage, tau in (("warmup", 1.0), ("joint", 0.2)):
-        m = opened(run, stage)
-        similarity = torch.cat([m.router.similarity(m.router.embed(*pad([row.query]))).detach()
-                                for row in m.rows(records)])
-        out = shown(capsys, f"routing --run {run} --stage {stage} --tau {tau}")
+        run = opened(run_folder, stage=stage)
+        similarity = torch.cat([run.router.similarity(run.router.embed(*pad([row.query]))).detach()
+                                for row in run.rows(records)])
+        out = output_of(capsys, f"routing --run {run_folder} --stage {stage} --tau {tau}")
         assert f"router after {'router' if stage == 'warmup' else 'joint'}, tau {tau:g}" in out
         scores = [average_precision(s, a) for s, a in zip(similarity.T.numpy(), active.T.numpy())]
         first = out.split(" test queries, domains")[0]
         found = [float(re.search(rf"^  {e} +\d+ +(\S+)", first, re.M)[1]) for e in EXPERTS]
         assert np.allclose(found, scores, atol=2e-3)
         gates = (similarity / tau).softmax(-1)
-        entropy = -(gates * gates.log()).sum(-1).mean()
-        assert abs(float(re.search(r"entropy (\d\.\d+)", first)[1]) - entropy) < 2e-3
-        assert abs(float(re.search(r"recall at \|P\| (\d\.\d+)", first)[1])
-                   - recall_at_k(similarity.numpy(), active.numpy())) < 0.01
+        entropy, recall = (float(re.search(rf"{name} (\d\.\d+)", first)[1]) for name in ("entropy", r"recall at \|P\|"))
+        assert abs(entropy - -(gates * gates.log()).sum(-1).mean()) < 2e-3
+        assert abs(recall - recall_at_k(similarity.numpy(), active.numpy())) < 0.01
 
 
-def test_routing_needs_no_responses(run_folder, here, capsys):  # noqa: F811
+def test_routing_needs_no_responses(run_folder, here, capsys):
     copy(run_folder, here, ["warmup", "joint"])
     records = [{k: v for k, v in r.items() if k != "response"} for r in template_records("test", 8)]
     for name in SPLITS:
         write_records(here / "mine" / f"{name}.jsonl", records)
-    out = shown(capsys, f"routing --run {RUN} --data mine")
+    out = output_of(capsys, f"routing --run {RUN} --data mine")
     assert "8 test queries, all" in out and "held out" not in out  # the training split here has the same domains
 
 
-@pytest.fixture
-def no_table(monkeypatch):
-    """ablate without the table of experts and poles, where a test asks for something else."""
-    monkeypatch.setattr(evaluation, "expert_table", lambda run, args: None)
+# ----------------------------------------------------------------------------------------------------------------------
+# ablate
 
-
-@pytest.fixture(scope="module")
-def ablated():
-    """Where `ablation` keeps what it has printed."""
-    return {}
-
-
-def ablation(ablated, run, capsys):
-    """What ablate prints, computed once."""
-    if not ablated:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluation, "generate_replies", functools.partial(evaluation.generate_replies, max_new_tokens=3))
-            ablated["out"] = shown(capsys, f"ablate --run {run} --records 20 --replies 1")
-    return ablated["out"]
-
-
-def test_ablate_has_every_rule_on_three_subsets_with_intervals(run, capsys, ablated):
-    out = ablation(ablated, run, capsys)
-    parts = out.split("\nHeld-out loss, ")[1:]
-    assert [re.search(r"tokens, (.*); experts after joint, tau 1$", part, re.M)[1] for part in parts] == [
-        "all", "domains seen in training", "domains held out"]
-    counts = [tuple(map(int, re.match(r"(\d+) records, (\d+) reply tokens", part).groups())) for part in parts]
+def test_ablate_has_every_rule_on_three_subsets_with_intervals(ablation):
+    parts = [" ".join(part.split()) for part in ablation.split("\nHeld-out loss, ")[1:]]
+    titles = [re.match(r"(\d+) records, (\d+) reply tokens, (.*?); experts after joint, tau 1 gate", part).groups()
+              for part in parts]
+    assert [name for *_, name in titles] == ["all", "domains seen in training", "domains held out"]
+    counts = [(int(records), int(tokens)) for records, tokens, _ in titles]
     assert counts[0][0] == 20 and tuple(map(sum, zip(*counts[1:]))) == counts[0]
-    for part in parts:
+    for part in ablation.split("The gates")[0].split("\nHeld-out loss, ")[1:]:
         rows = {line.split()[0]: line for line in part.splitlines() if re.match("  [a-z]+ +[0-9]", line)}
         assert list(rows) == list(GATE_RULES)
-        own = float(rows["learned"].split()[1])
+        learned = float(rows["learned"].split()[1])
         for rule, line in rows.items():
-            assert GATE_RULES[rule] in line
             found = re.search(r"([+-]\d\.\d{4}) \[([+-]\d\.\d{4}), ([+-]\d\.\d{4})\]", line)
             assert bool(found) == (rule != "learned")
             if found:
                 mean, low, high = map(float, found.groups())
-                assert low <= mean <= high and abs(float(line.split()[1]) - own - mean) < 3e-4
+                assert low <= mean <= high and abs(float(line.split()[1]) - learned - mean) < 3e-4
+    assert all(re.search(rf"^  {rule} +{re.escape(meaning)}$", ablation, re.M) for rule, meaning in GATE_RULES.items())
+    assert all(len(line) <= 80 for line in ablation.splitlines())
 
 
-def test_ablates_losses_are_those_of_the_gates(run, capsys, ablated):
-    out = ablation(ablated, run, capsys)
-    m = opened(run)
-    records = read_records(run / "data" / "test.jsonl")[:20]
-    rows, _ = make_rows(records, m.chat)
+def test_ablates_losses_are_those_of_the_gates(run_folder, ablation):
+    run, records = opened(run_folder), read_records(run_folder / "data" / "test.jsonl")[:20]
+    rows, _ = make_rows(records, run.chat)
     active = torch.stack([row.active for row in rows])
-    similarity = train.score_queries(m.router, m.rows(records))
+    similarity = train.score_queries(run.router, run.rows(records))
     for rule in ("base", "shuffled", "oracle"):
         gates = gates_for_rule(rule, active, similarity, 1.0, seed=0)
-        losses = [train.row_losses(m.model, [row], None if gates is None else gates[i:i + 1]).item()
-                  for i, row in enumerate(rows)]
-        mean = sum(losses) / sum(len(row.ids) - row.prompt for row in rows)
-        assert abs(float(re.search(rf"^  {rule} +(\d\.\d+)", out, re.M)[1]) - mean) < 3e-4, rule
+        nats = [train.row_losses(run.model, [row], None if gates is None else gates[i:i + 1]).item()
+                for i, row in enumerate(rows)]
+        mean = sum(nats) / sum(len(row.ids) - row.prompt for row in rows)
+        assert abs(float(re.search(rf"^  {rule} +(\d\.\d+)", ablation, re.M)[1]) - mean) < 3e-4, rule
 
 
-def test_ablate_ends_with_the_table_of_warm_up_experts_and_poles(run, capsys, ablated):
+def test_ablate_ends_with_the_table_of_warm_up_experts_and_poles(run_folder, ablation):
     """Expert e alone, as warm-up left it, on records that call for pole p and for no other."""
-    out = ablation(ablated, run, capsys)
-    records = [r for r in read_records(run / "data" / "test.jsonl")[:20] if len(r["traits"]) == 1]
+    records = [r for r in read_records(run_folder / "data" / "test.jsonl")[:20] if len(r["traits"]) == 1]
     poles = np.array([int(active_experts(r["traits"]).argmax()) for r in records])
-    table = out.split(f"alone on the {len(records)} records that call for one pole")[1].split("\nShare of")[0]
-    values = np.array([[float(cell.strip("*")) for cell in re.search(rf"^  {e} (.*)$", table, re.M)[1].split()]
-                       for e in EXPERTS])
-    assert values.shape == (10, 10) and re.search(r"^ +" + " +".join(map(re.escape, SHORT_NAMES)) + "$", table, re.M)
-    m = opened(run, "warmup")
-    rows, _ = make_rows(records, m.chat)
+    table = ablation.split(f"alone on the {len(records)} records that call for one pole")[1].split("\nShare of")[0]
+    assert re.search("^  expert +" + " +".join(map(re.escape, SHORT_NAMES)) + "$", table, re.M)
+    cells = [re.search(rf"^  {re.escape(name)}  +(.*)$", table, re.M)[1].split() for name in SHORT_NAMES]
+    values = np.array([[float(cell.strip("*")) for cell in row] for row in cells])
+    assert values.shape == (10, 10)
+    run = opened(run_folder, stage="warmup")
+    rows, _ = make_rows(records, run.chat)
     for e in (0, 7):
-        nats = [train.row_losses(m.model, [row], torch.eye(10)[e:e + 1]).item() for row in rows]
+        nats = np.array([train.row_losses(run.model, [row], torch.eye(10)[e:e + 1]).item() for row in rows])
         for p in range(10):
-            here_ = np.flatnonzero(poles == p)
-            if not len(here_):
-                assert np.isnan(values[e, p])
+            if (poles == p).any():
+                tokens = sum(len(row.ids) - row.prompt for row, pole in zip(rows, poles) if pole == p)
+                assert abs(values[e, p] - nats[poles == p].sum() / tokens) < 6e-3
             else:
-                wanted = sum(nats[i] for i in here_) / sum(len(rows[i].ids) - rows[i].prompt for i in here_)
-                assert abs(values[e, p] - wanted) < 6e-3
+                assert np.isnan(values[e, p])
     assert re.search(rf"lowest on the diagonal: \d+ of {len(set(poles))} poles", table)
-    for p in set(poles):
-        assert sum("*" in re.search(rf"^  {e} (.*)$", table, re.M)[1].split()[p] for e in EXPERTS) == 1
-    shares = out.split("Share of 1 replies with the pole's signature")[1]
+    assert all(sum("*" in row[p] for row in cells) == (p in poles) for p in range(10))
+    shares = ablation.split("Share of 1 replies with the pole's signature")[1]
     named = re.findall(r"^  (\w+_\w+) +[01]\.\d\d +[01]\.\d\d$", shares, re.M)
     assert named == [EXPERTS[p] for p in sorted(set(poles))]
 
 
-def test_signature_shares_are_counted_in_replies(run, capsys, monkeypatch):
-    """An expert whose every reply has its signature has a share of 1, the base that has none 0."""
+def test_signature_shares_are_counted_in_replies(run_folder, capsys, monkeypatch):
+    """An expert whose every reply has its signature has a share of 1; a base that never writes one has 0."""
     words = [pole["signature"][0] for pole in lab()["poles"].values()]
 
-    def answer(model, chat, records, gates=None, **_):
+    def replies(model, chat, records, gates=None, **_):
         return ["nothing" if gates is None else words[int(gates.argmax())] for _ in records]
-    monkeypatch.setattr(evaluation, "generate_replies", answer)
+    monkeypatch.setattr(evaluation, "generate_replies", replies)
     assert signatures(words[3]) == [int(e == 3) for e in range(10)]
-    args = evaluation.Ablate(run=str(run), records=12, replies=3, stage="warmup")
-    evaluation.expert_table(measure.LoadedRun(args), args)
-    out = capsys.readouterr().out
-    shares = re.findall(r"^  \w+_\w+ +(\d\.\d\d) +(\d\.\d\d)$", out.split("Share of 3 replies")[1], re.M)
+    args = evaluation.Ablate(run=str(run_folder), records=12, replies=3, stage="warmup")
+    evaluation.expert_table(LoadedRun(args), args)
+    shares = re.findall(r"^  \w+_\w+ +(\d\.\d\d) +(\d\.\d\d)$", capsys.readouterr().out.split("Share of 3 replies")[1],
+                        re.M)
     assert shares and set(shares) == {("0.00", "1.00")}
 
 
-def test_ablate_compares_with_a_control(run_folder, here, no_table, capsys):  # noqa: F811
-    """Another run's joint experts under a uniform gate, record by record. (Here the run itself stands in for it.)"""
+def test_ablate_compares_with_a_control(run_folder, here, no_table, capsys):
+    """The control is the joint experts of another run under a uniform gate. (Here it is the run itself.)"""
     copy(run_folder, here)
-    out = shown(capsys, f"ablate --run {RUN} --control {RUN} --records 4")
+    out = output_of(capsys, f"ablate --run {RUN} --control {RUN} --records 4")
     rows = re.findall(r"^  (uniform|control) +(\S+) +(\S+ \[.*?\])", out, re.M)
-    assert rows[0][1:] == rows[1][1:] and "trained and used with a uniform gate" in out
+    assert rows[0][1:] == rows[1][1:] and re.search("^  control +0.1 for each, in training too$", out, re.M)
     shutil.rmtree(here / RUN / "joint")
     with pytest.raises(UserError, match="has no experts of stage joint yet: python train.py .*--stage joint --run"):
         evaluation.main(f"ablate --run {RUN} --control {RUN} --records 4".split())
 
 
-def replies(out):
+# ----------------------------------------------------------------------------------------------------------------------
+# ask
+
+def replies_in(out):
     return re.findall(r"^base:        (.*)\n\nPersonaFuse: (.*)$", out, re.M)
 
 
-def test_ask_answers_as_the_base_and_as_the_mixture(run, capsys):
-    """The reply is what generate gives with that gate, of the learned rule as of a persona."""
-    m, queries = opened(run), ["My boss is furious.", "I miss my sister — what now?"]
-    gates = {"learned": torch.cat([m.router(*pad([query_ids(load_tokenizer(m.setup.encoder), q)]))
-                                   for q in queries]).detach(),
-             "persona": persona_gate("O+,E-:0.5", 1.0).expand(2, -1)}
-    for kind, argv in (("learned", []), ("persona", ["--persona", "O+,E-:0.5"])):
-        out = shown(capsys, f"ask --run {run} --max-new-tokens 6", *argv, *queries)
+def test_ask_answers_as_the_base_and_as_the_mixture(run_folder, capsys):
+    """A reply is what generate gives with that gate, whether the router or a persona set it."""
+    run, queries = opened(run_folder), ["My boss is furious.", "I miss my sister — what now?"]
+    learned = torch.cat([run.router(*pad([query_ids(run.tokenizer, q)])) for q in queries]).detach()
+    for options, gates in (("", learned), ("--persona O+,E-:0.5", persona_gate("O+,E-:0.5", 1.0).expand(2, -1))):
+        out = output_of(capsys, f"ask --run {run_folder} --max-new-tokens 6 {options}", *queries)
         wanted = []
-        for i, query in enumerate(queries):
-            prompt = m.chat.prompt([{"role": "user", "content": query}])
-            wanted.append(tuple(m.chat.text(generate(m.model, [prompt], gate, 6, stops=m.chat.stops)[0])
-                                for gate in (None, gates[kind][i:i + 1])))
-            assert query in out and format_gate(gates[kind][i]) in out
-        assert replies(out) == wanted
+        for query, gate in zip(queries, gates):
+            prompt = run.chat.prompt([{"role": "user", "content": query}])
+            wanted.append(tuple(run.chat.text(generate(run.model, [prompt], g, 6, stops=run.chat.stops)[0])
+                                for g in (None, gate[None])))
+            assert query in out and format_gate(gate) in out
+        assert replies_in(out) == wanted
 
 
-def test_sampled_replies_are_fixed_by_the_seed(run, capsys):
-    one, again, other = (shown(capsys, f"ask --run {run} --max-new-tokens 8 --temperature 3 --seed {seed}", "Hello?")
-                         for seed in (1, 1, 2))
-    assert one == again and replies(one) != replies(other)
+def test_ask_reads_files_and_prints_json_with_the_same_replies(strong, capsys, here):
+    """Standard output holds nothing but JSON; the file's ids and histories are used."""
+    queries = [{"id": "a", "query": "My boss is furious."},
+               {"id": 7, "query": "And now?", "history": [{"role": "user", "content": "He left."},
+                                                          {"role": "assistant", "content": "Oh no."}]}]
+    (here / "asked.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
+    common = f"ask --run {strong} --max-new-tokens 9"
+    found = [json.loads(line) for line in output_of(capsys, f"{common} --json --file asked.jsonl").splitlines()]
+    assert [(row["id"], row["query"]) for row in found] == [(q["id"], q["query"]) for q in queries]
+    run = opened(strong)
+    for row, query in zip(found, queries):
+        gate = run.gates([query])
+        assert list(row["gate"]) == list(EXPERTS) and torch.allclose(torch.tensor([*row["gate"].values()]), gate[0])
+        prompt = run.chat.prompt([*query.get("history", []), {"role": "user", "content": query["query"]}])
+        assert [row["base"], row["reply"]] == [
+            run.chat.text(generate(run.model, [prompt], g, 9, stops=run.chat.stops)[0]) for g in (None, gate)]
+    base, reply = (evaluation.printable(found[0][key]) for key in ("base", "reply"))
+    assert f"base:        {base}\n\nPersonaFuse: {reply}" in output_of(capsys, common, queries[0]["query"])
+    assert base != reply
 
 
-@pytest.mark.parametrize("argv, note", [
-    (["--gate", "high_openness:1"], True), (["--gate", "high_openness:1", "--stage", "warmup"], False),
-    (["--gate", "high_openness:0.5,low_openness:0.5"], False), (["--persona", "O+"], False)])
-def test_one_joint_expert_alone_is_commented_on(run, capsys, argv, note):
+def test_ask_with_a_persona_needs_no_router(run_folder, here, capsys):
+    copy(run_folder, here, ["joint", "router", "models/encoder"])
+    assert replies_in(output_of(capsys, f"ask --run {RUN} --max-new-tokens 2 --persona O+ Hello?"))
+
+
+def test_sampled_replies_are_fixed_by_the_seed(run_folder, capsys):
+    command = f"ask --run {run_folder} --max-new-tokens 8 --temperature 3 Hello?"
+    one, again, other = (output_of(capsys, f"{command} --seed {seed}") for seed in (1, 1, 2))
+    assert one == again and replies_in(one) != replies_in(other)
+
+
+@pytest.mark.parametrize("options, note", [
+    ("--gate high_openness:1", True), ("--gate high_openness:1 --stage warmup", False),
+    ("--gate high_openness:0.5,low_openness:0.5", False), ("--persona O+", False)])
+def test_one_joint_expert_alone_prints_a_note(run_folder, capsys, options, note):
     """After joint training a single expert is far from what it was trained for; warm-up's were trained alone."""
-    evaluation.main(f"ask --run {run} --max-new-tokens 1".split() + [*argv, "Hello?"])
+    evaluation.main(f"ask --run {run_folder} --max-new-tokens 1 {options} Hello?".split())
     out, err = capsys.readouterr()
     assert ("note: joint training" in err) == note and ("--stage warmup" in err) == note
-    if argv[0] == "--gate":
-        assert format_gate(raw_gate(argv[1])[0]) in out
+    if options.startswith("--gate"):
+        assert format_gate(raw_gate(options.split()[1])[0]) in out
 
 
 @pytest.mark.parametrize("argv, why", [
     (["Hello?", ""], "an empty query"), ([" \n"], "an empty query"), (["caf\udce9"], "not UTF-8"),
     (["--persona", "O+", "--gate", "high_openness:1", "Hello?"], "--persona and --gate both set the gate: choose one"),
     (["--persona", "X+", "Hello?"], "persona 'X\\+'"), (["--gate", "1", "Hello?"], "expected ten weights"),
-    (["--device", "tpu", "Hello?"], "--device 'tpu'")])
-def test_what_cannot_be_asked_is_refused(run, argv, why):
+    (["--device", "tpu", "Hello?"], "--device 'tpu'"), ([], "ask needs queries, as words or with --file FILE"),
+    (["--file", "f.txt", "Hello?"], "and not both"), (["--file", "none.txt"], "none.txt: No such file"),
+    (["--file", "f.pdf"], "expected queries in a .txt")])
+def test_what_cannot_be_asked_is_refused_in_one_line(run_folder, argv, why):
     with pytest.raises(UserError, match=why) as error:
-        evaluation.main(["ask", "--run", str(run), *argv])
+        evaluation.main(["ask", "--run", str(run_folder), *argv])
     assert "\n" not in str(error.value)
 
 
+def test_a_models_text_cannot_control_the_terminal():
+    assert evaluation.printable("a\x1b[2Jb\n\tc\x07é\u202e") == "a[2Jb\n\tcé"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Which run, which stage, which temperature
+# chat
 
-def test_a_run_without_joint_is_measured_after_warm_up(run_folder, here, no_table, capsys):  # noqa: F811
-    copy(run_folder, here, ["joint"])
-    assert "router after router, tau 1" in shown(capsys, f"routing --run {RUN}")
-    assert "experts after warmup" in shown(capsys, f"ablate --run {RUN} --records 4")
-    m = measure.LoadedRun(evaluation.Ask(queries=["x"], run=str(RUN)))
-    assert (m.folder("experts"), m.folder("router")) == (RUN / "warmup" / "experts", RUN / "router" / "router")
-    with pytest.raises(UserError, match="no router of stage joint yet: .*--preset tiny --stage joint --run runs/tiny"):
-        evaluation.main(f"routing --run {RUN} --stage joint".split())
+class Terminal:
+    """A program that runs in a pseudo-terminal."""
 
+    def __init__(self, *argv):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen([sys.executable, *map(str, argv)], stdin=slave, stdout=slave, stderr=slave,
+                                        start_new_session=True, env=os.environ | {"TERM": "dumb"})
+        os.close(slave)
+        self.seen = ""
 
-@pytest.mark.parametrize("command, gone, why", [
-    ("routing", "router", "no router of stage router yet: python train.py --preset tiny --stage router --run runs/"),
-    ("ablate", "warmup", "no experts of stage warmup yet: python train.py --preset tiny --stage warmup --run runs/"),
-    ("ask Hello", "warmup", "no experts of stage warmup yet: python train.py --preset tiny --stage warmup")])
-def test_a_stage_that_is_not_trained_yet_is_named_with_its_command(run_folder, here, command, gone, why):  # noqa: F811
-    copy(run_folder, here, ["joint", gone])
-    with pytest.raises(UserError, match=why):
-        evaluation.main(command.split() + ["--run", str(RUN)])
+    def until(self, pattern, seconds=60):
+        """Read until the pattern has come. Returns what was read up to the pattern's end."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen)):
+            ready = select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0]
+            assert ready, f"waited for {pattern!r}, saw {self.seen!r}"
+            try:
+                self.seen += os.read(self.master, 65536).decode("utf-8", "replace").replace("\r\n", "\n")
+            except OSError:  # how Linux reports that the program has ended
+                assert not pattern, f"ended before {pattern!r}, saw {self.seen!r}"
+        head, self.seen = self.seen[:found.end()], self.seen[found.end():]
+        return head
 
+    def say(self, line):
+        os.write(self.master, line.encode() + b"\n")
+        return self.until(r"\n> ")
 
-@pytest.mark.parametrize("stage, command, why", [
-    ("router", "ask Hello", "no experts of stage warmup yet"), ("router", "ablate", "no experts of stage warmup yet"),
-    ("warmup", "routing", "no router of stage router yet"), ("warmup", "ablate", "no router of stage router yet"),
-    ("warmup", "ask Hello", "no router of stage router yet")])
-def test_a_run_of_one_stage_says_what_is_missing(run_folder, here, stage, command, why):  # noqa: F811
-    """As train.py leaves it after one stage: it does not know the other stage's model yet."""
-    undone(run_folder, here, "joint", *({"warmup", "router"} - {stage}))
-    with pytest.raises(UserError, match=why):
-        evaluation.main(command.split() + ["--run", str(RUN)])
-
-
-def test_ask_with_a_gate_of_ones_own_needs_no_router(run_folder, here, capsys):  # noqa: F811
-    copy(run_folder, here, ["joint", "router", "models/encoder"])
-    assert replies(shown(capsys, f"ask --run {RUN} --max-new-tokens 2 --persona O+", "Hello?"))
+    def close(self):
+        os.write(self.master, b"\x04")
+        return self.process.wait(30)
 
 
-def test_the_temperature_is_that_of_joint_training_unless_given(run_folder, here):  # noqa: F811
-    folder = copy(run_folder, here)
-    config = (folder / "config.json").read_text()
-    assert '"tau": 1.0' in config
-    (folder / "config.json").write_text(config.replace('"tau": 1.0', '"tau": 0.3'))
-    for given, wanted in ((None, 0.3), (0.7, 0.7)):
-        m = measure.LoadedRun(evaluation.Ask(queries=["x"], run=str(RUN), tau=given))
-        assert m.setup.tau == wanted and m.router.temperature == wanted
+def test_a_conversation_in_a_terminal(strong, here):
+    """The router reads the whole conversation at every turn. The gate stands in one line of at most 80 columns before
+    the reply, and the reply is what generate gives for the conversation under that gate."""
+    run, turns = opened(strong), []
+    talk = Terminal(ROOT / "eval.py", "chat", "--run", strong, "--max-new-tokens", 12)
+
+    def expected(query, gate=None, base=False):
+        messages = [{"role": role, "content": text}
+                    for turn in turns for role, text in zip(("user", "assistant"), turn)]
+        gate = run.gates([{"id": "0", "query": query, "history": messages}]) if gate is None else gate
+        prompt = run.chat.prompt([*messages, {"role": "user", "content": query}])
+        found = generate(run.model, [prompt], None if base else gate, 12, stops=run.chat.stops)[0]
+        line = " ".join(f"{name}{w:.2f}".replace("0.", ".") for name, w in zip(SHORT_NAMES, gate[0].tolist()))
+        return run.chat.text(found), line
+
+    try:
+        talk.until("/help lists the commands.*\n\n> ")
+        for query, persona in (("My boss is furious.", None), ("And my sister too.", None), ("Why?", "O+,E-:0.5")):
+            if persona:
+                talk.say(f"/persona {persona}")
+            out = talk.say(query)
+            text, line = expected(query, persona_gate(persona, 1.0)[None] if persona else None)
+            assert f"{'by hand' if persona else 'router'}  {line}\n\n{evaluation.printable(text)}\n\n> " in out
+            assert max(map(len, out.splitlines()[1:3])) <= 80
+            turns.append((query, text))
+        last = turns.pop()
+        text, _ = expected(last[0], base=True)
+        assert f"base\n\n{evaluation.printable(text)}\n" in talk.say("/base")
+        for line, answer in (
+                ("/save said.jsonl", "3 turns"), ("/save said.jsonl", "exists already"),
+                ("/save said.txt", "ends in .jsonl"), ("/save", "lacks its argument"), ("/help", "/persona"),
+                ("/nothing", "/nothing is not a command"), ("/persona X+", "expected a letter of OCEAN"),
+                ("/reset", ""), ("/router", "")):
+            assert answer in talk.say(line)
+        turns.clear()
+        text, line = expected("Hello again.")
+        assert f"router  {line}\n\n{evaluation.printable(text)}\n\n> " in talk.say("Hello again.")
+        talk.say("/reset")
+        assert "there is none yet" in talk.say("/base") and "nothing to save" in talk.say("/save more.jsonl")
+        assert talk.close() == 0
+    finally:
+        talk.process.kill()
+    items, _ = read_queries(here / "said.jsonl")
+    saved = [json.loads(line) for line in (here / "said.jsonl").read_text().splitlines()]
+    assert all(list(turn["gate"]) == list(EXPERTS) for turn in saved)
+    assert [item["query"] for item in items] == ["My boss is furious.", "And my sister too.", "Why?"]
+    assert [len(item.get("history", [])) for item in items] == [0, 2, 4]
+    assert saved[1]["response"] == items[2]["history"][3]["content"]
+    assert items[2]["history"][1]["content"] == items[1]["history"][1]["content"]
 
 
-def test_experts_or_a_router_of_another_runs_models_are_refused(run_folder, here):  # noqa: F811
-    """Of the same shape, so that nothing else shows it. --base and --encoder make it right; what PEFT trained, in no
-    run, cannot be known."""
-    copy(run_folder, here)
-    other = Path(shutil.copytree(RUN, "other"))
-    for role in ("base", "encoder"):
-        file = other / "models" / role / "model.safetensors"
-        save_file({name: t + 1e-3 for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
-    for folder in (RUN, other):
-        config = json.loads((folder / "config.json").read_text())
-        config["content"] = {role: fingerprint(folder / "models" / role) for role in ("base", "encoder")}
-        (folder / "config.json").write_text(json.dumps(config))
-    shutil.copytree("other/joint/experts", "elsewhere")
-
-    def opened(**more):
-        return measure.LoadedRun(evaluation.Ask(queries=["x"], run=str(RUN), **more))
-    for role, part, loaded in (("base", "experts", "model"), ("encoder", "router", "router")):
-        theirs = f"other/joint/{part}"
-        with pytest.raises(UserError, match=f"models/{role}: not the {role} that {theirs} was trained on.*--{role} names"
-                           ) as error:
-            getattr(opened(**{part: theirs}), loaded)
-        assert "\n" not in str(error.value)
-        getattr(opened(**{part: theirs, role: f"other/models/{role}"}), loaded)
-        getattr(opened(**{part: f"{RUN}/joint/{part}"}), loaded)
-    assert opened(experts="elsewhere").model
+def test_a_conversation_through_a_pipe_has_no_prompts_and_goes_on_after_errors(strong):
+    talk = subprocess.run([sys.executable, ROOT / "eval.py", "chat", "--run", strong, "--max-new-tokens", "4",
+                           "--persona", "O+"], input=b"/base\n\n\xff\xfe\nHello\n/quit\nnever\n", capture_output=True)
+    out, err = talk.stdout.decode(), talk.stderr.decode()
+    assert talk.returncode == 0 and out.startswith("by hand  O+.25 ") and out.count("by hand") == 1 and "> " not in out
+    assert "there is none yet" in err and "UTF-8" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["routing", "ablate", "ask Hello"])
-def test_a_run_that_is_not_there_is_one_line_with_the_way_out(here, command):  # noqa: F811
-    with pytest.raises(UserError, match="no/run: no config.json, so there is no run here; python train.py --preset tiny"
-                       ) as error:
-        evaluation.main(command.split() + ["--run", "no/run"])
-    assert "\n" not in str(error.value) and not any(here.iterdir())
+def test_a_reply_is_streamed_and_can_be_stopped(run_folder, monkeypatch, capsys):
+    """Text comes as soon as it is known, in whole characters only; Ctrl-C keeps what was said."""
+    args = evaluation.Talk(run=str(run_folder))
+    talk, pieces = evaluation.Conversation(LoadedRun(args), args), []
+    said = encode(talk.run.chat.tokenizer, "Ä bé — 猫 now")
+
+    def stopped(model, prompts, gate, n, temperature, top_p, stops, generator, each):
+        for token in said:
+            each(0, token)
+            pieces.append(capsys.readouterr().out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "generate", stopped)
+    text = talk.stream({"query": "Hello"}, None)
+    assert text == "Ä bé — 猫 now" == "".join(pieces) and not any("\ufffd" in piece for piece in pieces)
+    assert sum(map(bool, pieces)) > 4 and capsys.readouterr().out == " [stopped]\n\n"
 
 
-def test_evaluation_writes_nothing_into_the_run(run, capsys):
-    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
-    shown(capsys, f"ask --run {run} --max-new-tokens 1", "Hello?")
-    shown(capsys, f"routing --run {run}")
-    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+def test_generate_hands_over_each_id_as_it_comes(run_folder):
+    run, seen = opened(run_folder), [[], [], []]
+    prompts = [run.chat.prompt([{"role": "user", "content": text}]) for text in ("Hi", "Help me now", "No")]
+    found = generate(run.model, prompts, None, 7, each=lambda row, token: seen[row].append(token))
+    assert seen == found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# export
+
+def their_logits(folder, ids, adapter=None):
+    """What transformers, and peft with an adapter, compute from an export."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter:
+        theirs = pytest.importorskip("peft").PeftModel.from_pretrained(theirs, adapter)
+    with torch.no_grad():
+        return theirs.eval()(ids).logits
+
+
+def our_logits(run, ids, gate):
+    with torch.no_grad():
+        return run.model(ids, gate)
+
+
+def test_exported_experts_are_what_peft_computes(strong, ids, here, capsys):
+    output_of(capsys, f"export --run {strong} --out out")
+    assert sorted(p.name for p in Path("out").iterdir()) == sorted(EXPERTS)
+    run = opened(strong)
+    for e in (0, 7):
+        ours = our_logits(run, ids, torch.eye(10)[[e, e]])
+        assert (their_logits(run.setup.base, ids, f"out/{EXPERTS[e]}") - ours).abs().max() <= 1e-4
+    config = json.loads(Path("out/high_openness/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == run.setup.base
+
+
+@pytest.mark.parametrize("options", [["--persona", "O+,E-:0.5"], ["--gate", "high_openness:0.7,low_neuroticism:0.3"],
+                                     ["--query", "My boss is furious."]])
+@pytest.mark.parametrize("kind", ["mixture", "merged"])
+def test_a_mixture_or_merged_weights_are_what_others_compute(strong, ids, here, capsys, kind, options):
+    out = output_of(capsys, f"export --run {strong} --as {kind} --out out --shard-gb 0.001", *options)
+    asked = json.loads(output_of(capsys, f"ask --run {strong} --max-new-tokens 1 --json", *(
+        options[1:] if options[0] == "--query" else [*options, "Hello"])))
+    gate, run = torch.tensor([[*asked["gate"].values()]]), opened(strong)
+    ours = our_logits(run, ids, gate.expand(2, -1))
+    theirs = their_logits(run.setup.base, ids, "out") if kind == "mixture" else their_logits("out", ids)
+    assert (theirs - ours).abs().max() <= 1e-4 and (ours - our_logits(run, ids, None)).abs().max() > 0.1
+    assert format_gate(gate[0]) in out
+    if kind == "mixture":
+        assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 80
+
+
+def test_merged_is_a_whole_model_folder_in_shards(strong, here, capsys):
+    """Shards keep to the size asked for, the index names every tensor once, and all files of the base's folder are
+    there."""
+    export = f"export --run {strong} --as merged --persona A+ --out"
+    output_of(capsys, f"{export} many --shard-gb 0.001")
+    output_of(capsys, f"{export} one")
+    run = opened(strong)
+    whole, found = dict(merged_tensors(run.model, persona_gate("A+", 1.0))), {}
+    index = json.loads(Path("many/model.safetensors.index.json").read_text())
+    for file in sorted(Path("many").glob("*.safetensors")):
+        state = load_file(file)
+        assert len(state) == 1 or sum(t.nbytes for t in state.values()) <= 1e6
+        assert {index["weight_map"][name] for name in state} == {file.name}
+        found |= state
+    assert re.fullmatch(r"model-00001-of-000\d\d.safetensors", min(index["weight_map"].values()))
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    for state in (found, load_file("one/model.safetensors")):
+        assert state.keys() == whole.keys() and all(torch.equal(state[n], whole[n]) for n in whole)
+    for file in Path(run.setup.base).iterdir():
+        assert (Path("one") / file.name).exists()
+        if file.name.startswith("tokenizer"):
+            assert file.read_bytes() == (Path("many") / file.name).read_bytes()
+    config = json.loads(Path("one/config.json").read_text())
+    assert config.pop("torch_dtype") == "float32"
+    assert config.items() <= json.loads((Path(run.setup.base) / "config.json").read_text()).items()
+    loaded = Transformer.from_pretrained("many", torch.float32)
+    assert torch.equal(loaded.head_weight, whole["model.embed_tokens.weight"])
+    assert Chat.from_dir("many").stops == run.chat.stops
+
+
+def test_merged_keeps_one_shard_beside_the_model(strong, here, monkeypatch):
+    """Tensors are made when their shard is written, not before."""
+    events, make, save = [], merged_tensors, save_file
+
+    def made(model, gate):
+        for name, tensor in make(model, gate):
+            events.append("make")
+            yield name, tensor
+
+    monkeypatch.setattr(export_module, "merged_tensors", made)
+    monkeypatch.setattr(export_module, "save_file", lambda state, *a, **k: events.append(len(state)) or save(
+        state, *a, **k))
+    evaluation.main(f"export --run {strong} --as merged --persona A+ --out many --shard-gb 0.001".split())
+    shards = [event for event in events if event != "make"]
+    assert len(shards) > 1 and events == [event for n in shards for event in ["make"] * n + [n]]
+
+
+def test_merged_is_rounded_once_to_the_dtype_asked_for(strong, here, capsys):
+    """fp32 experts are added to the weights in that dtype; without --dtype, in the dtype of the base's own file."""
+    export = f"export --run {strong} --as merged --persona A+"
+    output_of(capsys, f"{export} --out b --dtype bfloat16")
+    run = opened(strong, dtype="bfloat16")
+    wanted = dict(merged_tensors(run.model, persona_gate("A+", 1.0)))
+    state = load_file("b/model.safetensors")
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, wanted[n]) for n, t in state.items())
+    assert json.loads(Path("b/config.json").read_text())["torch_dtype"] == "bfloat16"
+    rewrite(Path(run.setup.base) / "model.safetensors", lambda name, t: t.half())
+    accept_models(strong)
+    output_of(capsys, f"{export} --out h")
+    assert {t.dtype for t in load_file("h/model.safetensors").values()} == {torch.float16}
+    assert json.loads(Path("h/config.json").read_text())["torch_dtype"] == "float16"
+
+
+@pytest.mark.parametrize("argv, why", [
+    (["--out", "x", "--persona", "O+"], "--as experts takes no gate; found --persona"),
+    (["--out", "x", "--as", "mixture"], "--as mixture takes one gate, by --gate, --persona or --query; found none"),
+    (["--out", "x", "--as", "merged", "--persona", "O+", "--query", "Hi"], "found --persona and --query"),
+    (["--as", "merged", "--persona", "O+"], "--out is missing"), (["--out", "there"], "there exists already"),
+    (["--out", "x", "--as", "merged", "--query", " "], "an empty query"), (["--as", "gguf"], "invalid choice")])
+def test_an_export_that_cannot_be_is_refused_and_nothing_is_written(run_folder, here, argv, why):
+    (here / "there").mkdir()
+    with pytest.raises(UserError, match=re.escape(why)):
+        evaluation.main(["export", "--run", str(run_folder), *argv])
+    assert [*here.iterdir()] == [here / "there"] and not [*Path("there").iterdir()]
+
+
+def test_experts_that_peft_wrote_and_a_router_of_another_run_are_taken(strong, run_folder, here, capsys):
+    """With experts saved by peft itself the reply is the same; with the router of an earlier stage the gate is that
+    router's."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base, experts = transformers.AutoModelForCausalLM.from_pretrained(opened(strong).setup.base), "joint/experts"
+    theirs = peft.PeftModel.from_pretrained(base, strong / experts / EXPERTS[0], adapter_name=EXPERTS[0])
+    for expert in EXPERTS[1:]:
+        theirs.load_adapter(strong / experts / expert, adapter_name=expert)
+    theirs.save_pretrained("elsewhere")
+
+    def asked(run, options=""):
+        command = f"ask --run {run} --max-new-tokens 9 --json {options}"
+        return json.loads(output_of(capsys, command, "My boss is furious."))
+    wanted = asked(strong)
+    shutil.rmtree(strong / "joint" / "experts")
+    found = asked(strong, "--experts elsewhere")
+    assert found["reply"] == wanted["reply"] != found["base"]
+    found = asked(run_folder, f"--router {run_folder / 'router' / 'router'}")
+    assert found["gate"] == asked(run_folder, "--stage warmup")["gate"] != wanted["gate"]
+    shutil.rmtree(Path("elsewhere") / EXPERTS[3])
+    with pytest.raises(UserError, match=EXPERTS[3]):
+        asked(strong, "--experts elsewhere")
+
+
+@pytest.mark.slow
+def test_a_merged_bf16_export_keeps_the_greedy_reply_of_real_weights(weights):
+    """Up to a token whose rival is as close as the rounding of the weights to bf16 changes the logits."""
+    folder, gate = weights / "SmolLM2-135M-Instruct", persona_gate("A+,N-", 0.5)[None]
+    model, chat = Transformer.from_pretrained(folder, torch.bfloat16), Chat.from_dir(folder)
+    add_experts(model)
+    torch.manual_seed(0)
+    for layer in expert_layers(model).values():
+        torch.nn.init.normal_(layer.B, std=0.005)
+    exact, rounded = (Transformer.from_pretrained(folder, torch.float32) for _ in range(2))
+    rounded.load_state_dict({n: t.float() for n, t in merged_tensors(model, gate)})
+    exact.load_state_dict(dict(merged_tensors(model.float(), gate)))
+    prompts = [chat.prompt([{"role": "user", "content": r["query"]}]) for r in template_records("test", 8)]
+    same = 0
+    for prompt, a, b in zip(prompts, *(generate(m, prompts, None, 24) for m in (exact, rounded))):
+        at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        same += at is None
+        if at is not None:
+            with torch.no_grad():
+                one, two = (m(torch.tensor([prompt + a[:at]]))[0, -1] for m in (exact, rounded))
+            assert one[a[at]] - one[b[at]] <= 2 * (one - two).abs().max() <= 1
+    assert same >= 2

@@ -1,5 +1,5 @@
-"""Laws of experiments, health alarms, plots and the inventory, on two small runs: test_commands.py's, which has hardly
-learned anything, and one made here that has learned just enough to be healthy.
+"""Laws of experiments, health alarms, plots and the inventory, on two small runs: that of test_commands.py, which has
+hardly learned anything, and one made here that has learned just enough to be healthy.
 """
 import contextlib
 import csv
@@ -22,16 +22,17 @@ import eval as evaluation
 import train
 from support import experiments
 from support import inventory
-from support import plots
 from support import runs
-from lora import EXPERTS, SHORT_NAMES, add_experts, expert_layers, merged
+from support import tiny as tiny_models
+from lora import EXPERTS, SHORT_NAMES, add_experts, expert_layers, merged_tensors
 from model import Config, Transformer
 from router import gates_for_rule, persona_gate
-from support.experiments import compared, reply_states, steered, variant
+from support.baselines import reply_states, steered
+from support.experiments import compared, variant
 from support.files import UserError
 from support.inventory import ratings, read_items
 from support.measure import LoadedRun, bootstrap, load_cases, losses, one_hot_gate, update_gram
-from support.records import read_records, write_records
+from support.records import SPLITS, read_records, write_records
 from support.tables import print_table
 from support.rows import Row
 from synth import template_records
@@ -47,7 +48,8 @@ made = {}
 def healthy(reduced, monkeypatch, tmp_path_factory):  # noqa: F811
     """A run at tau 0.3 in which everything works. Not to be written to."""
     monkeypatch.setitem(runs.PRESETS, "tiny", HEALTHY)
-    monkeypatch.setattr(train, "template_records", lambda split, n, seed: template_records(split, min(n, 400), seed))
+    monkeypatch.setattr(tiny_models, "template_records",
+                        lambda split, n, seed: template_records(split, min(n, 400), seed))
     if not made:
         folder = tmp_path_factory.mktemp("healthy")
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
@@ -57,6 +59,7 @@ def healthy(reduced, monkeypatch, tmp_path_factory):  # noqa: F811
 
 
 def shown(capsys, command):
+    """(exit status, what is printed) of a command of eval.py."""
     capsys.readouterr()
     status = evaluation.main(command.split())
     return status, capsys.readouterr().out
@@ -64,6 +67,14 @@ def shown(capsys, command):
 
 def asked(run, **changes):
     return experiments.Experiment(names=["routing"], run=str(run), **changes)
+
+
+def stages_of(run):
+    return json.loads((run / "config.json").read_text())["stages"]
+
+
+def per_token(nats, cases):
+    return nats.sum() / cases.counts.sum()
 
 
 def small_model(n_experts=3, rank=2, alpha=6):
@@ -83,7 +94,7 @@ def test_inner_products_of_updates_are_those_of_the_dense_updates():
     frozen = {name: layer.weight for name, layer in expert_layers(model).items()}
 
     def dense(gate):
-        state = merged(model, gate)
+        state = dict(merged_tensors(model, gate))
         return torch.cat([(state[f"{name}.weight"] - weight).flatten() for name, weight in frozen.items()])
     each, gram = [dense(gate) for gate in torch.eye(3, dtype=torch.double)], update_gram(model)
     assert torch.allclose(gram, torch.stack([torch.stack([a @ b for b in each]) for a in each]), rtol=1e-9)
@@ -92,8 +103,8 @@ def test_inner_products_of_updates_are_those_of_the_dense_updates():
 
 
 def test_experts_under_a_uniform_gate_are_one_lora_of_all_their_ranks_in_training_too():
-    """Three of rank 2 with three times the α, each weighing a third, against one of rank 6: after ten steps of clipped
-    AdamW the same numbers. (fp64)"""
+    """Three experts of rank 2 with three times the α and a weight of a third each, against one of rank 6: the numbers
+    are the same after ten steps of clipped AdamW, in fp64."""
     many, one = small_model(3, 2, alpha=3 * 4), small_model(1, 6, alpha=12)
     for ours, theirs in zip(expert_layers(many).values(), expert_layers(one).values()):
         theirs.A.data, theirs.B.data = (x.data.flatten(0, 1)[None].clone() for x in (ours.A, ours.B))
@@ -108,25 +119,25 @@ def test_experts_under_a_uniform_gate_are_one_lora_of_all_their_ranks_in_trainin
             torch.nn.utils.clip_grad_norm_(tensors, 1.0)
             optimizer.step()
         found.append(torch.cat([x.detach().flatten() for x in tensors]))
-    assert torch.allclose(*found, rtol=1e-7, atol=1e-9)
-    assert not torch.allclose(found[1], torch.cat([x.detach().flatten() for layer in expert_layers(
-        small_model(3, 2)).values() for x in (layer.A, layer.B)]))
+    untrained = torch.cat([x.flatten() for layer in expert_layers(small_model(3, 2)).values()
+                           for x in (layer.A, layer.B)])
+    assert torch.allclose(*found, rtol=1e-7, atol=1e-9) and not torch.allclose(found[1], untrained)
 
 
 def test_comparisons_average_over_seeds_and_draw_over_records():
-    rng, c = np.random.default_rng(0), SimpleNamespace(counts=np.array([2.0, 5.0, 3.0, 10.0]))
+    rng, cases = np.random.default_rng(0), SimpleNamespace(counts=np.array([2.0, 5.0, 3.0, 10.0]))
     a, b = ([rng.normal(size=4) for _ in range(3)] for _ in range(2))
     part = np.array([0, 2, 3])
-    rows = compared({"a": a, "b": b}, c, "b", part, seed=4)
-    assert [row[0] for row in rows] == ["a", "b"] and rows[1][2] == ""
+    (first, mean_and_std, against), (second, _, nothing) = compared({"a": a, "b": b}, cases, "b", part, seed=4)
+    assert (first, second, nothing) == ("a", "b", "")
     per_seed = [nats[part].sum() / 15 for nats in a]
-    assert np.allclose(rows[0][1], [np.mean(per_seed), np.std(per_seed)])
-    assert np.allclose(rows[0][2], bootstrap((sum(a) - sum(b))[part] / 3, c.counts[part], 4))
+    assert np.allclose(mean_and_std, [np.mean(per_seed), np.std(per_seed)])
+    assert np.allclose(against, bootstrap((sum(a) - sum(b))[part] / 3, cases.counts[part], 4))
 
 
 def test_tables_are_laid_out_within_80_columns(capsys):
-    print_table(**{"title": "word " * 30, "head": ["what", "n", "x", "mean", "against"], "rows": [
-        ["first", 1234567, 0.5, [1.0, 0.25], [-0.5, -1.0, 0.0]], ["second one", 2, 10.0, "", ""]]})
+    print_table(["what", "n", "x", "mean", "against"], [
+        ["first", 1234567, 0.5, [1.0, 0.25], [-0.5, -1.0, 0.0]], ["second one", 2, 10.0, "", ""]], title="word " * 30)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and "  first       1,234,567   0.500  1.000 ± 0.250  -0.5000 [-1.0000, +0.0000]" \
         in lines and lines[-1] == "  second one          2  10.000"
@@ -137,7 +148,7 @@ def test_reply_states_are_means_over_the_reply_alone():
     rows = [Row(str(i), None, np.arange(i + 1, i + 8 + 3 * i), 3 + i) for i in range(3)]
     states = reply_states(model, rows, tokens=400)
     assert states.shape == (3, 2, 16)
-    for row, state in zip(rows, states):  # through the final norm, the last block's states are the model's own
+    for row, state in zip(rows, states):
         kept = []
         hook = model.model.layers[1].register_forward_hook(lambda block, given, out: kept.append(out))
         model.hidden(torch.tensor(row.ids)[None])
@@ -160,38 +171,39 @@ def test_steering_adds_the_gates_vectors_after_one_block_and_leaves_no_trace():
     hook.remove()
     assert torch.allclose(before - seen[-1][0], (gate @ vectors)[:, None].expand(-1, 7, -1), atol=1e-5)
     assert not torch.allclose(moved, plain) and torch.equal(model.hidden(ids, gate), plain)
-    at = torch.tensor([9, 3, 13])  # as a loss asks for them
+    positions = torch.tensor([9, 3, 13])  # a loss asks for some positions only
     for layer in (0, 1):
         for some in (gate, gate[1:]):
             with steered(model, layer, vectors):
-                every, found = model.hidden(ids, some), model.hidden(ids, some, at=at)
-            assert torch.allclose(found, every.flatten(0, 1)[at], atol=1e-5)
+                every, found = model.hidden(ids, some), model.hidden(ids, some, positions=positions)
+            assert torch.allclose(found, every.flatten(0, 1)[positions], atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Variants
 
-def test_a_variant_trains_what_is_asked_on_what_is_there(run_folder, here, capsys, monkeypatch):  # noqa: F811
-    """A run folder like any other, with links to the source's models, data and stages; settings are the source's but
-    for the changes; the source keeps every byte; a second start trains nothing; a torn one goes on."""
-    source = copy(run_folder, here)
+def test_a_variant_trains_what_is_asked_and_links_to_the_rest(run_folder, here, monkeypatch):  # noqa: F811
+    """Its settings are the source's except for the changes. The source keeps every byte. A second start trains nothing;
+    a variant that was cut off goes on, also when the run has been moved."""
+    source, changes = copy(run_folder, here), {"tau": 0.5, "lr": 1e-3}
     before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
-    folder = variant(asked(source), source, "x/y", ["joint"], tau=0.5, lr=1e-3)
+    folder = variant(asked(source), source, "x/y", ["joint"], **changes)
     assert folder == source / "experiments" / "x" / "y"
-    own, was = (json.loads((f / "config.json").read_text())["stages"] for f in (folder, source))
-    assert own == was | {"joint": was["joint"] | {"tau": 0.5, "lr": 1e-3, "log_every": 2**30}}
-    assert {p.name for p in folder.iterdir() if p.is_symlink()} == {"models", "data", "warmup", "router"}
-    assert not any(Path(p.readlink()).is_absolute() for p in folder.iterdir() if p.is_symlink())
+    was = stages_of(source)
+    assert stages_of(folder) == was | {"joint": was["joint"] | changes | {"log_every": 2**30}}
+    links = [path for path in folder.iterdir() if path.is_symlink()]
+    assert {path.name for path in links} == {"models", "data", "warmup", "router"}
+    assert not any(path.readlink().is_absolute() for path in links)
     assert {file: file.read_bytes() for file in before} == before
     experts = "joint/experts/low_openness/adapter_model.safetensors"
     trained = load_file(folder / experts)
     assert not all(torch.equal(t, load_file(source / experts)[n]) for n, t in trained.items())
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_stage", None)
-        assert variant(asked(source), source, "x/y", ["joint"], tau=0.5, lr=1e-3) == folder
-    shutil.move(source, here / "elsewhere")  # links are relative: the run can be moved
-    shutil.rmtree(here / "elsewhere" / "experiments" / "x" / "y" / "joint")
-    again = variant(asked("elsewhere"), Path("elsewhere"), "x/y", ["joint"], tau=0.5, lr=1e-3)
+        assert variant(asked(source), source, "x/y", ["joint"], **changes) == folder
+    moved = shutil.move(source, here / "elsewhere")
+    shutil.rmtree(moved / "experiments" / "x" / "y" / "joint")
+    again = variant(asked("elsewhere"), Path("elsewhere"), "x/y", ["joint"], **changes)
     assert all(torch.equal(t, trained[n]) for n, t in load_file(again / experts).items())
 
 
@@ -203,7 +215,7 @@ def test_nothing_is_trained_where_nothing_differs(run_folder, here, monkeypatch)
         variant(asked(source), source, "fresh", ["joint"], fresh=["warmup"])
 
 
-def test_fresh_stages_are_as_initialised(run_folder, here):  # noqa: F811
+def test_fresh_stages_stay_as_they_are_initialised(run_folder, here):  # noqa: F811
     source = copy(run_folder, here)
     folder = variant(asked(source), source, "x", ["joint"], fresh=["warmup", "router"])
     B = load_file(folder / "warmup/experts/high_openness/adapter_model.safetensors")
@@ -221,18 +233,20 @@ def test_a_variant_of_stages_that_have_changed_is_refused(run_folder, here):  # 
     config = json.loads((source / "config.json").read_text())
     config["stages"]["warmup"]["steps"] += 1
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="experiments/x was made from other stages .* remove it to train it anew"):
+    with pytest.raises(UserError, match="experiments/x was made from other stages .* remove it"):
         variant(asked(source), source, "x", ["joint"], tau=0.5)
 
 
 def test_other_seeds_are_other_runs_on_the_same_records(run_folder, here):  # noqa: F811
-    """Also where the data are one file, which train.py splits by the seed."""
+    """A single data file would be split by the seed, so the variant gets the split records."""
     source = copy(run_folder, here)
     seeds, folders = zip(*experiments.seeded(asked(source, seeds=2)))
     assert seeds == (0, 1) and folders == (source, source / "experiments" / "seed-1")
-    for split in ("train", "validation", "test"):
-        assert read_records(folders[1] / "records" / f"{split}.jsonl") == read_records(source / "data" / f"{split}.jsonl")
-    assert LoadedRun(asked(folders[1])).setup.seed == 1 and LoadedRun(asked(folders[1])).setup.base.endswith("models/base")
+    for split in SPLITS:
+        ours, theirs = (read_records(folder / f"{split}.jsonl") for folder in (folders[1] / "records", source / "data"))
+        assert ours == theirs
+    setup = LoadedRun(asked(folders[1])).setup
+    assert setup.seed == 1 and setup.base.endswith("models/base")
     for stage, file in (("warmup", "experts/high_openness/adapter_model"), ("router", "router/model")):
         ours, theirs = (load_file(folder / stage / f"{file}.safetensors") for folder in folders)
         assert not any(torch.equal(t, theirs[n]) for n, t in ours.items() if "lora_A" in n or "expert_emb" in n)
@@ -251,36 +265,38 @@ def test_a_variant_that_is_stopped_ends_the_experiment(run_folder, here, monkeyp
 @pytest.mark.slow
 def test_routing_compares_every_gate_before_and_after_joint(run_folder, here, capsys, monkeypatch):  # noqa: F811
     source = copy(run_folder, here).relative_to(here)
-    status, out = shown(capsys, f"experiment routing --run {source} --seeds 1 --records 12")
+    command = f"experiment routing --run {source} --seeds 1 --records 12"
+    status, out = shown(capsys, command)
     assert status is None and max(map(len, out.splitlines())) <= 80
-    tables = json.loads((source / "experiments/routing/results.json").read_text())["tables"]
-    assert [re.match(r"Experts after (\w+), tau 1; (\d+) test records, (.*): loss", t["title"]).groups() for t in tables] \
-        == [(stage, n, name) for stage in ("warmup", "joint") for n, name in (
-            ("12", "all"), (tables[1]["title"].split("; ")[1].split()[0], "domains seen in training"),
-            (tables[2]["title"].split("; ")[1].split()[0], "domains held out"))]
+    tables = experiments.read_results(source / "experiments/routing/results.json")["tables"]
+    title = re.compile(r"Experts after (\w+), tau 1; (\d+) test records, (.*): loss")
+    titles = [title.match(table["title"]).groups() for table in tables]
+    subsets = "all", "domains seen in training", "domains held out"
+    assert [(stage, name) for stage, _, name in titles] == [(stage, name) for stage in ("warmup", "joint")
+                                                            for name in subsets]
+    assert int(titles[0][1]) == 12 == int(titles[1][1]) + int(titles[2][1])
+    control = LoadedRun(asked(source / "experiments/routing/control-0", stage="joint"))
+    assert stages_of(control.setup.run)["joint"]["joint_gate"] == "uniform"
     for stage, table in (("warmup", tables[0]), ("joint", tables[3])):
         rows, m = {row[0]: row for row in table["rows"]}, LoadedRun(asked(source, stage=stage))
         assert list(rows) == ["base", "uniform", "shuffled", "learned", "oracle", "labels", "random", "best single"] \
             + ["control"] * (stage == "joint")
         tests, validation = load_cases(m, limit=12), load_cases(m, "validation", 12)
+
+        def alone(cases, e):
+            return train.evaluation_loss(m.model, cases.rows, one_hot_gate(e).expand(12, -1))[0]
         nats = losses(m, tests, ["learned", "oracle"])
+        nats["best single"] = alone(tests, min(range(10), key=lambda e: alone(validation, e).sum()))
+        if stage == "joint":
+            nats["control"] = losses(control, load_cases(control, limit=12), ["uniform"])["uniform"]
         for name, one in nats.items():
-            assert abs(rows[name][1][0] - one.sum() / tests.counts.sum()) < 1e-6 and rows[name][1][1] == 0
+            assert np.allclose(rows[name][1], [per_token(one, tests), 0], atol=1e-6)
         assert np.allclose(rows["oracle"][2], bootstrap(nats["oracle"] - nats["learned"], tests.counts), atol=1e-6)
-        alone = [train.evaluation_loss(m.model, validation.rows, one_hot_gate(e).expand(12, -1))[0].sum() for e in range(10)]
-        best = train.evaluation_loss(m.model, tests.rows, one_hot_gate(int(np.argmin(alone))).expand(12, -1))[0]
-        assert abs(rows["best single"][1][0] - best.sum() / tests.counts.sum()) < 1e-6
-    control = LoadedRun(asked(source / "experiments/routing/control-0", stage="joint"))
-    config = json.loads((control.setup.run / "config.json").read_text())
-    assert config["stages"]["joint"]["joint_gate"] == "uniform"
-    assert abs(rows["control"][1][0] - losses(control, load_cases(control, limit=12), ["uniform"])["uniform"].sum()
-               / load_cases(control, limit=12).counts.sum()) < 1e-6
-    with monkeypatch.context() as patch:  # asked again it is printed again; asked for something else, or anew, measured
-        patch.setattr(experiments, "losses", None)
-        assert shown(capsys, f"experiment routing --run {source} --seeds 1 --records 12")[1] in out
-        for more in ("--records 11", "--records 12 --again", "--records 12 --seed 3"):
-            with pytest.raises(TypeError):
-                shown(capsys, f"experiment routing --run {source} --seeds 1 {more}")
+    monkeypatch.setattr(experiments, "losses", None)
+    assert shown(capsys, command)[1] in out  # what was measured is printed again; anything else is measured
+    for more in ("--records 11", "--again", "--seed 3"):
+        with pytest.raises(TypeError):
+            shown(capsys, f"{command} {more}")
 
 
 @pytest.mark.slow
@@ -288,13 +304,13 @@ def test_routing_compares_every_gate_before_and_after_joint(run_folder, here, ca
 def test_every_experiment_runs_and_fits_80_columns(name, run_folder, here, capsys, monkeypatch):  # noqa: F811
     source = copy(run_folder, here).relative_to(here)
     status, out = shown(capsys, f"experiment {name} --run {source} --seeds 2 --records 20")
-    found = json.loads((source / "experiments" / name / "results.json").read_text())
-    numbers = [x for table in found["tables"] for row in table["rows"] for cell in row[1:]
+    numbers = [x for table in experiments.read_results(source / "experiments" / name / "results.json")["tables"]
+               for row in table["rows"] for cell in row[1:]
                for x in (cell if isinstance(cell, list) else [cell]) if isinstance(x, float)]
     assert status is None and numbers and np.isfinite(numbers).all() and "nan" not in out
     tables = out[out.index(f"\n{name}: "):]
     wide = [line for line in tables.splitlines() if len(line) > 80]
-    assert not wide or name == "domain"  # a column a domain, whatever its name
+    assert not wide or name == "domain"  # one column per domain, whatever its name
     before = {file: file.stat().st_mtime_ns for file in source.rglob("*.safetensors")}
     again = shown(capsys, f"experiment {name} --run {source} --seeds 2 --records 20 --again")[1]
     again = again[again.index(f"\n{name}: "):]
@@ -304,46 +320,43 @@ def test_every_experiment_runs_and_fits_80_columns(name, run_folder, here, capsy
 
 @pytest.mark.slow
 def test_the_temperature_sweep_measures_what_it_says(run_folder, here, capsys, monkeypatch):  # noqa: F811
-    """One row of each table, worked out again; and what is best on validation is what is reported on test."""
+    """One row of each table is computed again. The τ that is best on validation is the one reported on test."""
     source = copy(run_folder, here)
     monkeypatch.setattr(experiments, "TAUS", (1.0, 0.1))
     shown(capsys, f"experiment temperature --run {source} --seeds 1 --records 14")
-    *sweeps, poles, chosen = json.loads((source / "experiments/temperature/results.json").read_text())["tables"]
-    folders = [source, source / "experiments/temperature/tau-0.1-steps-3-seed-0",
-               source / "experiments/temperature/tau-0.1-steps-9-seed-0"]
-    assert all(json.loads((f / "config.json").read_text())["stages"]["joint"]["steps"] == n
-               and json.loads((f / "config.json").read_text())["stages"]["joint"]["tau"] == 0.1
-               for f, n in zip(folders[1:], (3, 9)))
+    *sweeps, poles, chosen = experiments.read_results(source / "experiments/temperature/results.json")["tables"]
+    folders = [source, *(source / f"experiments/temperature/tau-0.1-steps-{n}-seed-0" for n in (3, 9))]
+    assert [(s["steps"], s["tau"]) for s in (stages_of(f)["joint"] for f in folders[1:])] == [(3, 0.1), (9, 0.1)]
     first = update_gram(LoadedRun(asked(source, stage="warmup")).model).diagonal().sqrt().mean()
     for table, folder, stage in zip(sweeps, folders, ("warmup", "joint", "joint")):
         m = LoadedRun(asked(folder, stage=stage, tau=0.1))
         tests, validation = load_cases(m, limit=14), load_cases(m, "validation", 14)
-        row = dict(zip(table["head"], table["rows"][1]))
         gates = (train.score_queries(m.router, tests.rows) / 0.1).softmax(-1).double()
-        gram, alone = update_gram(m.model), tests.active.sum(-1) == 1
+        gram = update_gram(m.model)
         size = gram.diagonal().sqrt()
-        assert row["tau"] == "0.1" and abs(row["entropy"] + (gates * gates.log()).sum(-1).mean()) < 1e-4
-        assert abs(row["top-1"] - gates.max(-1).values.mean()) < 1e-5
-        assert abs(row["norm"] - np.mean([(w @ gram @ w).sqrt() / size.mean() for w in gates])) < 1e-5
-        assert abs(row["grown"] - size.mean() / first) < 1e-6
         cosines = gram / size.clamp(min=1e-15).outer(size.clamp(min=1e-15))
         opposite = np.mean([cosines[2 * t, 2 * t + 1] for t in range(5)])
-        assert abs(row["cos opp"] - opposite) < 1e-6
-        assert abs(row["cos oth"] - (cosines.sum() - cosines.trace() - 10 * opposite) / 80) < 1e-6
-        assert abs(row["valid."] - losses(m, validation, ["learned"])["learned"].sum() / validation.counts.sum()) < 1e-5
         nats = losses(m, tests, ["learned"])["learned"]
-        assert abs(row["test"][0] - nats.sum() / tests.counts.sum()) < 1e-5
+        wanted = {"entropy": -(gates * gates.log()).sum(-1).mean(), "top-1": gates.max(-1).values.mean(),
+                  "norm": np.mean([(w @ gram @ w).sqrt() / size.mean() for w in gates]), "grown": size.mean() / first,
+                  "cos opp": opposite, "cos oth": (cosines.sum() - cosines.trace() - 10 * opposite) / 80,
+                  "valid.": per_token(losses(m, validation, ["learned"])["learned"], validation)}
+        row = dict(zip(table["head"], table["rows"][1]))
+        assert row["tau"] == "0.1" and row["test"][0] == pytest.approx(per_token(nats, tests), abs=1e-5)
+        for name, value in wanted.items():
+            assert row[name] == pytest.approx(float(value), abs=1e-4 if name == "entropy" else 1e-5), name
+
+        alone = tests.active.sum(-1) == 1
         rows, which = [r for r, one in zip(tests.rows, alone) if one], tests.active[alone].argmax(-1)
-        wanted = [nats[alone].sum()] + [train.evaluation_loss(m.model, rows, g)[0].sum() for g in (
-            torch.eye(10)[which], torch.stack([persona_gate(SHORT_NAMES[e], 0.1) for e in which]))]
+        single, persona = (train.evaluation_loss(m.model, rows, g)[0].sum() for g in (
+            torch.eye(10)[which], torch.stack([persona_gate(SHORT_NAMES[e], 0.1) for e in which])))
         when = table["title"].split(":")[0].lower()
         found = next(r for r in poles["rows"] if r[:2] == [when, "0.1"])
-        assert np.allclose(found[2:], np.array(wanted) / tests.counts[alone.numpy()].sum(), atol=1e-5)
-        values = [r[table["head"].index("valid.")] for r in table["rows"]]
-        best = table["rows"][int(np.argmin(values))]
-        names = [r[0] for r in chosen["rows"] if r[0].startswith(when)]
-        assert names[-1] == f"{when}, tau {best[0]}" and names[0] == f"{when}, tau 1"
-        assert next(r for r in chosen["rows"] if r[0] == names[-1])[1] == best[-1]
+        assert np.allclose(found[2:], np.array([nats[alone].sum(), single, persona])
+                           / tests.counts[alone.numpy()].sum(), atol=1e-5)
+        best = min(table["rows"], key=lambda row: row[table["head"].index("valid.")])
+        reported = [r for r in chosen["rows"] if r[0].startswith(when)]
+        assert reported[0][0] == f"{when}, tau 1" and reported[-1][:2] == [f"{when}, tau {best[0]}", best[-1]]
 
 
 @pytest.mark.parametrize("argv, why", [
@@ -351,7 +364,7 @@ def test_the_temperature_sweep_measures_what_it_says(run_folder, here, capsys, m
     ("experiment routing --run X --stage joint", "leave out --stage"),
     ("experiment routing --run X", "X has no router stage yet: python train.py --preset tiny --stage router --run X"),
     ("experiment domain --run Y", "name 1 domains, expected three or more")])
-def test_what_cannot_be_tried_is_one_line(run_folder, here, argv, why):  # noqa: F811
+def test_experiments_that_cannot_be_done_are_refused_in_one_line(run_folder, here, argv, why):  # noqa: F811
     shutil.move(copy(run_folder, here, ["router", "joint"]), here / "X")
     if "Y" in argv and "domain" in argv:
         shutil.move(copy(run_folder, here), here / "Y")
@@ -371,34 +384,34 @@ def test_a_healthy_run_has_no_alarm(healthy, capsys):
     for stage in ("warmup", "joint"):
         status, out = shown(capsys, f"health --run {healthy} --stage {stage}")
         assert status == 0 and "\n0 alarms\n" in out and "ALARM" not in out, out
-        assert len(re.findall(r"^ok     ", out, re.M)) == 7 and max(map(len, out.splitlines())) <= 80 + len(str(healthy))
+        assert len(re.findall(r"^ok     ", out, re.M)) == 7
+        assert max(map(len, out.splitlines())) <= 80 + len(str(healthy))
 
 
 def rewrite(file, change):
-    state = load_file(file)
-    save_file(change(state), file, metadata={"format": "pt"})
+    """Replace the tensors of a safetensors file by change(name, tensor)."""
+    state = {name: change(name, tensor).contiguous() for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
 
 
-def router_of_chance(run):
-    rewrite(run / "joint/router/model.safetensors", lambda s: s | {"expert_embeddings": s["expert_embeddings"].roll(3, 0)})
+def router_with(change):
+    """A disease: the joint router's expert embeddings are change(embeddings)."""
+    return lambda run: rewrite(run / "joint/router/model.safetensors", lambda name, tensor: change(tensor)
+                               if name == "expert_embeddings" else tensor)
 
 
-def router_that_never_differs(run):
-    rewrite(run / "joint/router/model.safetensors", lambda s: s | {
-        "expert_embeddings": s["expert_embeddings"][:1].repeat(10, 1)})
+def opposite_to_all(embeddings, expert=3):
+    """Expert embeddings with which the router never chooses the expert."""
+    worst = -F.normalize(embeddings, dim=-1).mean(0, keepdim=True)
+    return torch.cat((embeddings[:expert], worst, embeddings[expert + 1:]))
 
 
-def expert_never_chosen(run):
-    rewrite(run / "joint/router/model.safetensors", lambda s: s | {"expert_embeddings": torch.cat(
-        (s["expert_embeddings"][:3], -F.normalize(s["expert_embeddings"], dim=-1).mean(0, keepdim=True),
-         s["expert_embeddings"][4:]))})
-
-
-def experts_scaled(which, factor):
+def experts_scaled(experts, factor):
+    """A disease: these joint experts' updates are multiplied by a factor."""
     def change(run):
-        for e in which:
-            rewrite(run / f"joint/experts/{EXPERTS[e]}/adapter_model.safetensors", lambda s: {
-                n: t * factor if "lora_B" in n else t for n, t in s.items()})
+        for e in experts:
+            rewrite(run / f"joint/experts/{EXPERTS[e]}/adapter_model.safetensors",
+                    lambda name, tensor: tensor * factor if "lora_B" in name else tensor)
     return change
 
 
@@ -415,13 +428,13 @@ def empty_vectors(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disease, alarm, says, more", [
-    (router_of_chance, "router", "reaches 0", ""),
-    (router_that_never_differs, "router", r"shuffled ones lose -?0.0000 \[-?0.0000, -?0.0000\]", ""),
+    (router_with(lambda v: v.roll(3, 0)), "router", "reaches 0", ""),
+    (router_with(lambda v: v[:1].repeat(10, 1)), "router", r"shuffled ones lose -?0.0000 \[-?0.0000, -?0.0000\]", ""),
     (lambda run: None, "collapsed gate", r"entropy 0.00\d nats", "--tau 0.001"),
     (lambda run: None, "collapsed gate", r"entropy 2.303 nats", "--tau 100"),
     (experts_scaled(range(10), 30), "general ability", r"is \+[1-9]\d*.\d% \[", ""),
     (empty_vectors, "all-zero vectors", "1 of 501 records have no active trait", ""),
-    (expert_never_chosen, "dead experts", "low_conscientiousness[;,].*first choices 0.000", ""),
+    (router_with(opposite_to_all), "dead experts", "low_conscientiousness[;,].*first choices 0.000", ""),
     (experts_scaled([7], 0), "dead experts", "low_agreeableness[;,].*smallest update 0.00 of the largest", ""),
     (experts_scaled([4], -9), "experts that only work together", "high_extraversion[;,].*worst \\+", ""),
     (copied_expert, "copies", r"low_openness and high_agreeableness, cosine 1.00", "")])
@@ -433,8 +446,8 @@ def test_each_disease_raises_its_alarm(healthy, here, capsys, disease, alarm, sa
     found = re.search(rf"^ALARM  {alarm}: ((?:.|\n       )*)", out, re.M)
     assert found and re.search(says, " ".join(found[1].split())), out
     assert re.search(rf"^\d alarms?: (.*, )?{alarm}(,|$)", out, re.M)
-    quiet = {"all-zero vectors", "copies"} - {alarm}
-    assert not any(f"ALARM  {name}" in out for name in quiet), out
+    for other in {"all-zero vectors", "copies"} - {alarm}:
+        assert f"ALARM  {other}" not in out
 
 
 @pytest.mark.slow
@@ -455,20 +468,35 @@ def test_general_ability_is_measured_on_the_text_that_is_given(healthy, here, ca
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plots
+# Plots and results.json
+
+SWEPT = {"title": "", "head": ["tau", "entropy", "test"], "rows": [[tau, 1.0, [4.0, .1]] for tau in ("1", "0.1")]}
+ONE_POLE = {"title": "", "head": ["experts", "tau", "router", "single", "persona"],
+            "rows": [[when, tau, 1., 2., 3.] for when in experiments.LENGTHS for tau in ("1", "0.1")]}
+TABLES = [SWEPT] * 3 + [ONE_POLE, SWEPT]
+
+
+@pytest.fixture
+def matplotlib():
+    return pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
+
+
+def measured(monkeypatch):
+    """Run the temperature experiment with tables given here in place of hours of training. Returns its results.json."""
+    monkeypatch.setitem(experiments.EXPERIMENTS, "temperature", lambda args, run: TABLES)
+    evaluation.main(["experiment", "temperature", "--run", str(RUN)])
+    return RUN / "experiments" / "temperature" / "results.json"
+
 
 @pytest.mark.slow
-def test_plots_are_pictures_of_what_is_there(run_folder, here, capsys):  # noqa: F811
-    pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
+def test_plots_are_pictures_of_what_is_there(run_folder, here, matplotlib, capsys, monkeypatch):  # noqa: F811
     run = copy(run_folder, here)
     with open(run / "log.jsonl", "ab") as log:
-        log.write(b'{"stage": "joint", "step": 7, "lo')  # what a full disk leaves
+        log.write(b'{"stage": "joint", "step": 7, "lo')  # cut off, as by a full disk
     _, out = shown(capsys, f"plot --run {run} --records 8 --show 3")
     assert "no temperature sweep yet: python eval.py experiment temperature" in out
-    sweep = {"title": "", "head": ["tau", "entropy", "test"], "rows": [[t, 1.0, [4.0, .1]] for t in ("1", "0.1")]}
-    poles = {"title": "", "head": [], "rows": [[w, t, 1., 2., 3.] for w in experiments.LENGTHS for t in ("1", "0.1")]}
-    (run / "experiments/temperature").mkdir(parents=True)
-    (run / "experiments/temperature/results.json").write_text(json.dumps({"tables": [sweep] * 3 + [poles]}))
+    measured(monkeypatch)
+    capsys.readouterr()
     _, out = shown(capsys, f"plot --run {run} --records 8 --show 3")
     names = ["training", "gate", "heatmap", "experts", "temperature"]
     assert [Path(line).stem for line in out.splitlines()] == names
@@ -481,19 +509,17 @@ LINE = {"step": 1, "stage": "joint", "loss": 2.0, "lr": 1e-3, "entropy": 1.0, "u
 @pytest.mark.parametrize("change", [
     {"loss": None}, {"loss": "x"}, {"loss": [1]}, {"lr": {}}, {"lr": 10**400}, {"usage": 5}, {"usage": [0.1] * 9},
     {"usage": [0.1] * 9 + ["x"]}, {"entropy": "high"}, {"loss": ...}, {"lr": ...}, {"usage": ...}, {"entropy": ...}])
-def test_a_log_that_training_did_not_write_is_one_line(run_folder, here, change):  # noqa: F811
-    pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
+def test_a_log_that_training_did_not_write_is_one_line(run_folder, here, matplotlib, change):  # noqa: F811
     run = copy(run_folder, here)
     odd = {k: v for k, v in (LINE | change).items() if v is not ...}
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (LINE, LINE | {"step": 2}, odd)))
-    with pytest.raises(UserError, match=r"runs/tiny/log.jsonl, line 3: not what training logs \(.*; remove the line"
+    with pytest.raises(UserError, match=r"runs/tiny/log.jsonl, line 3: not what training logs \(.*; without this line"
                        ) as error:
         evaluation.main(["plot", "--run", str(RUN)])
     assert "\n" not in str(error.value) and not (run / "plots").exists()
 
 
-def test_a_run_that_was_killed_before_its_first_step_has_nothing_to_draw(run_folder, here, capsys):  # noqa: F811
-    pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
+def test_a_run_without_a_step_has_nothing_to_draw(run_folder, here, matplotlib, capsys):  # noqa: F811
     run = undone(run_folder, here, "warmup", "router", "joint")
     for torn in ("", '{"step": 1, "st'):
         (run / "log.jsonl").write_text(torn)
@@ -503,59 +529,33 @@ def test_a_run_that_was_killed_before_its_first_step_has_nothing_to_draw(run_fol
             "no temperature sweep yet: python eval.py experiment temperature --run runs/tiny\n")
 
 
-SWEPT = {"title": "", "head": ["tau", "entropy", "test"], "rows": [["1", 1.0, [4.0, .1]]]}
-POLES = {"title": "", "head": ["experts", "tau", "router", "single", "persona"],
-         "rows": [[when, "1", 1., 2., 3.] for when in experiments.LENGTHS]}
-
-
-@pytest.mark.parametrize("tables", [
-    5, None, [], {}, [SWEPT] * 3, [SWEPT] * 2 + [POLES], [5] * 4, [SWEPT] * 3 + [SWEPT],
-    [SWEPT | {"rows": []}] * 3 + [POLES], [SWEPT | {"rows": [["1", 1.0]]}] * 3 + [POLES],
-    [SWEPT | {"rows": [["1", "x", [4.0, .1]]]}] * 3 + [POLES], [SWEPT | {"rows": [["1", 1.0, 4.0]]}] * 3 + [POLES],
-    [SWEPT | {"rows": [["1", None, [4.0, .1]]]}] * 3 + [POLES], [SWEPT | {"head": 5}] * 3 + [POLES],
-    [SWEPT | {"rows": [["1", 1.0, [4.0, -.1]]]}] * 3 + [POLES]])
-def test_results_that_no_experiment_wrote_are_one_line(run_folder, here, monkeypatch, capsys, tables):  # noqa: F811
-    pytest.importorskip("matplotlib", reason="plots need matplotlib, which is optional")
-    run, file = copy(run_folder, here), RUN / "experiments" / "temperature" / "results.json"
-    monkeypatch.setitem(experiments.EXPERIMENTS, "temperature", lambda args, run: [SWEPT] * 3 + [POLES])
-    evaluation.main(["experiment", "temperature", "--run", str(RUN)])
-    plots.sweep(file)
-    found = json.loads(file.read_text())
-    file.write_text(json.dumps({k: v for k, v in (found | {"tables": tables}).items() if v is not None}))
-    with pytest.raises(UserError, match=r"temperature/results.json: not what .*--again measures anew") as error:
-        evaluation.main(["plot", "--run", str(RUN)])
-    assert "\n" not in str(error.value) and not (run / "plots").exists()
-
-
 @pytest.mark.parametrize("change", [
-    {"tables": 5}, {"tables": [5]}, {"tables": [{}]}, {"tables": [SWEPT | {"title": 5}]}, {"seconds": "x"},
-    {"tables": [SWEPT | {"rows": [["1"]]}]}, {"tables": [SWEPT | {"rows": [["1", [1.0], 2]]}]}, {"seconds": None},
-    {"tables": [SWEPT | {"rows": [["1", ["a", "b"], 2]]}]}, {"tables": [SWEPT | {"head": []}]}, {"tables": None}])
-def test_results_to_be_shown_again_are_checked(run_folder, here, monkeypatch, capsys, change):  # noqa: F811
-    copy(run_folder, here)
-    monkeypatch.setitem(experiments.EXPERIMENTS, "rank", lambda args, run: [SWEPT])
-    command, file = ["experiment", "rank", "--run", str(RUN)], RUN / "experiments" / "rank" / "results.json"
-    evaluation.main(command)
-    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | change).items() if v is not None}))
-    with pytest.raises(UserError, match="rank/results.json: not what this experiment writes .*--again measures") as error:
-        evaluation.main(command)
-    assert "\n" not in str(error.value)
-    evaluation.main([*command, "--again"])
+    {"tables": 5}, {"tables": [SWEPT]}, {"tables": [SWEPT | {"head": []}] * 5}, {"seconds": "x"}, {"settings": {}},
+    {"sha256": 5}, {"tables": ...}, {"seconds": ...}, {"sha256": ...}])
+def test_results_that_were_changed_are_refused(run_folder, here, matplotlib, monkeypatch, change):  # noqa: F811
+    run, file = copy(run_folder, here), measured(monkeypatch)
+    changed = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({k: v for k, v in changed.items() if v is not ...}))
+    for command in ("plot", "experiment temperature"):
+        with pytest.raises(UserError, match="temperature/results.json: changed since .*--again") as error:
+            evaluation.main([*command.split(), "--run", str(RUN)])
+        assert "\n" not in str(error.value) and not (run / "plots").exists()
+    evaluation.main(["experiment", "temperature", "--run", str(RUN), "--again"])
+    assert experiments.read_results(file)["tables"] == TABLES
 
 
-def test_the_note_of_a_stages_seconds_is_checked(tmp_path):
+@pytest.mark.parametrize("text", ["{}", '{"seconds": "x"}', "[1]", '{"sec'])
+def test_the_note_of_a_stages_seconds_is_checked(tmp_path, text):
+    file = tmp_path / "seconds.json"
     assert np.isnan(experiments.seconds_of(tmp_path))
-    for text, seconds in (('{"seconds": 2.5}', 2.5), ("{}", None), ('{"seconds": "x"}', None), ("[1]", None),
-                          ('{"sec', None)):
-        (tmp_path / "seconds.json").write_text(text)
-        if seconds:
-            assert experiments.seconds_of(tmp_path) == seconds
-        else:
-            with pytest.raises(UserError, match="seconds.json: "):
-                experiments.seconds_of(tmp_path)
+    file.write_text('{"seconds": 2.5}')
+    assert experiments.seconds_of(tmp_path) == 2.5
+    file.write_text(text)
+    with pytest.raises(UserError, match="seconds.json: "):
+        experiments.seconds_of(tmp_path)
 
 
-def test_without_matplotlib_a_plot_says_what_to_do(run_folder, here, monkeypatch):  # noqa: F811
+def test_without_matplotlib_a_plot_says_what_to_do(run_folder, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="plot needs matplotlib, which is optional: pip install matplotlib"):
         evaluation.main(["plot", "--run", str(run_folder)])
@@ -564,11 +564,8 @@ def test_without_matplotlib_a_plot_says_what_to_do(run_folder, here, monkeypatch
 # ----------------------------------------------------------------------------------------------------------------------
 # The inventory
 
-OURS = Path(train.__file__).parent / "data" / "inventory.csv"
-
-
 def test_our_inventory_is_balanced():
-    items = read_items(OURS)
+    items = read_items(inventory.OUR_ITEMS)
     assert len(items) == 60 and Counter((i["label_ocean"], i["key"]) for i in items) == {
         (letter, key): 6 for letter in "OCEAN" for key in ("1", "-1")}
     assert all(n == 2 for n in Counter((i["label_ocean"], i["label_raw"]) for i in items).values())
@@ -582,7 +579,7 @@ def test_our_inventory_is_balanced():
     ("label_raw,text,label_ocean,key\nf,Like it,X,1\n", "row 2: found .*'X'.*O, C, E, A or N"),
     ("label_raw,text,label_ocean,key\nf,Like it,O,0\n", "row 2: .*key \\(1 or -1\\)"),
     ("a,b\n1,2\n", "0 columns named 'text'")])
-def test_statements_that_are_not_statements_are_named(here, text, why):  # noqa: F811
+def test_a_file_that_holds_no_statements_is_refused_with_its_row(here, text, why):  # noqa: F811
     (here / "items.csv").write_text(text)
     with pytest.raises(UserError, match=f"items.csv.*{why}") as error:
         read_items("items.csv")
@@ -594,8 +591,8 @@ def test_ratings_are_expected_values_of_the_five_letters_in_both_orders(run_fold
     found = ratings(run, texts, one_hot_gate(3))
     for order, listed in enumerate((inventory.ANSWERS, inventory.ANSWERS[::-1])):
         for i, said in enumerate(("You like long walks.", "You keep quiet.")):
-            query = (f'How accurately does this statement describe you? "{said}"\n'
-                     + "".join(f"{'ABCDE'[k]}. {answer}\n" for k, answer in enumerate(listed)) + "Answer with one letter.")
+            answers = "".join(f"{letter}. {answer}\n" for letter, answer in zip("ABCDE", listed))
+            query = f'How accurately does this statement describe you? "{said}"\n{answers}Answer with one letter.'
             nats = np.array([train.row_losses(run.model, [Row("", None, np.array(ids[:-1]), s.index(True))],
                                               one_hot_gate(3)).item() for ids, s in (
                 run.chat.example([{"role": "user", "content": query}], letter) for letter in "ABCDE")])
@@ -605,18 +602,18 @@ def test_ratings_are_expected_values_of_the_five_letters_in_both_orders(run_fold
 
 
 def test_the_inventory_scores_what_is_agreed_to(run_folder, here, capsys, monkeypatch):  # noqa: F811
-    """A model that only likes a letter scores 3 with a gap of 4; experts that agree with what is positively keyed for
-    their trait, and disagree with the rest, are apart on it and on nothing else."""
+    """A model that always takes the first letter scores 3, with a gap of 4. Experts that agree with the positively
+    keyed statements of their trait, and disagree with the others, differ on that trait alone."""
     with open(here / "items.csv", "w", newline="") as file:
         csv.writer(file).writerows([("label_raw", "text", "label_ocean", "key"), *(
             ("f", f"{t}{k}{i}", t, k) for t in "OCEAN" for k in (1, -1) for i in range(2))])
 
     def agree(run, texts, gate):
-        if gate is None:  # always the first letter
+        if gate is None:
             return np.stack([np.full(len(texts), 5.0), np.full(len(texts), 1.0)])
         e = int(gate.argmax())
-        return np.stack([[3 + (t[0] == "OCEAN"[e // 2]) * (1 if "-1" not in t else -1) * (1 - 2 * (e % 2)) * (1 + .1 * i)
-                          for i, t in enumerate(texts)]] * 2)
+        signs = [(t[0] == "OCEAN"[e // 2]) * (1 if "-1" not in t else -1) * (1 - 2 * (e % 2)) for t in texts]
+        return np.stack([[3 + sign * (1 + .1 * i) for i, sign in enumerate(signs)]] * 2)
     monkeypatch.setattr(inventory, "ratings", agree)
     _, out = shown(capsys, f"inventory --run {run_folder} --items items.csv")
     assert max(map(len, out.splitlines())) <= 80 and "20 statements, experts after warmup" in " ".join(out.split())

@@ -68,8 +68,8 @@ def some_router(folder):
 def use_checkpoint(run):
     """The state folder of a run: what --resume does."""
     task = train.Stage("router", None, some_router(str(run.parent / "w" / "encoder")), settings())
-    checkpoints.restore(task, run)
-    checkpoints.rewind_log(run, "router", 1).close()
+    checkpoints.load_latest_checkpoint(task, run)
+    checkpoints.rewind_log(run, "router", 1)
 
 
 def use_run(run):
@@ -106,7 +106,7 @@ def targets(tmp_path_factory):
     s = settings(steps=2, batch=2, tokens=64)
     rows, _ = make_rows(small.records(6), tokenizer=load_tokenizer(world / "encoder"))
     train.fit(train.Stage("router", None, Router(router.encoder), s), rows, s, at / "run")
-    config = {"version": runs.VERSION, "stages": {"router": {"steps": 2}, "joint": {"tau": 1.0}}, "content": {}, "setup": {
+    config = {"version": runs.VERSION, "stages": {"router": {"steps": 2}, "joint": {"tau": 1.0}}, "fingerprints": {}, "setup": {
         "preset": "tiny", "base": "{run}/base", "encoder": "{run}/encoder", "data": "{run}/data", "seed": 0,
         "rank": 8, "alpha": 16.0}}
     (at / "run" / "config.json").write_text(json.dumps(config))

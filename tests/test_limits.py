@@ -28,10 +28,10 @@ from lora import EXPERTS, add_experts, expert_layers
 from model import Config, Transformer, generate
 from router import Router, contrastive_loss, query_ids
 from support.chat import Chat, encode
-from support.checkpoints import save_state
-from support.files import UserError, human_readable_size
+from support.checkpoints import save_checkpoint
+from support.files import UserError
 from support.rows import batches, n_tokens
-from train import Stage, activations, fit, evaluation_loss, row_losses
+from train import Stage, fit, evaluation_loss, row_losses
 import small
 from conftest import ROOT
 from test_teachers import asked, good, http_command, ids, serving  # noqa: F401 (asked is a fixture)
@@ -67,12 +67,12 @@ def test_parameters_that_are_no_numbers_are_not_saved_over_good_ones(tmp_path):
     with torch.no_grad():
         next(task.router.parameters())[0, 0] = torch.inf
     with pytest.raises(UserError, match="router, step 4: a parameter is NaN or infinite"):
-        save_state(task, 4, s, tmp_path)
+        save_checkpoint(task, 4, s.keep, tmp_path)
     assert small.contents(tmp_path / "state") == before
 
 
 @pytest.mark.parametrize("stage", ["warmup", "router", "joint"])
-def test_memory_that_is_full_says_what_reduces_it_and_by_how_much(tmp_path, monkeypatch, stage):
+def test_memory_that_is_full_says_what_to_lower(tmp_path, monkeypatch, stage):
     """Raised where CUDA would: in the forward pass of a later step. Checkpoints made before it stay."""
     s, model = settings(steps=6, save_every=2, tokens=500), base() if stage != "router" else None
     task = Stage(stage, model, router() if stage != "warmup" else None, s)
@@ -87,39 +87,8 @@ def test_memory_that_is_full_says_what_reduces_it_and_by_how_much(tmp_path, monk
     with pytest.raises(UserError, match=f"{stage}, step 3: .*memory is full .CUDA out of memory") as error:
         fit(task, some_rows(20), s, tmp_path)
     said = str(error.value)
-    assert "--tokens 250 " in said and "--recompute" in said and "\n" not in said
-    assert ("--rank 2" in said) == (stage != "router")
-    trained = 16 * sum(p.numel() for p in task.parameters())
-    frozen = "what trains" if stage != "router" else "What trains takes"  # nothing is frozen in the router stage
-    assert f"{frozen} {human_readable_size(trained)} " in said
+    assert all(option in said for option in ("--tokens (now 500)", "--rank", "--recompute")) and "\n" not in said
     assert [p.stem for p in (tmp_path / "state").iterdir()] == [f"{stage}-0000002"]
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("experts", [False, True])
-@pytest.mark.parametrize("shape", [Config(97, 64, 4, 4, 2, 16, 128, 1e-5, 1e4), Config(97, 32, 6, 8, 1, 16, 96, 1e-5,
-                                                                                       1e4)])
-def test_the_memory_that_the_advice_speaks_of_is_what_the_forward_pass_keeps(shape, experts, recompute):
-    """Bytes that autograd holds after a forward pass, each tensor once, against the estimate: within a quarter. (With
-    recomputation it holds the layers' inputs; the estimate adds one layer, which the backward pass makes again.)"""
-    model = Transformer(shape)
-    if experts:
-        add_experts(model, rank=4, alpha=8)
-    model.recompute, held = recompute, {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            held[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        gate = torch.full((1, 10), 0.1, requires_grad=True) if experts else None
-        model.hidden(torch.randint(97, (1, 200)), gate)
-    estimate = activations(model, 200, recompute)
-    if recompute:
-        estimate = 200 * 4 * (2 + shape.n_layers) * shape.dim
-        assert estimate < activations(model, 200, True) < estimate + activations(model, 200, False) / shape.n_layers
-    assert 0.75 < estimate / sum(n for n, _ in held.values()) < 1.33
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")

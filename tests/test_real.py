@@ -1,7 +1,6 @@
-"""The small preset on real checkpoints, all of it slow: that each stage learns on SmolLM2-135M and a Qwen of 0.5B.
+"""The small preset on real checkpoints: each stage learns on SmolLM2-135M and a Qwen of 0.5B. All tests here are slow.
 
-(Logits and greedy tokens of the real checkpoints are compared with transformers in test_model.py, chat ids in
-test_chat.py.)
+(test_model.py compares logits and greedy tokens of the real checkpoints with transformers, test_chat.py chat ids.)
 """
 import shutil
 
@@ -23,10 +22,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def small(weights, tmp_path_factory):
-    """Run the three stages for a few steps each -> the Setup of the run."""
+    """Run the three stages for a few steps each. Returns the run's Setup."""
     run = tmp_path_factory.mktemp("small") / "run"
     if (free := shutil.disk_usage(run.parent).free) < 13 * 2**30:
-        pytest.skip(f"takes 12 GiB of disk, where {run.parent} has {free / 2**30:.1f}")
+        pytest.skip(f"needs 12 GiB of disk; {run.parent} has {free / 2**30:.1f}")
     torch.set_num_threads(2)
     where = ["--preset", "small", "--run", str(run), "--base", str(weights / "SmolLM2-135M-Instruct"),
              "--encoder", str(weights / "Qwen2.5-Coder-0.5B-Instruct"), "--device", "cpu", "--eval-records", "6"]

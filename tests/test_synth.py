@@ -1,202 +1,26 @@
-"""Laws of the data: the record's reader, the splits, the template teacher and its text, the tiny models, and the
-command line that the three programs share."""
-import dataclasses
+"""Laws of synth.py: the template teacher and its text, the prompts and the steps, a model folder as the teacher, the
+options."""
 import json
 import re
+import shutil
+from collections import Counter
 from itertools import permutations
 
 import pytest
 import torch
 
-import eval as evaluation
+import model as model_module
 import synth
-import train
-from support import checkpoints
-from support import command
-from support import review
 from lora import EXPERTS, TRAITS
-from model import Transformer
 from router import active_experts
 from support.chat import Chat
 from support.command import parse
 from support.files import UserError
-from support.records import SPLITS, check_record, load_data, read_records, split_records, write_records
+from support.records import SPLITS, check_record, load_data, normalise_query, read_records
+from support.replies import Reply, RequestFailed
 from support.tiny import make_tiny
-from synth import lab, signatures, template_records
-
-
-def record(number=0, **changes):
-    return {"id": f"r{number}", "query": f"What now, number {number}?", "response": "Wait.",
-            "traits": {"openness": 1}} | changes
-
-
-def lines(*records):
-    return "".join(json.dumps(r) + "\n" for r in records).encode()
-
-
-def without(key, **changes):
-    return {k: v for k, v in record(**changes).items() if k != key}
-
-
-def folded(text):
-    return " ".join(text.lower().split())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Records
-
-def test_what_is_read_is_what_was_written_with_unknown_fields_in_their_order(tmp_path):
-    records = [record(0, zeta=[1, {"b": None}], history=[{"role": "user", "content": "Hi"}], culture="日本"),
-               {"later": 1.5, **record(1, traits={"neuroticism": -1, "openness": 0}), "alpha": "ü\u2028\u0085 \"q\"\n"}]
-    write_records(tmp_path / "new" / "r.jsonl", records)
-    found = read_records(tmp_path / "new" / "r.jsonl")
-    assert found == records and [list(r) for r in found] == [list(r) for r in records]
-    write_records(tmp_path / "again.jsonl", found)
-    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "new" / "r.jsonl").read_bytes()
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "r.jsonl"
-    write_records(file, [record()])
-    before = file.read_bytes()
-    with pytest.raises(TypeError):
-        write_records(file, [record(1), record(2, odd={1, 2})])  # a set is no JSON
-    assert file.read_bytes() == before and read_records(file) == [record()]
-
-
-@pytest.mark.parametrize("text", [
-    b"\xef\xbb\xbf" + lines(record(), record(1)), lines(record(), record(1)).replace(b"\n", b"\r\n"),
-    b"\n  \n" + lines(record()) + b"\r\n\t\n" + lines(record(1)) + b"\n", lines(record(), record(1)).rstrip()],
-    ids=["byte order mark", "CRLF", "blank lines", "no newline at the end"])
-def test_records_are_read_whatever_the_editor_made_of_the_lines(tmp_path, text):
-    (tmp_path / "r.jsonl").write_bytes(text)
-    assert read_records(tmp_path / "r.jsonl") == [record(), record(1)]
-
-
-def test_blank_lines_count_in_line_numbers(tmp_path):
-    (tmp_path / "r.jsonl").write_bytes(b"\n\n" + lines(record()) + b"\n{}\n")
-    with pytest.raises(UserError, match=r"r\.jsonl, line 5: no 'id'"):
-        read_records(tmp_path / "r.jsonl")
-
-
-REFUSED = {  # what stands on line 2, and what the message says of it
-    "torn line": (b'{"id": "r1", "query": "What', "not JSON.*torn"),
-    "not UTF-8": ('{"id": "r1", "query": "Où"}'.encode("latin-1"), "not UTF-8"),
-    "a list": (b'["id"]', "found a list, expected a JSON object"),
-    "a number": (b"7", "found a int"),
-    "no id": (lines(without("id")), "no 'id'"),
-    "no query": (lines(without("query", number=1)), "no 'query'"),
-    "no response": (lines(without("response", number=1)), "no 'response'"),
-    "no traits": (lines(without("traits", number=1)), "no 'traits'"),
-    "empty query": (lines(record(1, query=" \n")), "query is ' .n', expected some text"),
-    "query a number": (lines(record(1, query=3)), "query is 3, expected some text"),
-    "empty response": (lines(record(1, response="")), "response is '', expected some text"),
-    "response null": (lines(record(1, response=None)), "response is None, expected some text"),
-    "id a list": (lines(record(1, id=["r1"])), "id is"),
-    "id true": (lines(record(1, id=True)), "id is True"),
-    "id null": (lines(record(1, id=None)), "id is None"),
-    # JSON can spell half a character; no file and no tokenizer can hold it
-    "half a surrogate pair": (lines(record(1, query="x \ud800")), "(query|surrogate|Unicode)"),
-    "unknown trait": (lines(record(1, traits={"openess": 1})), "unknown trait 'openess', expected one of openness"),
-    "value 2": (lines(record(1, traits={"openness": 2})), "openness is 2, expected -1, 0 or 1"),
-    "value true": (lines(record(1, traits={"openness": True})), "openness is True, expected -1, 0 or 1"),
-    "value 0.5": (lines(record(1, traits={"openness": 0.5})), "openness is 0.5, expected -1, 0 or 1"),
-    "value a text": (lines(record(1, traits={"openness": "1"})), "openness is '1', expected -1, 0 or 1"),
-    "value null": (lines(record(1, traits={"openness": None})), "openness is None, expected -1, 0 or 1"),
-    "value a list": (lines(record(1, traits={"openness": [1]})), r"openness is \[1\], expected -1, 0 or 1"),
-    "traits a list": (lines(record(1, traits=["openness"])), "traits is .*expected an object"),
-    "history a text": (lines(record(1, history="Hi")), "history: expected a list"),
-    "history of texts": (lines(record(1, history=["Hi"])), "history: expected a list"),
-    "history without content": (lines(record(1, history=[{"role": "user"}])), "history: expected a list"),
-    "history of an odd role": (lines(record(1, history=[{"role": "bot", "content": ""}])), "history: expected a list"),
-    "same id": (lines(record(0, query="Another?")), "id 'r0' stands on line 1 already"),
-}
-
-
-@pytest.mark.parametrize("line, why", REFUSED.values(), ids=REFUSED)
-def test_what_is_no_record_is_refused_by_file_and_line(tmp_path, line, why):
-    (tmp_path / "some.jsonl").write_bytes(lines(record()) + line.rstrip(b"\n") + b"\n" + lines(record(2)))
-    with pytest.raises(UserError, match=rf"some\.jsonl, line 2: .*{why}") as error:
-        read_records(tmp_path / "some.jsonl")
-    assert "\n" not in str(error.value)
-
-
-def test_one_id_in_two_kinds_is_one_id(tmp_path):
-    (tmp_path / "r.jsonl").write_bytes(lines(record(id=7), record(1, id="7")))
-    with pytest.raises(UserError, match="line 2: id '7' stands on line 1 already"):
-        read_records(tmp_path / "r.jsonl")
-
-
-@pytest.mark.parametrize("text", [b"", b"\xef\xbb\xbf\n \r\n", None], ids=["empty", "blank", "missing"])
-def test_a_file_without_records_is_refused_by_name(tmp_path, text):
-    if text is not None:
-        (tmp_path / "none.jsonl").write_bytes(text)
-    with pytest.raises(UserError, match=r"none\.jsonl: (no records|No such file)"):
-        read_records(tmp_path / "none.jsonl")
-
-
-def test_the_router_needs_no_responses_but_one_that_is_there_is_checked(tmp_path):
-    (tmp_path / "r.jsonl").write_bytes(lines(without("response"), record(1)))
-    assert len(read_records(tmp_path / "r.jsonl", need_response=False)) == 2
-    with pytest.raises(UserError, match="line 1: no 'response'"):
-        read_records(tmp_path / "r.jsonl")
-    assert "expected some text" in check_record(record(response="  "), need_response=False)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Splits
-
-def test_two_records_of_one_query_never_part():
-    """Case and white space do not make another query: a test query that was trained on would measure memory."""
-    twins = [[record(i), record(i, query=f"  WHAT now,\t number {i}? \n")] for i in range(300)]
-    where = {}
-    for name, records in split_records([r for pair in twins for r in pair]).items():
-        for r in records:
-            where.setdefault(folded(r["query"]), set()).add(name)
-    assert len(where) == 300 and all(len(names) == 1 for names in where.values())
-
-
-def test_splits_are_fixed_by_the_seed_and_about_eighty_ten_ten():
-    records = [record(i) for i in range(5000)]
-    splits = split_records(records, 3)
-    assert list(splits) == list(SPLITS) and splits == split_records(records, 3) != split_records(records, 4)
-    assert sorted(r["id"] for part in splits.values() for r in part) == sorted(r["id"] for r in records)
-    for name, share in zip(SPLITS, (0.8, 0.1, 0.1)):
-        assert abs(len(splits[name]) / 5000 - share) < 0.02
-    # nobody's place depends on who else is there
-    assert split_records(records[:50], 3)["test"] == [r for r in splits["test"] if r in records[:50]]
-
-
-def test_data_are_a_folder_of_three_files_or_one_file_split_by_query(tmp_path):
-    for i, name in enumerate(SPLITS):
-        write_records(tmp_path / f"{name}.jsonl", [record(10 * i), record(10 * i + 1)])
-    splits, zero = load_data(tmp_path)
-    assert [[r["id"] for r in splits[name]] for name in SPLITS] == [["r0", "r1"], ["r10", "r11"], ["r20", "r21"]]
-    assert zero == 0
-    many = [record(i) for i in range(200)]
-    write_records(tmp_path / "all.jsonl", many)
-    assert load_data(tmp_path / "all.jsonl", 5) == (split_records(many, 5), 0)
-    assert load_data(str(tmp_path / "all.jsonl"), 5)[0] != load_data(tmp_path / "all.jsonl", 6)[0]
-
-
-def test_records_whose_traits_are_all_zero_are_left_out_and_counted(tmp_path):
-    zeros = [record(1000, traits={}), record(1001, traits={"openness": 0}),
-             record(1002, traits=dict.fromkeys(TRAITS, 0))]
-    many = [record(i, traits={"openness": 0, "neuroticism": -1}) for i in range(200)]
-    write_records(tmp_path / "all.jsonl", [*many[:100], *zeros, *many[100:]])
-    splits, zero = load_data(tmp_path / "all.jsonl")
-    assert zero == 3 and sorted(r["id"] for part in splits.values() for r in part) == sorted(r["id"] for r in many)
-
-
-@pytest.mark.parametrize("bad", SPLITS)
-def test_a_split_without_records_to_use_is_an_error_that_names_it(tmp_path, bad):
-    for name in SPLITS:
-        write_records(tmp_path / f"{name}.jsonl", [record(traits={} if name == bad else {"openness": 1})])
-    with pytest.raises(UserError, match=f"no records with an active trait for {bad}; .*train, validation, test"):
-        load_data(tmp_path)
-    (tmp_path / f"{bad}.jsonl").unlink()
-    with pytest.raises(UserError, match=rf"{bad}\.jsonl: No such file"):
-        load_data(tmp_path)
+from synth import Synthesis, lab, signatures, template_records
+from test_teachers import GOOD, POLED, TRAITS_OF_GOOD, asked, ids, lines, out, rejected, write  # noqa: F401
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,36 +29,29 @@ def test_a_split_without_records_to_use_is_an_error_that_names_it(tmp_path, bad)
 def frames():
     """(kind, pole or domain, split, frame) of every sentence frame in data/lab.json."""
     for split in SPLITS:
-        for frame in lab()["neutral"][split]:
-            yield "neutral", None, split, frame
-        for frame in lab()["closings"][split]:
-            yield "closing", None, split, frame
-        for name, place in lab()["domains"].items():
-            for frame in place["openings"].get(split, ()):
-                yield "opening", name, split, frame
+        yield from (("neutral", None, split, frame) for frame in lab()["neutral"][split])
+        yield from (("closing", None, split, frame) for frame in lab()["closings"][split])
+        for name, domain in lab()["domains"].items():
+            yield from (("opening", name, split, frame) for frame in domain["openings"].get(split, ()))
         for name, pole in lab()["poles"].items():
-            for kind in ("cues", "manner"):
-                for frame in pole[kind][split]:
-                    yield kind, name, split, frame
+            yield from ((kind, name, split, frame) for kind in ("cues", "manner") for frame in pole[kind][split])
 
 
 def test_the_lab_has_the_named_domains_and_two_are_held_out():
-    domains, held_out = set(lab()["domains"]), lab()["held_out_domains"]
-    assert len(domains) >= 8 and domains >= {"work", "family", "counselling", "friendship", "study", "customer service",
-                                             "travel", "health"}
-    assert len(set(held_out)) == len(held_out) == 2 and set(held_out) <= domains
-    for name, place in lab()["domains"].items():
-        found = {split for split in SPLITS if place["openings"].get(split)}
+    domains, held_out = lab()["domains"], lab()["held_out_domains"]
+    assert set(domains) >= {"work", "family", "counselling", "friendship", "study", "customer service", "travel",
+                            "health"}
+    assert len(set(held_out)) == len(held_out) == 2 and set(held_out) <= set(domains)
+    for name, domain in domains.items():
+        found = {split for split in SPLITS if domain["openings"].get(split)}
         assert found == ({"test"} if name in held_out else set(SPLITS))
-    assert list(lab()["poles"]) == list(EXPERTS) and all(p["position"] in ("before", "after")
-                                                         for p in lab()["poles"].values())
+    assert list(lab()["poles"]) == list(EXPERTS)
+    assert all(pole["position"] in ("before", "after") for pole in lab()["poles"].values())
 
 
-def test_no_frame_stands_in_two_splits_nor_twice_in_one():
-    where = {}
-    for kind, name, split, frame in frames():
-        where.setdefault(folded(frame), []).append((kind, name, split))
-    assert len(where) > 400 and {k: v for k, v in where.items() if len(v) > 1} == {}
+def test_no_frame_is_in_two_splits_nor_twice_in_one():
+    counts = Counter(normalise_query(frame) for *_, frame in frames())
+    assert len(counts) > 400 and max(counts.values()) == 1
 
 
 def test_every_sentence_of_a_manner_has_the_signature_of_its_pole_and_of_no_other():
@@ -248,9 +65,9 @@ def test_every_sentence_of_a_manner_has_the_signature_of_its_pole_and_of_no_othe
                 assert all(signatures(text) == own for text in texts), (name, frame)
 
 
-def test_a_signature_belongs_to_one_pole_and_is_found_whatever_its_case_but_not_inside_a_word():
+def test_a_signature_belongs_to_one_pole_and_is_found_in_any_case_but_not_inside_a_word():
     everyone = [word for pole in lab()["poles"].values() for word in pole["signature"]]
-    assert len(everyone) == len(set(everyone)) and all(word == folded(word) for word in everyone)
+    assert len(everyone) == len(set(everyone)) and all(word == normalise_query(word) for word in everyone)
     for e, pole in enumerate(lab()["poles"].values()):
         for word in pole["signature"]:
             assert signatures(f"So, {word.upper()}!")[e] == 1 and signatures(f"so x{word}x so") == [0] * 10
@@ -258,34 +75,28 @@ def test_a_signature_belongs_to_one_pole_and_is_found_whatever_its_case_but_not_
 
 
 def test_every_cue_has_a_cue_word_of_its_pole_and_of_no_other():
-    """The label of a query can be read from it, and only one way. (Whole words, as in the signatures.)"""
+    """So the labels of a query can be read from it, in one way only."""
     words = {name: re.compile(r"\b(?:" + "|".join(map(re.escape, pole["cue_words"])) + r")\b")
              for name, pole in lab()["poles"].items()}
-    for name, pole in lab()["poles"].items():
-        for split in SPLITS:
-            for cue in pole["cues"][split]:
-                assert [other for other in words if words[other].search(cue.lower())] == [name], cue
-    for kind, _, _, frame in frames():
-        if kind in ("opening", "closing"):
-            assert not any(pattern.search(frame.lower()) for pattern in words.values()), frame
+    for kind, name, _, frame in frames():
+        if kind in ("cues", "opening", "closing"):
+            found = [pole for pole in words if words[pole].search(frame.lower())]
+            assert found == ([name] if kind == "cues" else []), frame
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The template teacher's records
 
 @pytest.fixture(scope="module")
-def training():
-    """20,000 records for training, as a user would make them. (Seconds: 2 on an idle core.)"""
-    return template_records("train", 20_000)
+def all_splits():
+    """20,000 records for training, as a user would make them, and 2,000 for each other split. (A few seconds.)"""
+    return {split: template_records(split, 20_000 if split == "train" else 2000) for split in SPLITS}
 
 
-@pytest.fixture(scope="module")
-def all_splits(training):
-    return {"train": training} | {split: template_records(split, 2000) for split in SPLITS[1:]}
-
-
-def test_twenty_thousand_records_have_twenty_thousand_queries(training):
-    assert len({folded(r["query"]) for r in training}) == len({r["id"] for r in training}) == 20_000
+def test_all_queries_differ_within_a_split_and_between_splits(all_splits):
+    queries = [normalise_query(r["query"]) for records in all_splits.values() for r in records]
+    assert len(queries) == len(set(queries)) == 24_000
+    assert len({r["id"] for records in all_splits.values() for r in records}) == 24_000
 
 
 def test_more_records_than_there_are_queries_is_an_error_and_not_a_wait(monkeypatch):
@@ -295,222 +106,313 @@ def test_more_records_than_there_are_queries_is_an_error_and_not_a_wait(monkeypa
         template_records("train", 21)
 
 
-def test_the_same_seed_gives_the_same_records_and_another_seed_others(training):
-    assert json.dumps(template_records("train", 500)) == json.dumps(training[:500])
+def test_the_same_seed_gives_the_same_records_and_another_seed_others(all_splits):
+    first = all_splits["train"][:500]
+    assert json.dumps(template_records("train", 500)) == json.dumps(first)
     other = template_records("train", 500, seed=1)
-    assert len({r["query"] for r in other} & {r["query"] for r in training[:500]}) < 5
+    assert len({r["query"] for r in other} & {r["query"] for r in first}) < 5
 
 
 def test_held_out_domains_are_half_of_the_test_records_and_in_no_others(all_splits):
     held_out = set(lab()["held_out_domains"])
-    for name in ("train", "validation"):
-        assert {r["domain"] for r in all_splits[name]} == set(lab()["domains"]) - held_out
+    for name, records in all_splits.items():
+        assert {r["domain"] for r in records} == set(lab()["domains"]) - (held_out if name != "test" else set())
     domains = [r["domain"] for r in all_splits["test"]]
-    assert set(domains) == set(lab()["domains"])
     assert 0.45 < sum(d in held_out for d in domains) / len(domains) < 0.55
 
 
-def test_no_query_is_in_two_splits(all_splits):
-    train_, validation, test = ({folded(r["query"]) for r in all_splits[name]} for name in SPLITS)
-    assert not train_ & validation and not train_ & test and not validation & test
-
-
-def test_a_reply_is_the_neutral_one_between_the_sentences_of_its_manner(all_splits):
-    for records in all_splits.values():
-        for r in records[:2000]:
-            parts = {place: [r["manner"][e] for e in EXPERTS if e in r["manner"]
-                             and lab()["poles"][e]["position"] == place] for place in ("before", "after")}
-            assert r["response"] == " ".join([*parts["before"], r["neutral"], *parts["after"]])
-
-
-def test_a_reply_has_the_signatures_of_its_active_poles_and_no_query_or_neutral_reply_has_any(all_splits):
-    for records in all_splits.values():
-        for r in records[:3000]:
-            assert signatures(r["response"]) == active_experts(r["traits"]).int().tolist()
-            assert not any(signatures(r["neutral"])) and not any(signatures(r["query"])), r
-
-
-def test_traits_manner_and_reasoning_name_the_same_poles(all_splits):
-    counts = dict.fromkeys(range(1, 4), 0)
+def test_a_record_fits_together(all_splits):
+    """Traits, manner and reasoning name the same poles. The reply is the neutral one between the sentences of its
+    manner, and has the signatures of the active poles; the query and the neutral reply have none."""
     for name, records in all_splits.items():
-        for r in records:
+        for r in records[:3000]:
             assert check_record(r) is None and "{" not in r["query"] + r["response"]
             poles = {f"{'high' if v == 1 else 'low'}_{t}" for t, v in r["traits"].items()}
             assert set(r["manner"]) == poles == {f"{why['pole']}_{t}" for t, why in r["cot"]["traits"].items()}
+            parts = {place: [r["manner"][e] for e in EXPERTS if e in poles and lab()["poles"][e]["position"] == place]
+                     for place in ("before", "after")}
+            assert r["response"] == " ".join([*parts["before"], r["neutral"], *parts["after"]])
+            assert signatures(r["response"]) == active_experts(r["traits"]).int().tolist()
+            assert not any(signatures(r["neutral"])) and not any(signatures(r["query"])), r
             assert r["query"].startswith(r["cot"]["situation"])
             for trait, why in r["cot"]["traits"].items():
-                assert why["cue"] in lab()["poles"][f"{why['pole']}_{trait}"]["cues"][name]
-                assert why["cue"] in r["query"]
-            if name == "train":
-                counts[len(poles)] += 1
+                assert why["cue"] in lab()["poles"][f"{why['pole']}_{trait}"]["cues"][name] and why["cue"] in r["query"]
+
+
+def test_half_of_the_records_have_one_active_pole_and_all_poles_are_about_equally_frequent(all_splits):
+    counts = Counter(len(r["traits"]) for r in all_splits["train"])
     assert [round(counts[k] / 20_000, 1) for k in (1, 2, 3)] == [0.5, 0.3, 0.2]
-
-
-def test_every_pole_is_called_for_about_equally_often(training):
-    share = torch.stack([active_experts(r["traits"]) for r in training]).mean(0)
+    share = torch.stack([active_experts(r["traits"]) for r in all_splits["train"]]).mean(0)
     assert (share - 0.17).abs().max() < 0.02  # 1.7 of ten on average
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tiny models
+# The steps
 
-@pytest.fixture(scope="module", params=["base", "encoder"])
-def tiny(request, training, tmp_path_factory):
-    """(kind, two folders of the same seed and one of another)."""
-    folders = [tmp_path_factory.mktemp("tiny") / name for name in ("once", "again", "other")]
-    for folder, seed in zip(folders, (0, 0, 1)):
-        make_tiny(request.param, folder, training[:300], seed, fit_base=lambda model, chat: None)
-    return request.param, *folders
-
-
-def test_tiny_models_are_bitwise_fixed_by_the_seed(tiny):
-    _, once, again, other = tiny
-    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {file.name for file in once.iterdir()} == names
-    assert all((once / name).read_bytes() == (again / name).read_bytes() for name in names)
-    assert (once / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+def separate(*replies, retries=0, **item):
+    """A query after these replies, and the messages of all questions that were asked on the way."""
+    query, questions = Synthesis({"id": 1, "query": "What now?"} | item, "separate", retries, "test"), []
+    for reply in replies:
+        questions.append(query.question.messages)
+        if isinstance(reply, (str, tuple)):
+            reply = Reply(*([reply] if isinstance(reply, str) else reply))
+        query.tell(reply)
+    return query, questions
 
 
-def test_tiny_models_are_model_folders_of_under_a_million_parameters(tiny):
-    kind, folder, *_ = tiny
-    model, chat = Transformer.from_pretrained(folder, torch.float32), Chat.from_dir(folder)
-    assert sum(p.numel() for p in model.parameters()) < 1_000_000 and model.config.tied
-    assert model.config.qkv_bias == (kind == "encoder") and chat.llama == (kind == "base")
-    assert chat.tokenizer.get_vocab_size() == model.config.vocab_size
-    for name, p in model.named_parameters():  # the usual start: PyTorch's embeddings would be fifty times as large
-        assert abs(p.std() - 0.02) < 0.002 if p.dim() == 2 else p.unique().tolist() == [float("norm" in name)], name
-    for text in ("Wer rastet, der rostet — 日本 🙂", "tabs\tand\n\nlines"):  # bytes: no text is unknown
-        ids = chat.tokenizer.encode(text, add_special_tokens=False).ids
-        assert chat.tokenizer.decode(ids) == text
-    ids = torch.tensor([chat.prompt([{"role": "user", "content": "Hello"}])])
-    assert torch.isfinite(model(ids)).all()
+def test_each_of_the_three_steps_sees_the_ones_before_and_all_is_kept():
+    query, questions = separate(
+        ("They wait.", False, 10, 3), (json.dumps(POLED), False, 20, 4), ("Wait.", False, 30, 5), domain="work",
+        culture="Finnish", history=[{"role": "user", "content": "Earlier I slept."}])
+    record = query.outcome
+    assert check_record(record) is None and record["domain"] == "work" and record["culture"] == "Finnish"
+    assert (record["response"], record["traits"]) == ("Wait.", TRAITS_OF_GOOD)
+    assert record["cot"] == {"situation": "They wait.", "traits": {"openness": {"pole": "high", "cue": "ideas"},
+                                                                   "neuroticism": {"pole": "low", "cue": ""}}}
+    assert record["teacher"] == {"name": "test", "steps": "separate", "calls": 3, "tokens_read": 60,
+                                 "tokens_written": 12}
+    texts = [messages[-1]["content"] for messages in questions]
+    for text in texts:
+        assert "What now?" in text and "Finnish" in text and "Earlier I slept." in text and "$" not in text
+    assert ["They wait." in text for text in texts] == [False, True, True]
+    for expert, manner in synth.MANNERS.items():
+        assert manner in texts[1] and (manner in texts[2]) == (expert in ("high_openness", "low_neuroticism"))
+    assert not any(trait in texts[2].lower() for trait in TRAITS)  # the answer is not to name them
 
 
-def test_the_base_is_what_its_training_made_of_it(training, tmp_path):
-    def fit_base(model, chat):
-        assert chat.llama
-        torch.nn.init.constant_(model.model.norm.weight, 3.0)
-    for kind in ("base", "encoder"):
-        make_tiny(kind, tmp_path / kind, training[:50], 0, fit_base)
-        trained = Transformer.from_pretrained(tmp_path / kind, torch.float32).model.norm.weight
-        assert trained.unique().tolist() == [3.0 if kind == "base" else 1.0]
+@pytest.mark.parametrize("steps", ["separate", "joint", "score"])
+def test_a_query_with_dollars_braces_and_backslashes_reaches_the_teacher_unchanged(steps):
+    odd = 'Costs $message $$5 {x} \\1 """ %s'
+    assert odd in Synthesis({"id": 1, "query": odd}, steps, 0, "t").question.messages[-1]["content"]
 
 
-def test_tiny_models_that_could_not_be_finished_are_not_there(training, tmp_path):
-    def fit_base(model, chat):
-        raise checkpoints.Stopped("stopped")
-    with pytest.raises(checkpoints.Stopped):
-        make_tiny("base", tmp_path / "base", training[:50], 0, fit_base)
-    assert not (tmp_path / "base").exists()
+def test_a_step_that_comes_as_json_or_with_its_name_is_understood():
+    query, _ = separate('```json\n{"situation": "They wait."}\n```', json.dumps({"situation": "x", "traits": POLED}),
+                        '**Response:** "Wait, "')
+    assert query.outcome["cot"]["situation"] == "They wait." and query.outcome["response"] == "Wait,"
+    assert separate("a", json.dumps(POLED), 'He said "wait"')[0].outcome["response"] == 'He said "wait"'
+    assert "JSON" in separate('{"situation": "They')[0].outcome["reason"]
 
 
-def test_transformers_reads_the_tiny_tokenizers_alike(tiny):
-    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt, is not here")
-    _, folder, *_ = tiny
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Chat.from_dir(folder)
-    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "My boss is furious."},
-            {"role": "assistant", "content": "Wait."}, {"role": "user", "content": "And\nthen?"}]
-    for messages in (talk, talk[1:2], talk[1:]):
-        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert ids == ours.prompt(messages)
-    assert theirs.eos_token_id == ours.end
-    assert theirs.encode("My boss is furious.", add_special_tokens=False) == ours.tokenizer.encode(
-        "My boss is furious.", add_special_tokens=False).ids
+@pytest.mark.parametrize("bad, why", [(("They w", True), "cut off"), ("", "empty"), (" \n", "empty"), ('""', "empty"),
+                                      ("```\n\n```", "empty")])
+def test_a_text_that_is_empty_or_cut_off_is_not_taken(bad, why):
+    assert why in separate(bad)[0].outcome["reason"]
+    assert why in separate("a", json.dumps(POLED), bad)[0].outcome["reason"]
+
+
+def test_a_response_in_another_script_than_the_query_is_not_taken():
+    assert "wrong language" in separate("a", json.dumps(POLED), "请等一下。")[0].outcome["reason"]
+
+
+def test_a_retry_shows_the_reply_and_the_complaint_and_every_step_may_be_retried():
+    wrong, failed = json.dumps({"openness": "medium"}), RequestFailed("server: 500")
+    query, questions = separate("They wait.", wrong, failed, json.dumps(POLED), "", "Wait.", retries=2)
+    assert query.outcome["response"] == "Wait." and query.outcome["teacher"]["calls"] == 6
+    assert [m["role"] for m in questions[2]] == ["system", "user", "assistant", "user"]
+    assert questions[2][:2] == questions[1] and questions[2][2]["content"] == wrong
+    assert "'medium', expected" in questions[2][3]["content"]
+    assert questions[3] == questions[2]  # after a failed request the same question is asked again
+    query, _ = separate("They wait.", wrong, failed, wrong, retries=2)
+    assert "expected the pole" in query.outcome["reason"] and query.outcome["raw"] == wrong
+    assert separate(RequestFailed("a"), RequestFailed("b"), retries=1)[0].outcome["reason"] == "b"
+
+
+def test_fields_of_a_query_cannot_pass_for_an_outcome():
+    """A file of queries may have any field. Whether there is a response decides."""
+    query, _ = separate("a", json.dumps(POLED), "Wait.", reason="why", teacher="me")
+    assert query.outcome["reason"] == "why" and query.outcome["teacher"]["name"] == "test"
+
+
+def test_a_query_too_long_to_be_scored_is_rejected():
+    query = Synthesis({"id": 1, "query": "What now?"}, "score", 0, "test")
+    query.tell(Reply("They wait."))
+    query.tell(RequestFailed("the prompt has 9,000 tokens, more than 8,192"))
+    assert query.outcome["reason"].startswith("the prompt has") and query.outcome["teacher"]["calls"] == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command line
+# A model folder as the teacher
 
-CLASSES = [train.Args, synth.Args, review.Report, review.Split, review.Review, evaluation.Routing, evaluation.Ablate,
-           evaluation.Ask, evaluation.Talk, evaluation.Export]
-
-
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
-def test_every_argument_has_a_sentence(cls):
-    sentences = command.field_help(cls)
-    assert set(sentences) == {field.name for field in dataclasses.fields(cls)}
-    for name, sentence in sentences.items():
-        assert len(sentence) > 5 and sentence.endswith(".") and "\n" not in sentence, name
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Qwen-shaped model of under a million parameters as initialised: what it writes is noise."""
+    folder = tmp_path_factory.mktemp("local") / "tiny-qwen"
+    make_tiny("encoder", folder, template_records("train", 50), 0, None)
+    return folder
 
 
-def test_arguments_are_the_dataclass_and_its_defaults():
-    assert parse(train.Args, []) == train.Args()
-    found = parse(train.Args, "--stage joint --lr 1e-3 --steps 7 --joint-gate uniform --recompute --data d".split())
-    assert found == train.Args(stage="joint", lr=1e-3, steps=7, joint_gate="uniform", recompute=True, data="d")
-    assert type(found.lr) is float and type(found.steps) is int
+def local_command(folder, queries, out, *more):
+    return ["--teacher", "local", "--model", str(folder), "--queries", str(queries), "--out", str(out),
+            "--device", "cpu", *map(str, more)]
 
+
+def test_a_batch_has_prompts_of_similar_length_and_finished_records_leave_it(folder, asked, out, tmp_path,  # noqa: F811
+                                                                             monkeypatch):
+    """The model's words are given; everything else is real. Every third query's first reply cannot be read."""
+    chat, batches, tried = Chat.from_dir(folder), [], Counter()
+
+    def generate(model, prompts, gate, limit, temperature, stops, generator):
+        assert (gate, limit, temperature) == (None, 77, 0.25) and stops == chat.stops
+        batches.append([len(prompt) for prompt in prompts])
+        replies = []
+        for prompt in prompts:
+            number = int(re.search(r"number (\d+)", chat.text(prompt))[1])
+            tried[number] += 1
+            text = json.dumps(GOOD | {"response": f"Wait for {number}."})
+            text = "no" if number % 3 == 0 and tried[number] == 1 else text
+            replies.append([*chat.tokenizer.encode(text, add_special_tokens=False).ids, chat.end])
+        return replies
+    monkeypatch.setattr(synth, "generate", generate)
+    long = [item | {"query": item["query"] + " So?" * (7 * i % 12)} for i, item in enumerate(lines(asked))]
+    queries = write(tmp_path / "long.jsonl", *long)
+    assert not synth.main(local_command(folder, queries, out, "--steps", "joint", "--batch", 4, "--max-new-tokens", 77,
+                                        "--temperature", 0.25))
+    records = {record["id"]: record for record in read_records(out)}
+    assert set(records) == set(ids(asked)) and all(records[f"q{i}"]["response"] == f"Wait for {i}." for i in range(12))
+    assert records["q1"]["teacher"]["name"] == "local:tiny-qwen" and records["q3"]["teacher"]["calls"] == 2
+    assert records["q1"]["teacher"]["tokens_written"] == len(chat.tokenizer.encode(
+        json.dumps(GOOD | {"response": "Wait for 1."}), add_special_tokens=False).ids) + 1
+    assert [len(batch) for batch in batches] == [4, 4, 4, 3, 1]  # 12, and 4 again: full as long as there are queries
+    assert all(batch == sorted(batch, reverse=True) for batch in batches)
+    assert all(max(b) - min(b) < max(map(max, batches)) - min(map(min, batches)) for b in batches)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_local_teacher_compiles_its_decoding_step_if_asked_to(wanted, folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(synth, "compile_decoding", compiled.append)  # compiling takes a minute
+    teacher = synth.LocalTeacher(parse(synth.Args, local_command(folder, "q", "o", *["--compile"] * wanted)))
+    assert compiled == [teacher.model] * wanted
+
+
+def test_a_choice_is_the_most_probable_whole_reply(folder):
+    """Compared with each choice's log-probability, token by token, from the whole model's logits."""
+    chat = Chat.from_dir(folder)
+    teacher, seen = synth.LocalTeacher(parse(synth.Args, local_command(folder, "q", "o"))), set()
+    with torch.no_grad():
+        for p in teacher.model.parameters():
+            p.mul_(6 if p.dim() == 2 else 1)  # as initialised, all next tokens are about equally probable
+    for i in range(12):
+        messages = [{"role": "user", "content": f"{'So ' * i}what, number {i}?"}]
+        prompt, scores = chat.prompt(messages), {}
+        for word in ("high", "low", "neither", "a", "b", "c", "no idea where"):
+            row = prompt + chat.tokenizer.encode(word, add_special_tokens=False).ids + [chat.end]
+            log_probs = teacher.model(torch.tensor([row])).log_softmax(-1)[0]
+            scores[word] = sum(log_probs[t, row[t + 1]].item() for t in range(len(prompt) - 1, len(row) - 1))
+        words = list(scores)
+        while len(words) > 1:
+            best = max(words, key=scores.get)
+            assert teacher.choose(messages, tuple(words)) == best
+            seen.add(best)
+            words.remove(best)
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("by", ["memory", "the model's context"])
+def test_noise_is_rejected_and_too_long_prompts_are_not_read(by, folder, asked, out, tmp_path,  # noqa: F811
+                                                             monkeypatch):
+    if by == "memory":
+        monkeypatch.setattr(synth.LocalTeacher, "MOST_TOKENS", 800)
+    else:
+        folder = shutil.copytree(folder, tmp_path / "model")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 801}))
+    queries = write(tmp_path / "long.jsonl", {"id": "long", "query": "So " * 900}, *lines(asked)[:2])
+    assert not synth.main(local_command(folder, queries, out, "--max-new-tokens", 3, "--retries", 1))
+    reasons = {entry["id"]: entry["reason"] for entry in rejected(out)}
+    assert re.fullmatch(r"the prompt has [\d,]+ tokens, more than 800", reasons.pop("long"))
+    assert reasons == dict.fromkeys(("q0", "q1"), "it was cut off; be briefer") and not ids(out)
+
+
+def test_scored_traits_are_chosen_and_not_written(folder, asked, out, monkeypatch):  # noqa: F811
+    chat = Chat.from_dir(folder)
+    wait = [*chat.tokenizer.encode("wait").ids, chat.end]
+    monkeypatch.setattr(synth, "generate", lambda model, prompts, *_, **__: [wait for _ in prompts])
+    turn = iter("high low neither neither high".split() * 11 + ["neither"] * 5)
+    monkeypatch.setattr(synth.LocalTeacher, "choose", lambda self, messages, choices: next(turn))
+    assert not synth.main(local_command(folder, asked, out, "--steps", "score", "--batch", 1, "--retries", 0))
+    assert len(ids(out)) == 11
+    for record in read_records(out):
+        assert record["traits"] == {"openness": 1, "conscientiousness": -1, "neuroticism": 1}
+        assert record["cot"]["traits"]["conscientiousness"] == {"pole": "low", "cue": ""}
+        assert record["response"] == "wait" and record["teacher"]["calls"] == 7
+    (entry,) = rejected(out)
+    assert entry["reason"].startswith("all-zero vector")
+
+
+def test_ctrl_c_between_two_tokens_keeps_the_batches_before(folder, asked, out, monkeypatch, capsys):  # noqa: F811
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return model_module.generate(*args, **kwargs)
+    monkeypatch.setattr(synth, "generate", interrupted)
+    command = local_command(folder, asked, out, "--max-new-tokens", 2, "--retries", 0, "--batch", 2)
+    assert synth.main(command) == 130 and len(rejected(out)) == 4
+    assert not synth.main(command) and sorted(entry["id"] for entry in rejected(out)) == sorted(ids(asked))
+    assert "4 are done, 8 to do" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
 
 @pytest.mark.parametrize("argv, why", [
-    ("--stge router", "unrecognized arguments: --stge"), ("router", "unrecognized arguments: router"),
-    ("--stage all --ste 5", "unrecognized arguments: --ste"),  # no abbreviations: a new option could change them
-    ("--stage pretrain", "invalid choice"), ("--preset huge", "invalid choice"), ("--dtype float16", "invalid choice"),
-    ("--joint-gate oracle", "invalid choice"), ("--steps 1.5", "--steps: invalid int"),
-    ("--lr fast", "--lr: invalid float"),
-    ("--seed x", "--seed: invalid int"), ("--run", "--run: expected one argument"), ("--resume yes", "unrecognized"),
-    ("--lr nan", "--lr is nan, expected a number from"), ("--tau inf", "--tau is inf"), ("--lam nan", "--lam is nan"),
-    ("--tau 0", "--tau is 0"), ("--tau -1", "--tau is -1"), ("--contrastive-tau 0", "--contrastive-tau is 0"),
-    ("--steps 0", "--steps is 0, expected a number from 1"), ("--batch -2", "--batch is -2"),
-    ("--rank 0", "--rank is 0"), ("--tokens 0", "--tokens is 0"), ("--clip 0", "--clip is 0"),
-    ("--alpha 0", "--alpha is 0"), ("--lr 0", "--lr is 0"),
-    ("--lr-warmup 1.5", "--lr-warmup is 1.5, expected a number from 0 to 1"), ("--lam -0.1", "--lam is -0.1"),
-    ("--seed -1", "--seed is -1"), ("--keep 0", "--keep is 0"), ("--save-every 0", "--save-every is 0"),
-    ("--log-every 0", "--log-every is 0"), ("--eval-records 0", "--eval-records is 0"),
-])
-def test_arguments_that_make_no_sense_are_refused_in_one_line(argv, why):
+    ("--teacher http", "--teacher http needs --out"),
+    ("--teacher http --out o.jsonl", "--teacher http needs --queries"),
+    ("--teacher http --out o.jsonl --queries q.txt --model m", "--teacher http needs --url: http: base"),
+    ("--teacher local --out o.jsonl --queries q.txt", "--teacher local needs --model"),
+    ("--teacher local --out o.jsonl --queries q.txt --model m --url x", "--url does not go with --teacher local"),
+    ("--teacher http --out o.jsonl --queries q.txt --model m --url http://x/v1 --compile",
+     "--compile does not go with --teacher http"),
+    ("--out o.jsonl --queries q.txt", "--queries does not go with --teacher template"),
+    ("--teacher local --out o.jsonl --queries q.txt --model m --overwrite", "never replaced: give another --out"),
+    ("--teacher local --out o --queries q.txt --model m", "--out is o, expected a file named .jsonl"),
+    ("--teacher http --out o.jsonl --queries q.txt --model m --url http://x --steps score", "only --teacher local"),
+    ("--teacher local --out o.jsonl --queries nowhere.txt --model m", "nowhere.txt: No such file"),
+    ("--teacher http --workers 0", "--workers is 0"), ("--teacher http --retries -1", "--retries is -1"),
+    ("--teacher http --timeout nan", "--timeout is nan"), ("--teacher other", "invalid choice"),
+    ("--count 50", "--teacher template needs --out"), ("--out x --count 9", "--count is 9, expected at least 10"),
+    ("--out x --split dev", "invalid choice"), ("--out x --seed -3", "--seed is -3")])
+def test_options_that_do_not_go_together_are_refused_and_nothing_is_made(tmp_path, monkeypatch, argv, why):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(why)) as error:
-        parse(train.Args, argv.split())
-    assert "\n" not in str(error.value)
+        synth.main(argv.split())
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv", ["--seed 0", "--lam 0", "--lr-warmup 0", "--lr-warmup 1"])
-def test_zero_is_a_number_where_it_means_something(argv):
-    assert parse(train.Args, argv.split())
+# ----------------------------------------------------------------------------------------------------------------------
+# The template teacher as a command
 
-
-@pytest.mark.parametrize("argv, why", [
-    ("ask --top-p 0 Hi", "--top-p is 0"), ("ask --top-p 1.1 Hi", "--top-p is 1.1"), ("ask", "ask needs queries"),
-    ("ask --temperature -1 Hi", "--temperature is -1"), ("ask --max-new-tokens 0 Hi", "--max-new-tokens is 0"),
-    ("routing --show 0", "--show is 0"), ("routing more", "unrecognized arguments: more"),
-    ("measure", "invalid choice"),
-    ("ablate --replies -1", "--replies is -1"), ("ablate --records 0", "--records is 0"), ("", "required: COMMAND"),
-    ("routing --stage router", "invalid choice"), ("ablate --tau nan", "--tau is nan"),
-    ("routing --r x", "unrecognized"),
-])
-def test_arguments_of_eval_that_make_no_sense_are_refused_in_one_line(argv, why):
-    with pytest.raises(UserError, match=re.escape(why)) as error:
-        evaluation.main(argv.split())
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("program, argv, says", [
-    (train, [], "--lr-warmup X"), (synth, [], "--overwrite"), (evaluation, [], "routing"),
-    (evaluation, ["routing"], "--show N"), (evaluation, ["ablate"], "--control TEXT"),
-    (evaluation, ["ask"], "--persona TEXT"), (evaluation, ["chat"], "--top-p X"), (evaluation, ["export"], "--as"),
-    (synth, ["report"], "--json"), (synth, ["split"], "--hold-out TEXT"), (synth, ["review"], "--import TEXT")])
-def test_help_names_every_argument_with_its_sentence_and_default_on_80_columns(program, argv, says, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as left:
-        program.main([*argv, "--help"])
+def test_an_output_folder_gets_three_splits_that_training_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert synth.main("--teacher template --out lab --count 100 --seed 3".split()) is None
+    splits, n_zero = load_data(tmp_path / "lab")
+    assert n_zero == 0 and splits == {
+        name: template_records(name, count, 3) for name, count in zip(SPLITS, (80, 10, 10))}
     shown = capsys.readouterr().out
-    assert left.value.code == 0 and says in shown and "What is notable" not in shown
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "--seed N" not in shown or "(default: 0)" in shown
-    if program is not evaluation or argv:
-        cls = (evaluation.COMMANDS | evaluation.COMMANDS | review.COMMANDS)[argv[0]][0] if argv else program.Args
-        for name, sentence in command.field_help(cls).items():
-            assert " ".join(sentence.split()) in " ".join(shown.split()), name
-    if program is not evaluation and not argv:
-        assert f"python {program.__name__}.py" in shown  # how it is used
+    assert all(f"lab/{name}.jsonl: " in shown for name in SPLITS) and splits["train"][0]["response"] in shown
+    assert {p.name for p in (tmp_path / "lab").iterdir()} == {f"{name}.jsonl" for name in SPLITS}
 
 
-def test_an_error_of_the_users_is_one_line_and_status_two(capsys):
-    def fails():
-        raise UserError("no such thing; look there")
-    with pytest.raises(SystemExit) as left:
-        command.run_command(fails)
-    found = capsys.readouterr()
-    assert left.value.code == 2 and found.out == ""
-    assert found.err.endswith("error: no such thing; look there\n") and found.err.count("\n") == 1
-    with pytest.raises(SystemExit) as left:
-        command.run_command(lambda: 130)
-    assert left.value.code == 130
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_output_file_gets_the_records_of_one_split(tmp_path, split):
+    file = tmp_path / "new" / "some.jsonl"
+    synth.main(["--out", str(file), "--count", "30", *([] if split == "train" else ["--split", split])])
+    assert read_records(file) == template_records(split, 30, 0)
+
+
+def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    synth.main("--out lab --count 50".split())
+    (tmp_path / "lab" / "train.jsonl").unlink()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "lab").iterdir()}
+    with pytest.raises(UserError, match="lab/validation.jsonl is there already; --overwrite replaces it"):
+        synth.main("--out lab --count 60".split())
+    assert {p.name: p.read_bytes() for p in (tmp_path / "lab").iterdir()} == before
+    synth.main("--out lab --count 60 --overwrite".split())
+    assert [len(read_records(tmp_path / "lab" / f"{name}.jsonl")) for name in SPLITS] == [48, 6, 6]
+    with pytest.raises(UserError, match="is there already"):
+        synth.main("--out lab/test.jsonl --count 60".split())
