@@ -10,11 +10,12 @@
     python eval.py experiment routing --run runs/tiny   # also: plot, inventory
 
 If some test records come from domains that training never saw, routing and ablate also report seen and held-out
-domains apart. Intervals are 95 % paired bootstraps over records: both gates are measured on the same records.
+domains separately. Intervals are 95 % confidence intervals from a paired bootstrap over records: both gates are
+measured on the same records.
 
 What is notable:
-- a command is a dataclass of options and a function of them; the table COMMANDS at the end lists all
-- bench, experiment, plot and inventory are in support/; support/measure.py opens a run and measures losses for all
+- A command is a dataclass of options and a function of them. The table COMMANDS at the end lists all commands.
+- bench, experiment, plot and inventory are in support/. support/measure.py opens a run and measures losses for all.
 
 Shapes: N records, E = 10 experts.
 """
@@ -24,7 +25,7 @@ import math
 import sys
 import textwrap
 import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ from support.export import stored_dtype, write_merged
 from support.files import UserError, atomic
 from support.inventory import Inventory, inventory
 from support.measure import (GateOptions, LoadedRun, RecordOptions, bootstrap, domain_subsets, gate_from_options,
-                             load_cases, load_run, losses, one_hot_gate, pole_losses, update_gram)
+                             load_run, load_split, losses, one_hot_gate, one_pole_only, pole_losses, update_gram)
 from support.plots import Plot, plot
 from support.records import load_data, messages_of, read_queries, write_records
 from support.rows import Row
@@ -51,7 +52,7 @@ from synth import signatures
 from train import evaluation_loss, generate_replies, score_queries
 
 try:
-    import readline
+    import readline  # after this, input() has arrow keys and a history
 except ImportError:  # Windows
     readline = None
 
@@ -66,10 +67,10 @@ class Routing(RecordOptions):
 
 
 def average_precision(scores, relevant):
-    """Mean over the relevant items of the precision at their rank. scores (N,), relevant (N,) of 0/1.
+    """Returns the mean, over the relevant items, of the precision at their rank. NaN if nothing is relevant.
 
-    Returns a float, NaN if nothing is relevant. Among equal scores the irrelevant items count as ranked first, so that
-    a router that cannot tell queries apart gains nothing from ties.
+    scores (N,), relevant (N,) of 0 and 1. Among equal scores the irrelevant items count as ranked first, so that a
+    router that cannot tell queries apart gains nothing from ties.
     """
     order = np.lexsort((relevant, -scores))
     hits = relevant[order]
@@ -77,41 +78,48 @@ def average_precision(scores, relevant):
     return float((precision * hits).sum() / hits.sum()) if hits.any() else math.nan
 
 
-def recall_at_k(similarity, active):
-    """A query with k active poles has k guesses, its k most similar experts. Returns the mean share of active poles
-    among the guesses. similarity (N, E), active (N, E) of 0/1."""
+def r_precision(similarity, active):
+    """Returns the mean share of a query's k active poles that are among its k most similar experts.
+
+    similarity (N, E), active (N, E) of 0 and 1.
+    """
     rank = (-similarity).argsort(-1).argsort(-1)  # 0: the most similar
-    k = active.sum(-1, keepdims=True)
-    return float((((rank < k) & (active > 0)).sum(-1) / active.sum(-1)).mean())
+    n_active = active.sum(-1, keepdims=True)      # (N, 1)
+    found = (rank < n_active) & (active > 0)
+    return float((found.sum(-1) / active.sum(-1)).mean())
 
 
 def heat_map(gates, active, queries):
-    """Print gates (N, E), one row per query, in shades relative to the largest weight; * marks active poles."""
+    """Print gates (N, E) as shades relative to the largest weight, one row per query. * marks active poles."""
     shades = np.round(4 * gates / gates.max()).astype(int)
-    rows = [[" ".join(query.split()), *("·░▒▓█"[s] + ("*" if a else " ") for s, a in zip(row, poles))]
-            for query, row, poles in zip(queries, shades, active)]
+    rows = []
+    for query, levels, poles in zip(queries, shades, active):
+        cells = ["·░▒▓█"[level] + ("*" if is_active else " ") for level, is_active in zip(levels, poles)]
+        rows.append([" ".join(query.split()), *cells])
     print_table(["query", *SHORT_NAMES], rows, "Gates: darker is a larger weight, * marks the poles that the labels "
                 "call for", width=80)
 
 
 def routing(args):
-    """Measures how well the router finds the poles that the labels call for: average precision for each expert, recall,
-    the gate's entropy, and a heat map of queries and experts."""
+    """Measure how well the router finds the poles that the labels call for: average precision for each expert,
+    R-precision, the gate's entropy, and a heat map of queries and experts."""
     run = LoadedRun(args)
-    records, new_domain = run.records(need_response=False)
+    records, new_domain = run.records(need_response=False, limit=args.records)
     rows = run.rows(records)
     active = torch.stack([row.active for row in rows]).numpy()
     similarity = score_queries(run.router, rows, args.tokens)
     gates = softmax_gate(similarity, run.setup.tau)
     for name, part in domain_subsets(new_domain):
-        a, s, statistics = active[part], similarity.numpy()[part], gate_statistics(gates[part])
-        precision = [average_precision(s[:, e], a[:, e]) for e in range(len(EXPERTS))]
-        table = [[expert, int(a[:, e].sum()), precision[e], float(a[:, e].mean()), statistics["usage"][e]]
+        labels = active[part]
+        scores = similarity.numpy()[part]
+        statistics = gate_statistics(gates[part])
+        precision = [average_precision(scores[:, e], labels[:, e]) for e in range(len(EXPERTS))]
+        table = [[expert, int(labels[:, e].sum()), precision[e], float(labels[:, e].mean()), statistics["usage"][e]]
                  for e, expert in enumerate(EXPERTS)]
-        table.append(["mean", len(part), float(np.nanmean(precision)), float(a.mean()), ""])
+        table.append(["mean", len(part), float(np.nanmean(precision)), float(labels.mean()), ""])
         print_table(["expert", "queries", "AP", "by chance", "usage"], table,
-                    f"{len(part)} test queries, {name}; router after {run.stage_of('router')}, tau {run.setup.tau:g}")
-        print(f"\n  recall at |P| {recall_at_k(s, a):.3f}   entropy {statistics['entropy']:.3f} of at most "
+                    f"{len(part)} test queries, {name}; {run.origin('router')}, tau {run.setup.tau:g}")
+        print(f"\n  R-precision {r_precision(scores, labels):.3f}   entropy {statistics['entropy']:.3f} of at most "
               f"{math.log(len(EXPERTS)):.3f}   top-1 mass {statistics['top1']:.3f}")
     heat_map(gates[:args.show].numpy(), active[:args.show], [r["query"] for r in records])
 
@@ -121,42 +129,47 @@ def routing(args):
 
 @dataclass(kw_only=True)
 class Ablate(RecordOptions):
-    records: int | None = None
-    """Number of test records. All if not given."""
     control: str | None = None
-    """Run folder of the fair control to compare with: joint training under a uniform gate (train.py --joint-gate)."""
+    """Run folder of the fair control to compare with: joint training under a uniform gate (train.py --joint-gate
+    uniform)."""
     replies: int = 10
-    """Number of replies in which each expert's signature is counted. 0 skips this."""
+    """Number of replies, for each expert, in which to look for its pole's signature: words that the template teacher
+    uses for this pole and for no other. 0 skips this."""
 
 
 def ablate(args):
-    """Measures the held-out loss under each gate rule, compared with the learned gate, and the loss of each expert
-    alone on the records of each pole."""
+    """Measure the held-out loss under each gate rule, compared with the learned gate, and the loss of each expert alone
+    on the records of each pole."""
     run = LoadedRun(args)
-    cases = load_cases(run, limit=args.records)
-    nats, meaning = losses(run, cases, GATE_RULES, seed=args.seed), dict(GATE_RULES)
+    test = load_split(run, limit=args.records)
+    nats = losses(run, test, GATE_RULES, seed=args.seed)
+    meaning = dict(GATE_RULES)
+    del run.model  # so that only one base at a time is in memory
     if args.control:
-        control = LoadedRun(replace(args, run=args.control, stage="joint", experts=None, router=None))
-        uniform = gates_for_rule("uniform", cases.active)
-        nats["control"], _ = evaluation_loss(control.model, cases.rows, uniform, args.tokens)
+        control = load_run(args, args.control, "joint")
+        nats["control"], _ = evaluation_loss(control.model, test.rows, gates_for_rule("uniform", test.active),
+                                             args.tokens)
         meaning["control"] = "0.1 for each, in training too"
-    for name, part in domain_subsets(cases.new_domain):
-        counts, table = cases.counts[part], []
+        del control
+    for name, part in domain_subsets(test.new_domain):
+        counts = test.counts[part]
+        table = []
         for rule, found in nats.items():
-            difference = bootstrap((found - nats["learned"])[part], counts, args.seed)
-            table.append([rule, f"{found[part].sum() / counts.sum():.4f}", "" if rule == "learned" else difference])
+            interval = bootstrap((found - nats["learned"])[part], counts, args.seed)  # (mean, low, high) fill one cell
+            table.append([rule, f"{found[part].sum() / counts.sum():.4f}", "" if rule == "learned" else interval])
         print_table(["gate", "nats/token", "against learned, 95 %"], table,
-                    f"Held-out loss, {len(part)} records, {counts.sum():.0f} reply tokens, {name}; experts after "
-                    f"{run.stage_of('experts')}, tau {run.setup.tau:g}")
+                    f"Held-out loss, {len(part)} records, {counts.sum():.0f} reply tokens, {name}; "
+                    f"{run.origin('experts')}, tau {run.setup.tau:g}")
     print("\nThe gates\n")
     for rule in nats:
         print(f"  {rule:<10}{meaning[rule]}")
-    expert_table(load_run(args, args.run, "warmup"), args)
+    if (run.setup.run / "warmup").is_dir():  # missing where --experts gave the experts
+        expert_table(load_run(args, args.run, "warmup"), args)
 
 
 def expert_table(run, args):
     """Print two tables: the loss of warm-up expert e alone on the records that call for pole p only, and the share of
-    its replies that carry its pole's signature (the template teacher's data have signatures)."""
+    its replies that have its pole's signature."""
     records, poles, table = pole_losses(run, args)
     if not records:
         print("\nNo test record has exactly one active pole, so there is no table of experts and poles")
@@ -168,109 +181,133 @@ def expert_table(run, args):
                 f"Warm-up expert (row) alone on the {len(records)} records that call for one pole (column), "
                 "nats/token; * is the best of a column")
     print(f"\n  lowest on the diagonal: {sum(p == e for p, e in best.items())} of {len(best)} poles")
+
+    # Only the template teacher's records have the field "manner", and only their replies have signatures.
     if not args.replies or not any("manner" in record for record in records):
         return
     rows = []
     for e in best:
-        asked = [r for r, p in zip(records, poles) if p == e][:args.replies]
-        shares = [np.mean([signatures(text)[e] for text in generate_replies(run.model, run.chat, asked, gate)])
-                  for gate in (None, one_hot_gate(e))]
+        asked = [record for record, pole in zip(records, poles) if pole == e][:args.replies]
+        shares = []
+        for gate in (None, one_hot_gate(e)):
+            replies = generate_replies(run.model, run.chat, asked, gate)
+            shares.append(np.mean([signatures(text)[e] for text in replies]))
         rows.append([EXPERTS[e], *(f"{share:.2f}" for share in shares)])
-    print_table(["pole", "base", "expert"], rows, f"Share of {args.replies} replies with the pole's signature")
+    print_table(["pole", "base", "expert"], rows, f"Share of up to {args.replies} replies with the pole's signature")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # health. Each check takes what health() measured on the test records, and returns whether to raise an alarm and a
-# sentence about what it found. The first three checks are the source's, the others are ours.
+# sentence about what it found. The first three checks are the paper's, the others are ours.
 
 @dataclass(kw_only=True)
 class Health(RecordOptions):
     text: str | None = None
-    """File of plain text, blank lines between its pieces, to measure general ability on. The test queries, and the
-    neutral replies of the template teacher's records, if not given."""
-    records: int | None = None
-    """Number of test records. All if not given."""
+    """File of plain text, blank lines between its pieces, to measure general ability on. Default: the test queries,
+    and the neutral replies of the template teacher's records."""
 
 
-def check_router(m):
-    nats = losses(m.run, m.cases, ("learned", "random", "shuffled"), seed=m.args.seed)
-    lost = {rule: bootstrap(nats[rule] - nats["learned"], m.cases.counts, m.args.seed)
-            for rule in ("random", "shuffled")}
-    each = [f"{rule} ones lose {mean:.4f} [{low:.4f}, {high:.4f}]" for rule, (mean, low, high) in lost.items()]
-    return any(low <= 0 for _, low, _ in lost.values()), (
-        f"against its gates, {', '.join(each)} nats/token; an interval that reaches 0 means that the router is no "
-        "better than chance")
+def check_router(measured):
+    rules = ("learned", "random", "shuffled")
+    nats = losses(measured.run, measured.test, rules, seed=measured.args.seed, similarity=measured.similarity)
+    costs = []
+    lows = []
+    for rule in ("random", "shuffled"):
+        mean, low, high = bootstrap(nats[rule] - nats["learned"], measured.test.counts, measured.args.seed)
+        costs.append(f"{mean:.4f} [{low:.4f}, {high:.4f}]")
+        lows.append(low)
+    return min(lows) <= 0, (
+        f"random gates instead of the router's cost {costs[0]} nats/token, shuffled ones {costs[1]}; an interval that "
+        "reaches 0 means that the router is no better than chance")
 
 
 def plain_rows(run, texts):
-    """Returns texts as rows without a question: all tokens but the first are supervised, and no pole is active."""
+    """Returns texts as rows without a question: all tokens but the first are supervised, and no pole is active.
+
+    A long text is cut to what fits into a batch and into the model's context.
+    """
+    limit = min(run.args.tokens, run.model.context or run.args.tokens)
+    first = [] if run.chat.bos is None else [run.chat.bos]
     rows = []
     for i, text in enumerate(texts):
-        ids = [*([] if run.chat.bos is None else [run.chat.bos]), *encode(run.chat.tokenizer, text), run.chat.end]
-        rows.append(Row(str(i), torch.zeros(len(EXPERTS)), np.array(ids[:run.args.tokens], dtype=np.int32), 1,
+        ids = [*first, *encode(run.chat.tokenizer, text), run.chat.end]
+        rows.append(Row(str(i), torch.zeros(len(EXPERTS)), np.array(ids[:limit], dtype=np.int32), 1,
                         np.array(query_ids(run.tokenizer, text), dtype=np.int32)))
     return rows
 
 
-def check_general_ability(m):
-    texts = [text for record in m.cases.records for text in (record["query"], record.get("neutral")) if text]
-    if m.args.text:
+def check_general_ability(measured):
+    run = measured.run
+    args = measured.args
+    file = args.text
+    if file:
         try:
-            texts = [text for text in Path(m.args.text).read_text(encoding="utf-8").split("\n\n") if text.strip()]
+            texts = [text for text in Path(file).read_text(encoding="utf-8").split("\n\n") if text.strip()]
         except (OSError, ValueError) as error:
-            raise UserError(f"{m.args.text}: {error}") from None
-    rows = plain_rows(m.run, texts)
-    gates = softmax_gate(score_queries(m.run.router, rows, m.args.tokens), m.run.setup.tau)
-    base, counts = evaluation_loss(m.run.model, rows, None, m.args.tokens)
-    mixed, _ = evaluation_loss(m.run.model, rows, gates, m.args.tokens)
+            raise UserError(f"{file}: {error}") from None
+        if not texts:
+            raise UserError(f"{file}: no text in it")
+    else:
+        texts = [text for r in measured.test.records for text in (r["query"], r.get("neutral")) if text]
+    rows = plain_rows(run, texts)
+    gates = softmax_gate(score_queries(run.router, rows, args.tokens), run.setup.tau)
+    base, counts = evaluation_loss(run.model, rows, None, args.tokens)
+    mixed, _ = evaluation_loss(run.model, rows, gates, args.tokens)
     per_token = base.sum() / counts.sum()
-    mean, low, high = (x / per_token for x in bootstrap(mixed - base, counts, m.args.seed))
+    mean, low, high = (x / per_token for x in bootstrap(mixed - base, counts, args.seed))
     return low > 0.1, (f"the mixture's loss on plain text is {mean:+.1%} [{low:+.1%}, {high:+.1%}] of the base's "
-                       f"{per_token:.3f} nats/token; an interval above a tenth is too much")
+                       f"{per_token:.3f} nats/token; an alarm if the whole interval is above +10 %")
 
 
-def check_vectors(m):
-    splits, n_zero = load_data(m.run.setup.data, m.run.setup.seed)
+def check_vectors(measured):
+    setup = measured.run.setup
+    splits, n_zero = load_data(setup.data, setup.seed)
     total = sum(map(len, splits.values())) + n_zero
     return n_zero > 0, f"{n_zero} of {total} records have no active trait; they are not trained on"
 
 
-def check_dead_experts(m):
-    weight, size = m.gates.mean(0), m.gram.diagonal().sqrt()
-    first = torch.bincount(m.similarity.argmax(-1), minlength=len(EXPERTS)) / len(m.gates)
+def check_dead_experts(measured):
+    weight = measured.gates.mean(0)
+    first = torch.bincount(measured.similarity.argmax(-1), minlength=len(EXPERTS)) / len(measured.gates)
+    size = measured.gram.diagonal().sqrt()
     dead = (weight < 0.1 / len(EXPERTS)) | (first < 0.1 / len(EXPERTS)) | (size < 0.01 * size.max())
+    names = ", ".join(EXPERTS[e] for e in dead.nonzero()[:, 0]) or "none"
     return bool(dead.any()), (
-        f"{', '.join(EXPERTS[e] for e in dead.nonzero()[:, 0]) or 'none'}; lowest mean weight {weight.min():.3f}, "
-        f"lowest share of first choices {first.min():.3f} (dead: below 0.01), smallest update "
-        f"{size.min() / size.max():.2f} of the largest (dead: below 0.01)")
+        f"{names}; lowest mean weight {weight.min():.3f}, lowest share of first choices {first.min():.3f} (dead: below "
+        f"0.01), smallest update {size.min() / size.max():.2f} of the largest (dead: below 0.01)")
 
 
-def check_collapsed_gate(m):
-    entropy, uniform = gate_statistics(m.gates)["entropy"], math.log(len(EXPERTS))
+def check_collapsed_gate(measured):
+    entropy = gate_statistics(measured.gates)["entropy"]
+    uniform = math.log(len(EXPERTS))
     return not 0.01 < entropy / uniform < 0.99, (
-        f"entropy {entropy:.3f} nats; within 1 % of 0 the gate is one expert, within 1 % of {uniform:.3f} it is "
-        "uniform")
+        f"entropy {entropy:.3f} nats, {entropy / uniform:.1%} of a uniform gate's {uniform:.3f}; below 1 % the gate is "
+        "one expert, above 99 % it is uniform")
 
 
-def check_experts_alone(m):
-    alone = [i for i, active in enumerate(m.cases.active) if active.sum() == 1]
-    if not alone:
-        return False, "not measured: no test record calls for one pole alone"
-    rows, poles = [m.cases.rows[i] for i in alone], m.cases.active[alone].argmax(-1)
-    nats, counts = evaluation_loss(m.run.model, rows, torch.eye(len(EXPERTS))[poles], m.args.tokens)
-    difference = nats - evaluation_loss(m.run.model, rows, None, m.args.tokens)[0]
-    per_token = {p: difference[poles == p].sum() / counts[poles == p].sum() for p in sorted(set(poles.tolist()))}
-    worse = [EXPERTS[p] for p in per_token if per_token[p] > 0]
-    return bool(worse), (f"{', '.join(worse) or 'none'}; one expert alone on its pole's records against the base, "
-                         f"nats/token: best {min(per_token.values()):+.3f}, worst {max(per_token.values()):+.3f}")
+def check_experts_alone(measured):
+    model = measured.run.model
+    tokens = measured.args.tokens
+    numbers, poles = one_pole_only(measured.test.active)
+    if not len(numbers):
+        return False, "not measured: no test record calls for one pole only"
+    rows = [measured.test.rows[i] for i in numbers]
+    alone, counts = evaluation_loss(model, rows, torch.eye(len(EXPERTS))[poles], tokens)
+    base, _ = evaluation_loss(model, rows, None, tokens)
+    per_token = {p: (alone - base)[poles == p].sum() / counts[poles == p].sum() for p in sorted(set(poles))}
+    worse = ", ".join(EXPERTS[p] for p in per_token if per_token[p] > 0) or "none"
+    return any(x > 0 for x in per_token.values()), (
+        f"{worse}; one expert alone on its pole's records against the base, nats/token: best "
+        f"{min(per_token.values()):+.3f}, worst {max(per_token.values()):+.3f}")
 
 
-def check_copies(m):
-    size = m.gram.diagonal().sqrt()
-    cosines = m.gram / size.outer(size).clamp(min=1e-30) - 2 * torch.eye(len(EXPERTS))  # no expert copies itself
-    a, b = divmod(int(cosines.argmax()), len(EXPERTS))
-    return bool(cosines.max() > 0.9), (f"the updates most alike are those of {EXPERTS[a]} and {EXPERTS[b]}, cosine "
-                                       f"{cosines.max():.2f}; above 0.90 they are copies")
+def check_copies(measured):
+    size = measured.gram.diagonal().sqrt()
+    cosines = measured.gram / size.outer(size).clamp(min=1e-30)
+    cosines.fill_diagonal_(-1)  # an expert is no copy of itself
+    one, other = divmod(int(cosines.argmax()), len(EXPERTS))
+    return bool(cosines.max() > 0.9), (f"the updates most alike are those of {EXPERTS[one]} and {EXPERTS[other]}, "
+                                       f"cosine {cosines.max():.2f}; above 0.90 they are copies")
 
 
 CHECKS = {"router": check_router, "general ability": check_general_ability, "all-zero vectors": check_vectors,
@@ -279,20 +316,20 @@ CHECKS = {"router": check_router, "general ability": check_general_ability, "all
 
 
 def health(args):
-    """Looks for signs of a failed training and explains each in a sentence. Exit status 1 if it finds one."""
+    """Look for signs of a failed training and explain each in a sentence. The exit status is 1 if there is one."""
     run = LoadedRun(args)
-    cases = load_cases(run, limit=args.records)
-    similarity = score_queries(run.router, cases.rows, args.tokens)
-    measured = SimpleNamespace(run=run, args=args, cases=cases, similarity=similarity,
+    test = load_split(run, limit=args.records)
+    similarity = score_queries(run.router, test.rows, args.tokens)
+    measured = SimpleNamespace(run=run, args=args, test=test, similarity=similarity,
                                gates=softmax_gate(similarity, run.setup.tau), gram=update_gram(run.model))
-    print(f"{args.run}: experts after {run.stage_of('experts')}, tau {run.setup.tau:g}, {len(cases.rows)} test "
-          "records\n")
+    print(f"{args.run}: {run.origin('experts')}, tau {run.setup.tau:g}, {len(test.rows)} test records\n")
     alarms = []
     for name, check in CHECKS.items():
         alarm, text = check(measured)
-        alarms += [name] if alarm else []
+        if alarm:
+            alarms.append(name)
         print(textwrap.fill(f"{'ALARM' if alarm else 'ok':<7}{name}: {text}", 80, subsequent_indent=" " * 7))
-    print(f"\n{len(alarms)} alarm{'' if len(alarms) == 1 else 's'}" + (": " if alarms else "") + ", ".join(alarms))
+    print(f"\nalarms: {', '.join(alarms) or 'none'}")
     return 1 if alarms else 0
 
 
@@ -302,7 +339,7 @@ def health(args):
 @dataclass(kw_only=True)
 class Talk(GateOptions):
     max_new_tokens: int = 200
-    """Most tokens in a reply."""
+    """Maximum number of tokens in a reply."""
     temperature: float = 0.0
     """Temperature of sampling. 0 takes the most probable token every time."""
     top_p: float = 1.0
@@ -320,10 +357,10 @@ class Ask(Talk):
 
 
 def check_text(query):
-    """UserError for an empty query, or one that is not text."""
+    """Raise a UserError if a query is empty or not text."""
     if not query.strip():
         raise UserError("an empty query: say what to ask")
-    if any("\ud800" <= char <= "\udfff" for char in query):  # Python's way to keep bytes that it cannot decode
+    if any("\ud800" <= char <= "\udfff" for char in query):  # how Python keeps bytes that it cannot decode
         raise UserError("the query is not UTF-8 text: check the terminal's encoding")
 
 
@@ -333,28 +370,33 @@ def printable(text):
 
 
 def ask(args):
-    """Answers queries as the base and as PersonaFuse, and shows the gate as bars."""
+    """Answer queries as the base and as PersonaFuse, and show the gate as bars."""
     if bool(args.queries) == bool(args.file):
-        raise UserError("ask needs queries, as words or with --file FILE" + (" and not both" if args.file else ""))
+        raise UserError("give the queries either as arguments or with --file")
+    if args.file:
+        records, _ = read_queries(args.file)
+    else:
+        records = [{"id": str(i), "query": query} for i, query in enumerate(args.queries)]
     for query in args.queries:
         check_text(query)
-    records = read_queries(args.file)[0] if args.file else [
-        {"id": str(i), "query": query} for i, query in enumerate(args.queries)]
     run = LoadedRun(args)
-    gate = gate_from_options(run, args)
-    gates = run.gates(records) if gate is None else gate.expand(len(records), -1)
+    fixed_gate = gate_from_options(run, args)
+    gates = run.gates(records) if fixed_gate is None else fixed_gate.expand(len(records), -1)
 
     def reply_to(record, gate):
-        return generate_replies(run.model, run.chat, [record], gate, args.max_new_tokens, temperature=args.temperature,
-                                top_p=args.top_p, generator=torch.Generator().manual_seed(args.seed))[0]
+        generator = torch.Generator().manual_seed(args.seed)
+        return generate_replies(run.model, run.chat, [record], gate, args.max_new_tokens, generator=generator,
+                                temperature=args.temperature, top_p=args.top_p)[0]
 
-    for record, gate in zip(records, gates):
-        base, reply = reply_to(record, None), reply_to(record, gate[None])
+    for record, weights in zip(records, gates):
+        base = reply_to(record, None)
+        reply = reply_to(record, weights[None])
         if args.json:
-            print(json.dumps({"id": record["id"], "query": record["query"], "gate": dict(zip(EXPERTS, gate.tolist())),
-                              "base": base, "reply": reply}, ensure_ascii=False), flush=True)
+            answer = {"id": record["id"], "query": record["query"], "gate": dict(zip(EXPERTS, weights.tolist())),
+                      "base": base, "reply": reply}
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
         else:
-            print(f"\n{record['query']}\n\n{format_gate(gate)}\n\nbase:        {printable(base)}\n\n"
+            print(f"\n{record['query']}\n\n{format_gate(weights)}\n\nbase:        {printable(base)}\n\n"
                   f"PersonaFuse: {printable(reply)}", flush=True)
 
 
@@ -363,7 +405,7 @@ def ask(args):
 
 HELP = """/persona O+,E-:0.5  set the gate yourself
 /router             let the router set the gate again
-/base               answer the last message again without experts, beside the conversation
+/base               answer the last message again without experts; not added to the conversation
 /reset              forget the conversation
 /save FILE.jsonl    save the conversation as queries
 /help               show this list
@@ -380,13 +422,15 @@ def as_record(query, turns):
 class Conversation:
     """A chat in the terminal. The router reads the conversation at every turn and chooses a new gate.
 
-    Cached keys and values belong to the gate that they were computed under. So nothing is kept from turn to turn: the
-    base reads the whole conversation again.
+    Cached keys and values are valid only under the gate that they were computed with. So no cache is kept from turn to
+    turn, and the base reads the whole conversation again.
     """
 
     def __init__(self, run, args):
-        self.run, self.args, self.turns = run, args, []
-        self.fixed_gate = gate_from_options(run, args)  # None: the router's
+        self.run = run
+        self.args = args
+        self.turns = []  # {"query", "response", "gate"} of each
+        self.fixed_gate = gate_from_options(run, args)  # None: the router chooses
         self.generator = torch.Generator().manual_seed(args.seed)
         run.model  # load now, not at the first message
         if self.fixed_gate is None:
@@ -394,7 +438,9 @@ class Conversation:
 
     def stream(self, record, gate):
         """Print a reply while it is generated, and return it. Ctrl-C ends it early."""
-        chat, ids, shown = self.run.chat, [], 0
+        chat = self.run.chat
+        ids = []
+        shown = 0
 
         def print_new_text(_, token):
             nonlocal shown
@@ -416,16 +462,19 @@ class Conversation:
     def reply(self, query):
         """Choose the gate, print it in one line, and answer."""
         check_text(query)
-        record, gate = as_record(query, self.turns), self.fixed_gate
-        if gate is None:
-            gate = self.run.gates([record | {"id": "0"}])
-        weights, chosen_by = gate[0].tolist(), "router" if self.fixed_gate is None else "by hand"
+        record = as_record(query, self.turns)
+        if self.fixed_gate is None:
+            gate, chosen_by = self.run.gates([record | {"id": "0"}]), "router"
+        else:
+            gate, chosen_by = self.fixed_gate, "by hand"
+        weights = gate[0].tolist()
         shown = " ".join(name + f"{weight:.2f}".lstrip("0") for name, weight in zip(SHORT_NAMES, weights))
         print(f"{chosen_by}  {shown}\n", flush=True)
         text = self.stream(record, gate)
         self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, weights))})
 
     def command(self, line):
+        """Obey a line that begins with /."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name == "/persona" and rest:
@@ -449,6 +498,7 @@ class Conversation:
                             "before a message that begins with /")
 
     def save(self, path):
+        """Write the conversation to a new .jsonl file, one turn a line."""
         if not self.turns:
             raise UserError("the conversation is empty: there is nothing to save")
         if path.exists():
@@ -461,11 +511,9 @@ class Conversation:
 
 
 def chat(args):
-    """Holds a conversation in the terminal. The router chooses a new gate at every turn; /help lists the commands."""
+    """Hold a conversation in the terminal. The router chooses a new gate at every turn; /help lists the commands."""
     conversation = Conversation(LoadedRun(args), args)
     if sys.stdin.isatty():
-        if readline is not None:
-            readline.set_auto_history(True)  # arrow keys edit the line and recall earlier ones
         print(f"{conversation.run.setup.run}: /help lists the commands, Ctrl-D ends\n")
     while True:
         try:
@@ -497,11 +545,11 @@ class Export(GateOptions):
     query: str | None = None
     """Take the router's gate for this query."""
     shard_gb: float = 5.0
-    """With merged: largest size of a file, in gigabytes."""
+    """With merged: maximum size of a file, in gigabytes."""
 
 
 def export(args):
-    """Writes the run for other software: PEFT adapters, or a model folder for transformers, vLLM or llama.cpp."""
+    """Write the run for other software: PEFT adapters, or a model folder for transformers, vLLM or llama.cpp."""
     given = [f"--{key}" for key in ("gate", "persona", "query") if getattr(args, key)]
     if len(given) != (0 if args.as_ == "experts" else 1):
         expected = "no gate" if args.as_ == "experts" else "one gate, by --gate, --persona or --query"

@@ -1,6 +1,6 @@
-"""Ten LoRA experts beside every frozen linear layer, mixed by a gate.
+"""Ten LoRA experts beside every frozen linear layer but the head, mixed by a gate.
 
-With one weight w_e per expert, a layer computes  y = W x + (α/r) Σ_e w_e B_e A_e x.
+With one weight w_e per expert, a layer computes  y = W x + (α/r) Σ_e w_e B_e A_e x, plus a bias where it has one.
 
 What is notable:
 - the experts of a layer are two tensors, A (E, r, in) and B (E, r, out), and their sum is two matrix products: no loop
@@ -12,7 +12,7 @@ What is notable:
 
 Read it from the top: the layer, adding experts to a model, PEFT folders, merging one gate into the dense weights.
 
-Shapes: B rows, T tokens, E experts, r rank.
+Shapes: N rows (B is LoRA's matrix here), T tokens, E experts, r rank.
 """
 import json
 from pathlib import Path
@@ -22,14 +22,15 @@ import torch
 from torch import nn
 
 from model import Linear
-from support.files import UserError, atomic, read_json, read_tensors, shorten
+from support.files import UserError, atomic, read_json, shorten
 from support.matmul import linear
+from support.weights import read_tensors
 
 
 TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
 EXPERTS = tuple(f"{pole}_{trait}" for trait in TRAITS for pole in ("high", "low"))  # trait t: high is 2t, low is 2t + 1
 SHORT_NAMES = tuple(f"{trait[0].upper()}{sign}" for trait in TRAITS for sign in "+-")  # O+ O- C+ C- …, the same order
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all seven, as in the source
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all seven, as in the paper
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,21 +39,25 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class ExpertLinear(Linear):
     """A frozen linear layer with E LoRA experts beside it. It keeps the layer's own weight, under the same name."""
 
-    def __init__(self, linear, n_experts, rank, alpha):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.scale = alpha / rank  # of one expert, and the same for ten: 16/8 = 2, not 16/80
-        device = linear.weight.device
+    def __init__(self, frozen, n_experts, rank, alpha):
+        super().__init__(frozen.in_features, frozen.out_features, bias=frozen.bias is not None, device="meta")
+        self.weight, self.bias = frozen.weight, frozen.bias
+        self.rank, self.alpha = rank, float(alpha)
+        self.scale = alpha / rank  # r is the rank of one expert, not of all: 16/8 = 2, not 16/80
+        device = frozen.weight.device
         # A and B are fp32, whatever dtype W has. B is stored transposed, (r, out), so that flattening (E, r) is free
         self.A = nn.Parameter(torch.empty(n_experts, rank, self.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(n_experts, rank, self.out_features, device=device))
-        # LoRA's usual start: B is 0, and A is uniform in ±1/√in (kaiming_uniform_ with a = √5; fan_in is `in`, not r)
+        # LoRA's usual start: B is 0, and A is uniform in ±1/√in. For one expert that is kaiming_uniform_ with a = √5,
+        # but kaiming_uniform_ would take r·in as the fan_in of this 3-D tensor.
         nn.init.uniform_(self.A, -self.in_features ** -0.5, self.in_features ** -0.5)
 
     def forward(self, x, gate=None):
-        """Returns W x + (α/r) Σ_e w_e B_e A_e x, (B, T, out).
+        """Returns W x + (α/r) Σ_e w_e B_e A_e x (and the layer's bias), (N, T, out).
 
-        x: (B, T, in). gate: (B, E), the weights w of each row's experts; None leaves the experts out.
+        x: (N, T, in). gate: (N, E), the weights w of each row's experts, or (1, E) for all rows; None leaves the
+        experts out.
+        `linear` is F.linear, or on some CPUs a faster equivalent of it (support/matmul.py).
         """
         if gate is None:
             return linear(x, self.weight, self.bias)
@@ -63,13 +68,14 @@ class ExpertLinear(Linear):
         #     A x                   1   10  100  1000    the first two numbers are expert 0's, the others expert 1's
         #     is multiplied by      2    2    3     3    repeat_interleave, here as a broadcast over r
         #     and not by            2    3    2     3    repeat
-        h = linear(x, A).view(*x.shape[:-1], n_experts, rank)                      # (B, T, E, r)
+        h = linear(x, A).view(*x.shape[:-1], n_experts, rank)                      # (N, T, E, r)
         h = h * gate.to(x.dtype).view(-1, 1, n_experts, 1)
-        y = linear(x.flatten(0, 1), self.weight, self.bias)                        # (B·T, out)
-        # y += α/r · h B, where the product with B also sums over the experts. It is added in place, so that no second
-        # tensor of y's size is made. y must not be a view for that (autograd would copy its gradient), so x is flat.
+        y = linear(x.flatten(0, 1), self.weight, self.bias)                        # (N·T, out)
+        # y += α/r · h B. This product also sums over the experts. addmm_ adds it in place, so no second tensor of y's
+        # size is made. x was flattened first because y must not be a view: autograd copies the gradient of a view that
+        # is changed in place.
         y.addmm_(h.view(-1, n_experts * rank), B, alpha=self.scale)
-        return y.view(*x.shape[:-1], -1)                                           # (B, T, out)
+        return y.view(*x.shape[:-1], -1)                                           # (N, T, out)
 
 
 def expert_layers(model):
@@ -84,7 +90,7 @@ def add_experts(model, n_experts=len(EXPERTS), rank=8, alpha=16):
     """Freeze everything in `model` and put experts beside its linear layers, all but the head.
 
     Returns the trainable parameters: A and B of every layer, in the model's order, fp32, on the model's device. A is
-    drawn from torch's global generator. Rank 8 and alpha 16 are the source's. ValueError if there are experts already.
+    drawn from torch's global generator. Rank 8 and alpha 16 are the paper's. ValueError if there are experts already.
     """
     if any(isinstance(module, ExpertLinear) for module in model.modules()):
         raise ValueError("this model has experts already")
@@ -130,11 +136,11 @@ def adapter_shape(folder):
 def named_experts(model):
     """Returns ({name: ExpertLinear}, rank, alpha). ValueError unless the model has one expert for each of EXPERTS."""
     layers = expert_layers(model)
-    some = next(iter(layers.values()))  # the layers differ in width only
-    n_experts, rank, _ = some.A.shape
+    first = next(iter(layers.values()))  # the layers differ in width only
+    n_experts = len(first.A)
     if n_experts != len(EXPERTS):
         raise ValueError(f"the model has {n_experts} experts, expected {len(EXPERTS)}, one for each name")
-    return layers, rank, some.scale * rank
+    return layers, first.rank, first.alpha
 
 
 def save_experts(model, folder, base=""):
@@ -200,22 +206,22 @@ def export_mixture(model, gate, folder, base=""):
     """Write one PEFT adapter of rank E·r that equals the mixture under this gate, (E,). The gate is multiplied into B.
 
     The experts are stacked, not averaged: Σ_e w_e B_e A_e is not (Σ_e w_e B_e)(Σ_e w_e A_e), which has terms B_i A_j of
-    two different experts. Two experts with A = 1 and B = 1, and with A = −1 and B = −1, both map x to x, and so does
-    their mixture with weights ½ and ½. But their mean A and their mean B are 0.
+    two different experts. Example: one expert has A = B = 1, another A = B = −1. Each maps x to x, and so does their
+    mean Σ_e ½ B_e A_e. But the mean of A is 0, and so is the mean of B.
     """
     gate, layers = one_gate(model, gate), expert_layers(model)
     tensors = {}
     for name, layer in layers.items():
         B = layer.B * gate.to(layer.B)[:, None, None]             # (E, r, out)
         tensors[name] = layer.A.flatten(0, 1), B.flatten(0, 1).T  # (E·r, in), (out, E·r)
-    n_experts, rank, _ = layer.A.shape                            # the same in every layer
-    rank = n_experts * rank
-    write_adapter(folder, rank, layer.scale * rank, base, tensors)
+    n_experts, first = len(gate), next(iter(layers.values()))     # the layers differ in width only
+    # alpha grows with the rank, so that PEFT's scale stays α/r
+    write_adapter(folder, n_experts * first.rank, n_experts * first.alpha, base, tensors)
 
 
 @torch.no_grad()
 def merged_tensors(model, gate):
-    """Yield (public name, tensor) of the dense model that equals the mixture under this gate, (E,), one at a time.
+    """Yield (name in the checkpoint, tensor) of the dense model that equals the mixture under this gate, (E,).
 
     The weights W + (α/r) Σ_e w_e B_e A_e are new tensors, computed in fp32 or wider and rounded to W's dtype once. The
     model stays as it is.

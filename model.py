@@ -7,10 +7,10 @@ What is notable:
 - Padding is always on the right. A causal model never sees what follows a token, so training needs no mask.
 - The experts' gate is an argument, passed from `forward` to every linear layer. No module stores it.
 
-The order: Config, Transformer and its parts, loading, Cache, Prefix, generate. Chat formats are in support/chat.py. To
-try it:
+The order: Config, Transformer and its parts, loading, then generation with Prefill, Cache and Prefix. Chat formats are
+in support/chat.py. To try it after `python train.py --preset tiny`:
 
-    python -c "import model; print(model.Config.from_dir('weights/SmolLM2-135M-Instruct'))"
+    python -c "import model; print(model.Transformer.from_pretrained('runs/tiny/models/base'))"
 
 Shapes: B rows, T tokens, S tokens in the cache, D width, H query heads, K key/value heads, d head width, V vocabulary,
 E experts.
@@ -24,8 +24,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support.files import UserError, find_tensors, load_tensors, read_model_config, weight_files
+from support.files import UserError
 from support.matmul import linear
+from support.weights import find_tensors, load_tensors, read_model_config, weight_files
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,7 +34,11 @@ from support.matmul import linear
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a decoder. Each field is read from its own key of config.json; none is inferred from another."""
+    """The shape of a decoder.
+
+    `from_dir` reads each field from its own key of config.json, except that qkv_bias follows from model_type. If
+    config.json does not say otherwise, n_kv_heads is n_heads and head_dim is dim // n_heads.
+    """
     vocab_size: int
     dim: int
     n_layers: int
@@ -73,7 +78,8 @@ CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads
 # The model
 
 class Linear(nn.Linear):
-    """A linear layer whose forward accepts the experts' gate, so that lora.ExpertLinear can take its place."""
+    """A linear layer whose forward accepts the experts' gate, so that lora.ExpertLinear can take its place. `linear` is
+    F.linear, or on some CPUs a faster equivalent of it (support/matmul.py)."""
 
     def forward(self, x, gate=None):
         if gate is not None:
@@ -95,7 +101,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config, device=None):
-    """The angle by which each pair of dimensions turns per position, (d/2,), fp32: theta^(−2i/d), scaled as in Llama 3.
+    """The angle by which each pair of dimensions turns per position, (d/2,), fp32: theta^(−2i/d), or Llama 3.1's.
 
     Scaling divides the frequency by `factor` where the wavelength is above original/low_freq_factor, keeps it where the
     wavelength is below original/high_freq_factor, and blends linearly in between. The frequencies are computed from the
@@ -109,16 +115,16 @@ def rope_frequencies(config, device=None):
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
     wavelength = 2 * torch.pi / inv_freq
     blend = (original / wavelength - low) / (high - low)  # 0 at the longest blended wavelength, 1 at the shortest
-    slowed = torch.where(wavelength > original / low, inv_freq / factor, inv_freq)
-    between = (wavelength <= original / low) & (wavelength >= original / high)
-    return torch.where(between, (1 - blend) * slowed / factor + blend * slowed, slowed)
+    blended = (1 - blend) * inv_freq / factor + blend * inv_freq
+    scaled = torch.where(wavelength > original / low, inv_freq / factor, blended)
+    return torch.where(wavelength < original / high, inv_freq, scaled)
 
 
 def rotate(x, cos, sin):
     """Rotate each pair (x_i, x_{i+d/2}) by its angle: the "half" layout of the public checkpoints.
 
     With d = 4 the pairs are (0, 2) and (1, 3), not (0, 1) and (2, 3):
-        [a, b, c, d]  ->  [a, b, c, d] · cos + [−c, −d, a, b] · sin
+        [x0, x1, x2, x3]  ->  [x0, x1, x2, x3] · cos + [−x2, −x3, x0, x1] · sin
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -135,7 +141,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x, rope, gate=None, cache=None, layer=0):  # x (B, T, D); rope: cos and sin, (1 or B, 1, T, d)
+    def forward(self, x, rope, gate=None, cache=None, layer=0, mask=None):
+        """x (B, T, D); rope: cos and sin, (1 or B, 1, T, d); mask: None for causal attention among the T tokens, or as
+        from a cache's `advance`. Returns (B, T, D)."""
         B, T, _ = x.shape
         d = self.config.head_dim
         q = rotate(self.q_proj(x, gate).view(B, T, -1, d).transpose(1, 2), *rope)  # (B, H, T, d)
@@ -143,13 +151,15 @@ class Attention(nn.Module):
         v = self.v_proj(x, gate).view(B, T, -1, d).transpose(1, 2)                 # (B, K, T, d)
         if cache is not None:
             k, v = cache.update(layer, k, v)                                       # (B, K, S, d)
-        if cache is None or cache.mask is None:  # whole sequences: in training, and for prompts
+        if mask is None:  # whole sequences: in training, and for prompts
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         elif T > 1:  # tokens after a shared prefix
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, enable_gqa=True)
-        else:  # one new token a row: the H/K query heads of a group take the place of tokens, (B, K, H/K, d)
-            q = q.view(B, self.config.n_kv_heads, -1, d)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask).view(B, -1, 1, d)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        else:
+            # One new token a row. The H/K query heads that share a key/value head are passed as if they were H/K tokens
+            # of one head, so that keys and values need not be repeated for each of them.
+            q = q.view(B, self.config.n_kv_heads, -1, d)                           # (B, K, H/K, d)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, -1, 1, d)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), gate)              # (B, T, D)
 
 
@@ -166,10 +176,10 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x, gate)) * self.up_proj(x, gate), gate)
 
 
-def gate_of_positions(gate, positions, tokens):
-    """The gate of each position's row: gate (B, E), positions (N,) in rows of that many tokens -> (N, E). A gate for
-    all rows, (1, E) or None, is returned as it is."""
-    return gate if gate is None or len(gate) == 1 else gate[positions // tokens]
+def gate_of_positions(gate, positions, T):
+    """The gate of each position: that of the row it is in. gate (B, E); positions (N,) among B rows of T tokens,
+    counted row by row. Returns (N, E). A gate for all rows, (1, E) or None, is returned as it is."""
+    return gate if gate is None or len(gate) == 1 else gate[positions // T]
 
 
 class Block(nn.Module):
@@ -182,20 +192,25 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, gate=None, cache=None, layer=0, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, gate, cache, layer)
-        if positions is not None:  # in the last layer: other positions skip the MLP, three quarters of its work
+    def forward(self, x, rope, gate=None, cache=None, layer=0, mask=None, positions=None):
+        """As Attention.forward. positions (N,): None, or the only positions to return, as (N, 1, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, gate, cache, layer, mask)
+        if positions is not None:
+            # In the last layer only the wanted positions go through the MLP, which is most of a layer's work. Each
+            # becomes a row of its own with T = 1, because a gate belongs to a row and positions are from several rows.
             gate = gate_of_positions(gate, positions, x.shape[1])  # (N, E)
-            x = x.flatten(0, 1)[positions][:, None]                # (N, 1, D)
+            x = x.flatten(0, 1)[positions].unsqueeze(1)            # (N, 1, D)
         return x + self.mlp(self.post_attention_layernorm(x), gate)
 
 
 class Transformer(nn.Module):
     """The decoder: embedding, blocks, norm and head.
 
-    recompute: if True, the backward pass recomputes each layer from its input, which saves memory and costs time.
-    context: the most tokens that the model can read and write, or None if its folder does not say.
-    compiled_step: None, or a decoding step for `generate` from support/compile.py.
+    recompute: gradient checkpointing: the backward pass recomputes each layer from its input, which saves memory and
+    costs time. Training sets it.
+    context: the most tokens that the model can read and write. `from_pretrained` sets it to max_position_embeddings of
+    config.json; it is None if that is absent, and for a model that was not loaded.
+    compiled_step: None, or the decoding step that `compile_decoding` of support/compile.py sets for `generate`.
     """
 
     def __init__(self, config):
@@ -227,28 +242,35 @@ class Transformer(nn.Module):
     def hidden(self, ids, gate=None, cache=None, positions=None):
         """Last hidden states, after the final norm: ids (B, T) -> (B, T, D), or (N, D) with `positions`.
 
-        gate: (B, E), one weight per row and expert, or (1, E) for all rows, or None for the base model without its
-        experts (bitwise).
-        cache: a Cache, which the first call fills and each later one extends by one token a row (T = 1), or a Prefix
-        that the ids follow, which stays unchanged.
-        positions: (N,), which of the B·T positions, counted row by row, are wanted; see `last_positions`.
+        gate: (B, E), one weight per row and expert, or (1, E) for all rows, or None for exactly the base model, bit for
+        bit.
+        cache: None, if ids are whole sequences and nothing is stored; else a Prefill, a Cache or a Prefix (see
+        Generation, below).
+        positions: (N,), the wanted positions among all B·T, counted row by row; see `last_positions`. None for all.
         """
         x = self.model.embed_tokens(ids)  # (B, T, D)
         T = ids.shape[1]
-        position_ids = torch.arange(T, device=ids.device)[None] if cache is None else cache.advance(T)  # (1 or B, T)
+        options = {}
+        if cache is None:
+            position_ids = torch.arange(T, device=ids.device)[None]  # (1, T)
+        else:
+            position_ids, options["mask"] = cache.advance(T)         # (1 or B, T)
+            options["cache"] = cache
         angles = position_ids[..., None].float() * rope_frequencies(self.config, ids.device)  # (1 or B, T, d/2)
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # (1 or B, 1, T, d)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, block in enumerate(self.model.layers):
-            # the layer's number is passed with a cache only, since torch.compile would compile every layer for its own
-            options = {} if cache is None else {"cache": cache, "layer": i}
+            if cache is not None:  # only a cache needs the number; torch.compile would compile a layer for each number
+                options["layer"] = i
             if positions is not None and i == len(self.model.layers) - 1:
                 options["positions"] = positions
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, gate, use_reentrant=False, **options)
             else:
                 x = block(x, rope, gate, **options)
-        return self.model.norm(x if positions is None else x[:, 0])
+        if positions is not None:
+            x = x[:, 0]  # the last layer returned (N, 1, D)
+        return self.model.norm(x)
 
     def head(self, hidden):
         """Logits for hidden states: (…, D) -> (…, V)."""
@@ -291,7 +313,7 @@ def last_positions(ids, lengths):
 def pad(rows, device="cpu"):
     """Pad rows (lists or arrays of ids) with 0 on the right. Returns ids (B, T) and lengths (B,) on the device."""
     lengths = [len(row) for row in rows]
-    ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # filling a NumPy array is several times as fast
+    ids = np.zeros((len(rows), max(lengths)), dtype=np.int64)  # row by row, NumPy is several times faster than torch
     for line, row in zip(ids, rows):
         line[:len(row)] = row
     return to_device(ids, device), to_device(lengths, device)
@@ -309,107 +331,138 @@ def to_device(values, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation
 
-class Cache:
-    """Keys and values of all tokens so far. Rows may have different lengths.
+# A cache, as `Transformer.hidden` takes it, stores the new tokens' keys and values, or adds earlier tokens' to them, or
+# both. Each pass calls its two methods:
+# - advance(n_new), once, begins a pass over n_new tokens a row. It returns their positions, (1 or B, n_new), for RoPE,
+#   and the attention mask, which all layers share: numbers that are added to the scores (Cache), or True where a token
+#   may attend (Prefix). The mask is None for causal attention among the new tokens alone.
+# - update(layer, k, v), in each layer, takes the new tokens' keys and values, (B, K, n_new, d). It returns the keys and
+#   values to attend to, (B, K, S, d).
+#
+# There are three kinds. The first pass of `generate` has a Prefill, which stores the prompts' keys and values. Each
+# later pass has a Cache, which adds one token a row to them. If all prompts begin with the same tokens, the keys and
+# values of these tokens are computed once, before the first pass, and held in a Prefix.
 
-    The first pass of `Transformer.hidden` stores whole prompts, padded on the right, or what follows the `prefix` that
-    they share. In every later pass, row b writes its one new token at position lengths[b], over any padding that is
-    stored there, and attends to nothing beyond it.
+class Prefill:
+    """The first pass of generation: reads whole prompts, padded on the right, and stores their keys and values.
 
-    k, v: a tensor (B, K, size, d) for each layer. lengths (B,): number of tokens stored in each row; longest: the
-    largest of them, as a number. passes: how many passes have been stored.
+    k, v: memory for each layer, (B, K, size, d), as from `zero_keys_and_values`; it is written to from its beginning.
+    prefix: None, or a Prefix that all rows begin with. The pass then computes only what follows it, and the prefix's
+    keys and values are copied in front of each row's.
     """
 
-    def __init__(self, k, v, lengths, longest, prefix=None, passes=0):
-        self.k, self.v, self.lengths, self.longest = k, v, lengths, longest
-        self.prefix, self.passes, self.mask = prefix, passes, None
+    def __init__(self, k, v, prefix=None):
+        self.k, self.v, self.prefix = k, v, prefix
 
-    def advance(self, tokens):
-        """Begin a pass. Returns the positions of its tokens, (1 or B, T), for RoPE."""
-        self.passes += 1
-        device = self.lengths.device
-        if self.passes == 1:
-            if self.prefix is None:
-                return torch.arange(tokens, device=device)[None]
-            position_ids = self.prefix.advance(tokens)
-            self.mask = self.prefix.mask
-            return position_ids
-        position_ids, self.lengths, self.longest = self.lengths[:, None], self.lengths + 1, self.longest + 1
-        # the same for all layers: where each row writes, and what is added to its scores, (B, 1, 1, S)
-        self.write_at = torch.arange(len(position_ids), device=device), position_ids[:, 0]  # (B,), (B,)
-        beyond = torch.arange(self.longest, device=device) > position_ids
-        self.mask = self.k[0].new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)[:, None, None]
-        return position_ids
+    def advance(self, n_new):
+        if self.prefix is not None:
+            return self.prefix.advance(n_new)
+        return torch.arange(n_new, device=self.k[0].device)[None], None
 
     def update(self, layer, k, v):
-        """Store one layer's k and v (B, K, T, d). Returns the keys and values to attend to, (B, K, T or S, d)."""
-        if self.passes == 1:
-            if self.prefix is not None:
-                k, v = self.prefix.update(layer, k, v)
-            self.k[layer][:, :, :k.shape[2]], self.v[layer][:, :, :v.shape[2]] = k, v
-            return k, v
-        rows, positions = self.write_at
-        self.k[layer][rows, :, positions], self.v[layer][rows, :, positions] = k[:, :, 0], v[:, :, 0]
+        if self.prefix is not None:
+            k, v = self.prefix.update(layer, k, v)
+        self.k[layer][:, :, :k.shape[2]] = k
+        self.v[layer][:, :, :v.shape[2]] = v
+        return k, v
+
+
+class Cache:
+    """Each later pass of generation: one new token a row (n_new = 1). Rows may have different lengths.
+
+    Row b writes its token at position lengths[b], over any padding that is stored there, and attends to nothing beyond.
+
+    k, v: a tensor (B, K, size, d) for each layer, filled by a Prefill. lengths (B,): the number of tokens stored in
+    each row. longest: at least the largest of the lengths, as a Python number.
+    """
+
+    def __init__(self, k, v, lengths, longest):
+        self.k, self.v, self.lengths, self.longest = k, v, lengths, longest
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.write_at = None  # (B,): the position of each row's new token, set by `advance`
+
+    def advance(self, n_new):
+        self.write_at = self.lengths
+        self.lengths = self.lengths + 1
+        self.longest = self.longest + 1
+        position_ids = self.write_at[:, None]  # (B, 1)
+        beyond = torch.arange(self.longest, device=position_ids.device) > position_ids  # (B, S)
+        mask = self.k[0].new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)  # added to the attention scores
+        return position_ids, mask[:, None, None]  # (B, 1), (B, 1, 1, S)
+
+    def update(self, layer, k, v):
+        self.k[layer][self.rows, :, self.write_at] = k[:, :, 0]
+        self.v[layer][self.rows, :, self.write_at] = v[:, :, 0]
         return self.k[layer][:, :, :self.longest], self.v[layer][:, :, :self.longest]
 
     def keep(self, rows):
         """Drop all rows but these (indices)."""
-        self.k, self.v = ([tensor[rows] for tensor in tensors] for tensors in (self.k, self.v))
+        self.k = [k[rows] for k in self.k]
+        self.v = [v[rows] for v in self.v]
         self.lengths = self.lengths[rows]
-
-
-def empty_keys_and_values(model, rows, size):
-    """Memory for a Cache of this many rows and tokens a row. Returns k and v."""
-    shape = (rows, model.config.n_kv_heads, size, model.config.head_dim)
-    # zeros, not empty memory: a masked score of NaN would stay NaN
-    return tuple([torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.model.layers]
-                 for _ in range(2))
+        self.rows = self.rows[:len(rows)]
 
 
 class Prefix:
-    """The keys and values of the tokens that many prompts begin with, computed once and used as a cache for `hidden`.
+    """The keys and values of tokens that many prompts begin with, computed once. A pass over what follows them does not
+    change it.
 
-    ids: a list of at least one id. gate: (1, E) or None, which must also be the gate of all rows that follow: another
-    gate gives the same tokens other keys and values. Calls of model.hidden(ids, gate, prefix) do not change it.
+    k, v: a tensor (1, K, P, d) for each layer, where P is the number of tokens.
     """
 
-    @torch.no_grad()
-    def __init__(self, model, ids, gate=None):
-        self.kv, self.length, self.mask, self.device = [], 0, None, model.device  # kv: (k, v) a layer, (1, K, P, d)
-        model.hidden(torch.tensor([ids], device=self.device), gate, self)
-        self.length = len(ids)
+    def __init__(self, k, v):
+        self.k, self.v, self.length = k, v, k[0].shape[2]
 
-    def advance(self, tokens):
-        """Begin a pass over tokens that follow the prefix, or over the prefix itself. Returns positions, (1, T)."""
-        position_ids = torch.arange(self.length + tokens, device=self.device)
-        # (T, P + T): each token sees the prefix and what came before itself
-        self.mask = position_ids <= position_ids[self.length:, None] if self.length else None
-        return position_ids[None, self.length:]
+    @classmethod
+    @torch.no_grad()
+    def compute(cls, model, ids, gate=None):
+        """The Prefix of these tokens: a list of at least one id. gate: (1, E) or None. All rows that follow must have
+        the same gate, because another gate gives the same tokens other keys and values."""
+        k, v = zero_keys_and_values(model, 1, len(ids))
+        model.hidden(torch.tensor([ids], device=model.device), gate, Prefill(k, v))
+        return cls(k, v)
+
+    def advance(self, n_new):
+        position_ids = torch.arange(self.length + n_new, device=self.k[0].device)
+        new = position_ids[self.length:]
+        return new[None], position_ids <= new[:, None]  # (1, n_new), (n_new, P + n_new): True where a token may attend
 
     def update(self, layer, k, v):
-        """Store the prefix's own k and v (1, K, P, d), or put them before those of B rows: (B, K, P + T, d)."""
-        if not self.length:
-            self.kv.append((k, v))
-            return k, v
-        return tuple(torch.cat((old.expand(len(new), -1, -1, -1), new), 2) for old, new in zip(self.kv[layer], (k, v)))
+        before_k = self.k[layer].expand(len(k), -1, -1, -1)  # (B, K, P, d)
+        before_v = self.v[layer].expand(len(v), -1, -1, -1)
+        return torch.cat((before_k, k), 2), torch.cat((before_v, v), 2)
+
+
+def zero_keys_and_values(model, rows, size):
+    """Memory for the keys and values of this many rows and tokens a row. Returns k and v, each a list of tensors
+    (rows, K, size, d), one for each layer."""
+    shape = (rows, model.config.n_kv_heads, size, model.config.head_dim)
+
+    # torch.empty could hold NaN. NaN + (−inf) is NaN, so the mask would not hide it.
+    def zeros():
+        return [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.model.layers]
+    return zeros(), zeros()
 
 
 def shared_prefix(prompts):
-    """The number of ids that all prompts begin with, at most all but one of each prompt's."""
-    first, last, n = min(prompts), max(prompts), min(map(len, prompts)) - 1
-    return next((i for i in range(n) if first[i] != last[i]), n)
+    """The length of the prompts' longest common prefix; at least one id of each prompt is left."""
+    # the first and the last prompt in sorted order: what these two share, all share
+    first, last = min(prompts), max(prompts)
+    longest = min(map(len, prompts)) - 1
+    return next((i for i in range(longest) if first[i] != last[i]), longest)
 
 
 def sample(logits, temperature, top_p, u):
     """One token a row: logits (B, V) and uniform numbers u (B,) -> (B,). Temperature 0 takes the largest logit."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     before = p.cumsum(-1) - p  # mass of the more probable tokens
     p = p.masked_fill(before >= top_p, 0)  # keep the smallest set of tokens whose mass reaches top_p
     mass = p.cumsum(-1)
+    # the drawn token is the first whose mass reaches u times the whole; its index is the number of tokens below that
     choice = (mass < u[:, None].to(mass) * mass[:, -1:]).sum(-1, keepdim=True)
-    return tokens.gather(-1, choice.clamp(max=logits.shape[-1] - 1))[:, 0]
+    return ids.gather(-1, choice.clamp(max=logits.shape[-1] - 1))[:, 0]
 
 
 LONG_PREFIX = 32  # tokens; a pass over a shorter prefix costs more than it saves
@@ -418,15 +471,15 @@ LONG_PREFIX = 32  # tokens; a pass over a shorter prefix costs more than it save
 @torch.inference_mode()  # 5 to 10 % faster than no_grad: a token is some thousand small operations
 def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top_p=1.0, stops=(), generator=None,
              each=None):
-    """Continue prompts of different lengths: B lists of ids -> B lists of new ids, each with its stop id, if any, last.
+    """Continue prompts of different lengths: B lists of ids -> B lists of new ids. A stop id is part of its reply.
 
     gate: (B, E), one per row, or (1, E) for all rows, or None. stops: ids that end their row. temperature: 0 is greedy;
     otherwise tokens are drawn with `generator`, a torch.Generator on the CPU (None: the global one). each: called with
     (row, id) as soon as an id is known.
 
-    A batch gives the same greedy tokens as its rows one by one. The beginning that all prompts share is computed once,
-    unless rows have different gates. A row also ends when prompt and reply fill the model's context. UserError for a
-    prompt that leaves no room in it.
+    Up to rounding, a batch gives the same greedy tokens as its rows one by one. A beginning of at least LONG_PREFIX
+    tokens that all prompts share is computed once, unless the gate is (B, E). A row also ends when prompt and reply
+    fill the model's context. UserError for a prompt that leaves no room in it.
     """
     if not prompts or not all(prompts):
         raise ValueError(f"generate needs prompts of at least one token; lengths are {[len(p) for p in prompts]}")
@@ -438,14 +491,14 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
     gate = None if gate is None else gate.to(model.device)
     shared = shared_prefix(prompts) if len(prompts) > 1 and (gate is None or len(gate) == 1) else 0
     shared = shared if shared >= LONG_PREFIX else 0
-    prefix = Prefix(model, prompts[0][:shared], gate) if shared else None
+    prefix = Prefix.compute(model, prompts[0][:shared], gate) if shared else None
     ids, lengths = pad([prompt[shared:] for prompt in prompts], model.device)
-    gate = None if gate is None else gate.expand(len(prompts), -1).clone()
-
-    # A compiled step brings its own memory, needs a gate that is no view, and cannot change its number of rows.
+    if gate is not None:
+        # one row per prompt, so that ended rows can be dropped; a copy, because a compiled step cannot take a view
+        gate = gate.expand(len(prompts), -1).clone()
     compiled = model.compiled_step
-    memory = empty_keys_and_values if compiled is None else compiled.memory
-    cache = Cache(*memory(model, len(prompts), max(sizes) + max_new_tokens), lengths + shared, max(sizes), prefix)
+    memory = zero_keys_and_values if compiled is None else compiled.memory  # a compiled step is bound to its own memory
+    cache = Cache(*memory(model, len(prompts), max(sizes) + max_new_tokens), lengths + shared, max(sizes))
     replies, rows = [[] for _ in prompts], list(range(len(prompts)))  # rows[i]: whose reply row i of the batch is
 
     def ended(row):
@@ -454,7 +507,8 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
 
     for step in range(max_new_tokens):
         if step == 0:
-            logits = model.head(model.hidden(ids, gate, cache, last_positions(ids, lengths)))  # (B, V)
+            h = model.hidden(ids, gate, Prefill(cache.k, cache.v, prefix), last_positions(ids, lengths))
+            logits = model.head(h)  # (B, V)
         elif compiled is None:
             logits = model.head(model.hidden(ids, gate, cache)[:, 0])
         else:
@@ -470,7 +524,8 @@ def generate(model, prompts, gate=None, max_new_tokens=256, temperature=0.0, top
         alive = [i for i, row in enumerate(rows) if not ended(row)]
         if not alive:
             break
-        if len(alive) < len(rows) and compiled is None:
+        if len(alive) < len(rows) and compiled is None:  # a compiled step keeps its number of rows
             cache.keep(alive)
-            ids, gate, rows = ids[alive], None if gate is None else gate[alive], [rows[i] for i in alive]
+            ids, rows = ids[alive], [rows[i] for i in alive]
+            gate = None if gate is None else gate[alive]
     return replies

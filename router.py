@@ -8,8 +8,9 @@ certain traits, here for poles of the Big Five.
 What is notable:
 - the encoder is model.Transformer; h is the hidden state of the query's last token (this pooling is our choice)
 - cosine, softmax and contrastive loss run in fp32, under bf16 autocast too
-- a gate that labels or a person ask for is a similarity vector, put through the same softmax at the same τ: so it
-  resembles the gates that the experts were trained with
+- a persona, and the oracle's gate made from labels, are similarity vectors that go through the same softmax at the
+  same τ. Such gates resemble those that the experts were trained with. `--gate` (raw_gate) and the
+  rules "labels", "uniform" and "random" of GATE_RULES give the weights themselves, without a softmax
 
 Read it from the top: traits, the router and its loss, gates that do not come from the router, files.
 
@@ -27,7 +28,8 @@ from torch.nn import functional as F
 from lora import EXPERTS, SHORT_NAMES, TRAITS
 from model import last_positions
 from support.chat import encode
-from support.files import UserError, atomic, read_json, read_tensors, shorten
+from support.files import UserError, atomic, read_json, shorten
+from support.weights import read_tensors
 
 
 MAX_QUERY_TOKENS = 512  # our choice: of a longer query, the router reads the end
@@ -68,8 +70,8 @@ def query_ids(tokenizer, query, history=()):
 def softmax_gate(similarity, temperature):
     """Returns softmax(s / τ) over the experts, (…, E), for similarities (…, E).
 
-    At τ = 1 the gate of ten cosines is nearly uniform. Its largest weight is at most e / (e + 9/e) = 0.451, which is
-    reached when one cosine is 1 and the other nine are −1.
+    At τ = 1, no weight of ten cosines can exceed e / (e + 9/e) = 0.451: one cosine is then 1 and the other nine are −1.
+    Real cosines lie closer together, so that the gate is nearly uniform. One of 0.8 among nine of 0 has weight 0.198.
     """
     return (similarity / temperature).softmax(-1)
 
@@ -111,7 +113,7 @@ def contrastive_loss(similarity, active, temperature=0.07):
         mean over p in P of  −log( e^{c_p} / (e^{c_p} + Σ_{n in N} e^{c_n}) )      c = s / τ_c
 
     where P are the row's active experts and N the others. So an active expert competes with the inactive ones but not
-    with another active one. The source gives neither the form nor τ_c; both are our choice. ValueError for a row
+    with another active one. The paper gives neither the form nor τ_c; both are our choice. ValueError for a row
     without an active expert.
     """
     if not active.any(-1).all():
@@ -177,7 +179,7 @@ def raw_gate(text):
     return torch.tensor([weights])
 
 
-GATE_RULES = {  # what each rule of gates_for_rule is, as tables of results describe it
+GATE_RULES = {  # the rules of gates_for_rule, as tables of results describe them
     "base": "no experts at all",
     "uniform": "0.1 for each",
     "random": "drawn from Dirichlet(1) for each query",
@@ -223,17 +225,18 @@ def gate_statistics(gates):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files: config.json and model.safetensors, which holds expert_embeddings and the encoder under its public names
+# Files: config.json, and model.safetensors with expert_embeddings and the encoder's tensors, named as in its checkpoint
 
-def public_names(router):
-    """Returns {name in the file: tensor}; the tensors share the router's memory."""
+def tensors_to_save(router):
+    """Returns {name in model.safetensors: tensor}. The tensors share the router's memory."""
     return {name.removeprefix("encoder."): tensor for name, tensor in router.state_dict().items()}
 
 
-def save_router(router, folder, **facts):
-    """Write the router to `folder`, atomically. `facts` (JSON values) are noted in its config.json."""
-    state = {name: tensor.cpu().contiguous() for name, tensor in public_names(router).items()}
-    settings = {"temperature": router.temperature, "experts": EXPERTS, "dim": router.encoder.config.dim, **facts}
+def save_router(router, folder, **more_settings):
+    """Write the router to `folder`, atomically. `more_settings` (JSON values) are added to its config.json."""
+    state = {name: tensor.cpu().contiguous() for name, tensor in tensors_to_save(router).items()}
+    settings = {"temperature": router.temperature, "experts": EXPERTS, "dim": router.encoder.config.dim,
+                **more_settings}
     with atomic(folder) as part:
         part.mkdir()
         (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -246,7 +249,7 @@ def load_router(router, folder):
 
     UserError names the file and what differs in it: the experts, or a tensor's name or shape.
     """
-    folder, own = Path(folder), public_names(router)
+    folder, own = Path(folder), tensors_to_save(router)
     experts = read_json(folder / "config.json").get("experts")
     if experts != list(EXPERTS):
         raise UserError(f"{folder / 'config.json'}: experts is {shorten(experts, 300)}, expected {list(EXPERTS)}")

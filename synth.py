@@ -14,15 +14,18 @@ A record is one JSON object on one line of a .jsonl file. This one is spread ove
      "domain": "family"}
 
 `traits` says which poles the situation calls for: 1 is the high pole, -1 the low one, 0 or nothing means neither. If
-all are 0, the synthesis of the record has failed: it is counted and never trained on. `history` (earlier turns), `cot`
-(the teacher's reasoning), `domain` and `culture` are optional, and unknown fields are kept.
+all are 0, Persona-CoT rejects the query; if a file from elsewhere has such a record, training leaves it out and says
+how many there were. Optional fields are `history` (earlier turns), `cot` (the teacher's reasoning), `domain`,
+`culture`, `teacher` (which teacher wrote the record, with how many calls and tokens) and `teacher_traits` (the
+teacher's labels, where a review changed them). Other fields are kept.
 
 What is notable:
-- a teacher writes the records. The template teacher needs no model: it puts together sentences of data/lab.json
+- a teacher writes the records. The template teacher needs no model: it combines sentences of data/lab.json
 - Persona-CoT asks a language model what the situation is, then which poles it calls for and by which cue, and then for
   a response in that manner. All prompts are in PROMPTS
 - the language model is a model folder (LocalTeacher, below) or a server (HttpTeacher, in support/server.py)
-- what has become of a query is on disk as soon as it is known, so the same command goes on after an interruption
+- finished queries are appended at once. After Ctrl-C or a kill the same command continues; it repeats only the queries
+  that were in progress
 - read it from the top: the template teacher, the prompts, the steps from a query to a record, a model folder as the
   teacher, the command. Files of records are checked in support/records.py, replies are read in support/replies.py
 
@@ -51,7 +54,7 @@ from support.command import field_help, parse, pick_device, pick_dtype, run_comm
 from support.compile import compile_decoding
 from support.files import UserError, read_json
 from support.output import RecordWriter, reasons
-from support.records import SPLITS, check_record, read_queries, write_records
+from support.records import SPLITS, check_record, read_queries, refuse_to_replace, write_records
 from support.replies import (CHOICES, LONGEST, Reply, RequestFailed, UnusableReply, check_language, check_text,
                              read_object, read_text, read_traits)
 from support.review import COMMANDS
@@ -71,9 +74,10 @@ def lab():
 
 
 def template_record(rng, split, domain, n_poles):
-    """Returns a situation with a cue for each of n_poles poles, and a reply in their manner, as a record without an id.
+    """Returns a record without an id: a situation with a cue for each of n_poles poles, and a reply in their manner.
 
-    It also keeps the parts of the reply: `neutral`, which shows no pole, and `manner`, a sentence for each active pole.
+    The record also has the parts of the reply: `neutral`, which shows no pole, and `manner`, a sentence for each active
+    pole.
     """
     frames, poles = lab()["domains"][domain], lab()["poles"]
     active = [EXPERTS[2 * TRAITS.index(trait) + rng.randrange(2)] for trait in rng.sample(TRAITS, n_poles)]
@@ -89,15 +93,15 @@ def template_record(rng, split, domain, n_poles):
         manner[expert] = frame.format(phrase=phrase, other_phrase=other_phrase)
     before = [sentence for expert, sentence in manner.items() if poles[expert]["position"] == "before"]
     after = [sentence for expert, sentence in manner.items() if poles[expert]["position"] == "after"]
-    signs, reasoning = {}, {}
+    traits, reasoning = {}, {}
     for expert in active:
         pole, trait = expert.split("_")
-        signs[trait] = 1 if pole == "high" else -1
+        traits[trait] = 1 if pole == "high" else -1
         reasoning[trait] = {"pole": pole, "cue": cues[expert]}
     return {
         "query": " ".join([situation, *cues.values(), rng.choice(lab()["closings"][split])]),
         "response": " ".join([*before, neutral, *after]),
-        "traits": signs,
+        "traits": traits,
         "cot": {"situation": situation, "traits": reasoning},
         "domain": domain, "neutral": neutral, "manner": manner,
     }
@@ -106,8 +110,8 @@ def template_record(rng, split, domain, n_poles):
 def template_records(split, count, seed=0):
     """Returns `count` records with different queries, the same ones for the same seed.
 
-    Half of them have one active pole, 30 % two, 20 % three. A sentence frame belongs to one split, the words that fill
-    it to all. The two held-out domains make up half of the test split and are in no other.
+    Half of them have one active pole, 30 % two, 20 % three. Each sentence frame belongs to one split; all splits share
+    the words that fill the frames. The two held-out domains make up half of the test split and are in no other.
     """
     rng, records, seen = random.Random(f"{seed} {split}"), [], set()
     held_out = lab()["held_out_domains"]
@@ -139,7 +143,7 @@ def signatures(text):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Persona-CoT: what a teacher is asked. The source gives no prompts, so all of them are ours. $names are filled in
+# Persona-CoT: what a teacher is asked. The paper gives no prompts, so all of them are ours. $names are filled in
 
 MANNERS = {
     "high_openness": "imaginative, curious", "low_openness": "down to earth",
@@ -151,7 +155,8 @@ MANNERS = {
 POLES = "\n".join(f"{trait}: high is {MANNERS['high_' + trait]}; low is {MANNERS['low_' + trait]}" for trait in TRAITS)
 # This is a form and not an example, because small models repeat an example's content for every query
 FORM = "{" + ", ".join(f'"{trait}": {{"pole": "high|low|0", "cue": "..."}}' for trait in TRAITS) + "}"
-PROMPTS = {name: Template(text.strip()) for name, text in {  # the query comes last: servers cache an equal beginning
+# In each prompt the fixed text comes first where it can: servers cache a common prefix
+PROMPTS = {name: Template(text.strip()) for name, text in {
     "system": "You write training data for an assistant whose manner fits each situation.",
     "situation": """
 Describe the situation of the person who wrote the message below, in two sentences: what is going on, what they feel and
@@ -194,7 +199,7 @@ $message""",
 
 
 def format_query(item):
-    """Returns the query as a teacher sees it, with what is known of the conversation and the person."""
+    """Returns the query as a teacher sees it, with the earlier conversation and the person's culture, if given."""
     parts = []
     if item.get("history"):
         parts += ["The conversation before it:", *(f"{turn['role']}: {turn['content']}" for turn in item["history"])]
@@ -207,7 +212,7 @@ def format_query(item):
 # The steps from a query to a record
 
 class QueryRejected(Exception):
-    """No attempt at a step gave a usable reply. The message is the last reason."""
+    """A query becomes no record. The message is the reason, such as the complaint about the last reply."""
 
 
 class Question(typing.NamedTuple):
@@ -218,29 +223,30 @@ class Question(typing.NamedTuple):
 class Synthesis:
     """One query on its way to a record.
 
-    A teacher works on many queries at the same time, so it drives each of them by hand:
+    A teacher works on many queries at the same time, so it advances each of them by hand:
 
         while not synthesis.outcome:
             synthesis.tell(the reply to synthesis.question)
 
-    A reply is a Reply, a RequestFailed, or one of the question's choices. The outcome is the record or, without a
-    response, the entry of the rejected file. The steps are generators: `yield` hands out a question and goes on with
-    the reply to it.
+    A reply is a Reply, one of the question's choices, a RequestFailed (the question is asked again) or a QueryRejected.
+    The outcome is the record or, if the query was rejected, its entry in the rejected file. The steps are generators:
+    `yield` hands out a question and returns the reply to it.
     """
 
     def __init__(self, item, steps, retries, teacher):
         self.item, self.retries = item, retries
         self.question, self.outcome, self.last_text = None, None, ""
-        self.facts = {"name": teacher, "steps": steps, "calls": 0, "tokens_read": 0, "tokens_written": 0}
+        self.provenance = {"name": teacher, "steps": steps, "calls": 0, "tokens_read": 0, "tokens_written": 0}
         self.progress = self.make_record(steps)
         self.tell(None)  # go to the first question
 
     def tell(self, reply):
-        self.facts["calls"] += reply is not None
         try:
+            if isinstance(reply, QueryRejected):
+                raise reply
             self.question = self.progress.send(reply)
         except StopIteration as end:
-            record = {**self.item, **end.value, "teacher": self.facts}
+            record = {**self.item, **end.value, "teacher": self.provenance}
             problem = check_record(record)
             self.outcome = self.rejection(problem) if problem else record
         except QueryRejected as problem:
@@ -248,32 +254,35 @@ class Synthesis:
 
     def rejection(self, reason):
         return {"id": self.item["id"], "query": self.item["query"], "reason": reason, "raw": self.last_text,
-                "teacher": self.facts}
+                "teacher": self.provenance}
 
     def make_record(self, steps):
         """The steps, written as if the teacher answered at once. Returns the record's new fields."""
         if steps == "joint":
-            situation, traits, cues, response = yield from self.ask("joint", self.parse_joint)
+            situation, traits, reasoning, response = yield from self.ask("joint", self.parse_joint)
         else:
             situation = yield from self.ask("situation", lambda reply: read_text(reply, "situation"))
             if steps == "separate":
-                traits, cues = yield from self.ask("traits", self.parse_traits, situation=situation)
+                traits, reasoning = yield from self.ask("traits", self.parse_traits, situation=situation)
             else:
-                traits, cues = yield from self.score_traits()
-            manner = "; ".join(MANNERS[f"{cues[trait]['pole']}_{trait}"] for trait in traits)
+                traits, reasoning = yield from self.score_traits()
+            manner = "; ".join(MANNERS[f"{reasoning[trait]['pole']}_{trait}"] for trait in traits)
             response = yield from self.ask("response", self.parse_response, situation=situation, manner=manner)
-        return {"response": response, "traits": traits, "cot": {"situation": situation, "traits": cues}}
+        return {"response": response, "traits": traits, "cot": {"situation": situation, "traits": reasoning}}
 
     def parse_joint(self, reply):
         found = read_object(reply, {"situation", "traits", "response"})
         situation, response = (check_text(found.get(key), key) for key in ("situation", "response"))
-        traits, cues = read_traits(found.get("traits"))
+        traits, reasoning = read_traits(found.get("traits"))
         check_language(response, self.item["query"])
-        return situation, traits, cues, response
+        return situation, traits, reasoning, response
 
     def parse_traits(self, reply):
-        found = read_object(reply, {"traits", *TRAITS})  # the traits themselves, or an object that holds them
-        return read_traits(found.get("traits", {key: value for key, value in found.items() if key != "situation"}))
+        found = read_object(reply, {"traits", *TRAITS})  # an object that has any of these keys
+        if "traits" in found:
+            return read_traits(found["traits"])
+        found.pop("situation", None)  # some models repeat it
+        return read_traits(found)
 
     def parse_response(self, reply):
         response = read_text(reply, "response")
@@ -281,42 +290,43 @@ class Synthesis:
         return response
 
     def score_traits(self):
-        """Let the teacher choose high, low or neither for each trait. Nothing is written, so nothing can be misread."""
-        traits, cues = {}, {}
+        """Let the teacher choose high, low or neither for each trait. It writes nothing that could be misread."""
+        traits, reasoning = {}, {}
         for trait in TRAITS:
             messages = self.messages("score", high=MANNERS["high_" + trait], low=MANNERS["low_" + trait])
             choice = yield Question(messages, tuple(CHOICES))
-            if isinstance(choice, RequestFailed):  # the prompt is too long
-                raise QueryRejected(str(choice))
+            self.provenance["calls"] += 1
             if CHOICES[choice]:
-                traits[trait], cues[trait] = CHOICES[choice], {"pole": choice, "cue": ""}
+                traits[trait] = CHOICES[choice]
+                reasoning[trait] = {"pole": choice, "cue": ""}
         if not traits:
             raise QueryRejected("all-zero vector: neither is the most probable for every trait")
-        return traits, cues
+        return traits, reasoning
 
     def messages(self, prompt, **parts):
         text = PROMPTS[prompt].substitute(parts, message=format_query(self.item))
         return [{"role": "system", "content": PROMPTS["system"].template}, {"role": "user", "content": text}]
 
-    def ask(self, prompt, parse, **parts):
-        """Ask until `parse` can use the reply, and return its result.
+    def ask(self, prompt, read, **parts):
+        """Ask until `read` can use the reply, and return its result.
 
-        After an unusable reply the complaint is part of the next question. After a failed request the same question is
+        After an unusable reply, the next question includes the complaint. After a failed request the same question is
         asked again.
         """
         messages = first = self.messages(prompt, **parts)
         for _ in range(1 + self.retries):
             reply = yield Question(messages)
+            self.provenance["calls"] += 1
             if isinstance(reply, RequestFailed):
                 reason = str(reply)
                 continue
             self.last_text = reply.text[:LONGEST]
-            self.facts["tokens_read"] += reply.tokens_read
-            self.facts["tokens_written"] += reply.tokens_written
+            self.provenance["tokens_read"] += reply.tokens_read
+            self.provenance["tokens_written"] += reply.tokens_written
             try:
                 if len(reply.text) > LONGEST:
                     raise UnusableReply(f"it is longer than {LONGEST:,} characters")
-                return parse(reply)
+                return read(reply)
             except UnusableReply as problem:
                 reason = str(problem)
                 messages = [*first, {"role": "assistant", "content": reply.text[:2000].strip() or "…"},
@@ -328,10 +338,13 @@ class Synthesis:
 # A model folder as the teacher
 
 class LocalTeacher:
-    """A model folder in this process. It writes replies in batches of prompts of similar length, the longest first:
-    these mostly belong to the queries that have come furthest."""
+    """A model folder, loaded into this process.
 
-    MOST_TOKENS = 8192  # of a prompt; fewer if the model's context is shorter
+    It writes replies in batches. A batch holds prompts of similar length, so that little of it is padding. The longest
+    prompts come first: most belong to queries that are nearly finished, which are then saved soonest.
+    """
+
+    MOST_TOKENS = 8192  # the longest prompt; less if the model's context is shorter
 
     def __init__(self, args):
         self.batch, self.max_new_tokens, self.temperature = args.batch, args.max_new_tokens, args.temperature or 0.0
@@ -340,14 +353,14 @@ class LocalTeacher:
         if args.compile:
             compile_decoding(self.model)
         self.chat, self.name = Chat.from_dir(args.model), f"local:{Path(args.model).resolve().name}"
-        self.longest = min(self.MOST_TOKENS, (self.model.context or 2**31) - 1)  # one token is left to write
+        self.longest = min(self.MOST_TOKENS, (self.model.context or 2**31) - 1)  # leaves room to write one token
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def run(self, queries, save):
         """Take every query (an iterator of Synthesis) to its outcome, and save([outcome, …]) after each batch."""
         window = []
         while True:
-            window += islice(queries, 4 * self.batch - len(window))  # more than a batch, to find similar lengths in
+            window += islice(queries, 4 * self.batch - len(window))  # several batches, to find similar lengths among
             if not window:
                 return
             window.sort(key=lambda query: sum(len(m["content"]) for m in query.question.messages), reverse=True)
@@ -358,12 +371,12 @@ class LocalTeacher:
             window += [query for query in batch if not query.outcome]
 
     def replies(self, questions):
-        """Returns for each question a Reply, one of its choices, or RequestFailed for a prompt that is too long."""
+        """Returns for each question a Reply, one of its choices, or QueryRejected if its prompt is too long."""
         prompts = [self.chat.prompt(question.messages) for question in questions]
         replies, to_write = [None] * len(prompts), []
         for i, (prompt, question) in enumerate(zip(prompts, questions)):
             if len(prompt) > self.longest:
-                replies[i] = RequestFailed(f"the prompt has {len(prompt):,} tokens, more than {self.longest:,}")
+                replies[i] = QueryRejected(f"the prompt has {len(prompt):,} tokens, more than {self.longest:,}")
             elif question.choices:
                 replies[i] = self.choose(*question)
             else:
@@ -372,7 +385,8 @@ class LocalTeacher:
             written = generate(self.model, [prompts[i] for i in to_write], None, self.max_new_tokens, self.temperature,
                                stops=self.chat.stops, generator=self.generator)
             for i, ids in zip(to_write, written):
-                replies[i] = Reply(self.chat.text(ids), ids[-1] not in self.chat.stops, len(prompts[i]), len(ids))
+                replies[i] = Reply(self.chat.text(ids), cut_off=ids[-1] not in self.chat.stops,
+                               tokens_read=len(prompts[i]), tokens_written=len(ids))
         return replies
 
     @torch.no_grad()
@@ -394,11 +408,11 @@ class LocalTeacher:
 @dataclass
 class Args:
     teacher: typing.Literal["template", "local", "http"] = "template"
-    """Who writes the records. template: sentences from data/lab.json, no model is needed. local: a model folder. http:
-    a server that speaks OpenAI's chat completions."""
+    """What writes the records. template: sentences from data/lab.json, without a model. local: a model folder. http: a
+    server that speaks OpenAI's chat completions."""
     out: str | None = None
-    """Where the records go: FILE.jsonl or, with template, also a folder for all three splits. With local and http, the
-    same command goes on after an interruption, and rejected queries go to FILE.rejected.jsonl."""
+    """Where to write the records: FILE.jsonl or, with template, also a folder for all three splits. With local and
+    http, the same command continues after an interruption, and rejected queries go to FILE.rejected.jsonl."""
     count: int = 20000
     """template: how many records. A folder gets 80 % of them in train.jsonl and 10 % each in validation.jsonl and
     test.jsonl."""
@@ -419,9 +433,10 @@ class Args:
     """http: name of the environment variable that holds the key. If not given, no key is sent."""
     steps: typing.Literal["separate", "joint", "score"] = "separate"
     """separate asks for situation, traits and response one after the other; joint asks for all in one reply; score
-    (local) compares the probabilities of high, low and neither for each trait."""
+    (local) is separate, except that each trait is the most probable of the words high, low and neither."""
     retries: int = 3
-    """How often to ask again for a reply that cannot be used, or after a request that failed."""
+    """local, http: how often a step of a query is tried again, after a reply that cannot be used or a failed request.
+    Then the query is rejected."""
     max_new_tokens: int = 512
     """The most tokens of one reply."""
     temperature: float | None = None
@@ -429,10 +444,11 @@ class Args:
     workers: int = 8
     """http: number of requests in flight."""
     timeout: float = 120.0
-    """http: seconds that one request may take."""
+    """http: seconds to wait for a reply, after which the request counts as failed. Only a server that is slow to
+    connect or sends its headers in pieces can take longer."""
     backoff: float = 1.0
-    """http: seconds to wait after a failed request. They double after each one in a row, up to 60. The server's
-    Retry-After header comes first."""
+    """http: seconds to wait after a failed request. The wait doubles with each further failure of the same query, up to
+    60, and is shortened at random by up to half. If the server sends Retry-After, that is used instead."""
     batch: int = 16
     """local: how many replies are written at the same time."""
     device: str | None = None
@@ -446,24 +462,24 @@ class Args:
     """local, http: try the queries of FILE.rejected.jsonl again. Those that succeed move to FILE.jsonl."""
 
 
-TAKEN_BY = {  # option: the teachers that it is for
+TAKEN_BY = {  # option: the teachers that it is for. Other options are ignored by teachers that have no use for them
     "out": ("template", "local", "http"), "overwrite": ("template",),
     "queries": ("local", "http"), "model": ("local", "http"), "retry_rejected": ("local", "http"),
     "url": ("http",), "key_env": ("http",), "compile": ("local",),
 }
-REQUIRED = ("out", "queries", "model", "url")  # by the teachers that take them
+REQUIRED_OPTIONS = ("out", "queries", "model", "url")  # by the teachers that take them
 
 
 def check_args(args):
     """UserError if an option is missing or does not go with the teacher."""
     for key, teachers in TAKEN_BY.items():
         given, option = getattr(args, key), "--" + key.replace("_", "-")
-        if args.teacher in teachers and key in REQUIRED and not given:
+        if args.teacher in teachers and key in REQUIRED_OPTIONS and not given:
             raise UserError(f"--teacher {args.teacher} needs {option}: {field_help(Args)[key]}")
         if args.teacher not in teachers and given:
             raise UserError(f"{option} does not go with --teacher {args.teacher}. {field_help(Args)[key]}")
-    if args.teacher == "template" and args.count < 10:
-        raise UserError(f"--count is {args.count}, expected at least 10")
+    if args.teacher == "template" and args.count < 10 and Path(args.out).suffix != ".jsonl":
+        raise UserError(f"--count is {args.count}, expected at least 10 for the three splits of a folder")
     if args.teacher != "template" and (Path(args.out).suffix != ".jsonl" or Path(args.out).is_dir()):
         raise UserError(f"--out is {args.out}, expected a file named .jsonl")
     if args.steps == "score" and args.teacher != "local":
@@ -478,8 +494,7 @@ def write_template_records(args):
         for split, tenths in zip(SPLITS, (8, 1, 1)):
             files[out / f"{split}.jsonl"] = split, args.count * tenths // 10
     for file in files:
-        if file.exists() and not args.overwrite:
-            raise UserError(f"{file} is there already; --overwrite replaces it")
+        refuse_to_replace(file, args.overwrite)
     for file, (split, count) in files.items():
         records = template_records(split, count, args.seed)
         write_records(file, records)
@@ -489,13 +504,13 @@ def write_template_records(args):
 
 
 def synthesise(args):
-    """Take every query of a file to a record or to the rejected file, except those that are done already."""
+    """Take every query of a file to a record or to the rejected file, except those that are there already."""
     items, duplicates = read_queries(args.queries)
     writer = RecordWriter(args.out)
     skipped = writer.done if args.retry_rejected else writer.done | writer.rejected.keys()
     todo = [item for item in items if str(item["id"]) not in skipped]
-    print(f"{args.queries}: {len(items)} queries, {duplicates} duplicates dropped; {len(items) - len(todo)} are done, "
-          f"{len(todo)} to do", flush=True)
+    print(f"{args.queries}: {len(items)} queries, {duplicates} duplicates dropped; "
+          f"{len(items) - len(todo)} are done or rejected, {len(todo)} to do", flush=True)
     done_before, finished, began = len(writer.done), 0, time.monotonic()
 
     def save(outcomes):
@@ -506,7 +521,6 @@ def synthesise(args):
         bar.update(len(outcomes))
 
     if todo:
-        # HttpTeacher is in support/server.py, because sockets, retries and keys teach nothing about the data
         teacher = {"local": LocalTeacher, "http": HttpTeacher}[args.teacher](args)
         queries = (Synthesis(item, args.steps, args.retries, teacher.name) for item in todo)
         pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two updates; fewer updates in a log file
@@ -515,7 +529,7 @@ def synthesise(args):
             try:
                 teacher.run(queries, save)
             except KeyboardInterrupt:
-                print("stopped; what was finished is saved, and the same command goes on", file=sys.stderr)
+                print("stopped; finished queries are saved, and the same command continues", file=sys.stderr)
                 return 130
             finally:
                 writer.close()

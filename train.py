@@ -9,13 +9,15 @@ What is notable:
   `fit` is the loop that all stages share
 - a step is cut into micro-batches under a budget of tokens; its loss is the mean over the tokens of the whole step, not
   a mean of means
-- the order of the data depends on seed and step alone, so that a resumed run goes on where it stopped, bit for bit
-- under torchrun, process r of n computes rows r, r + n, …; only gradients and the logged sums are reduced
+- the order of the data depends only on the rows, the batch size, the seed, the stage and the step, so that a resumed
+  run goes on where it stopped, bit for bit
+- under torchrun, process r of n takes rows r, r + n, … of a step, sorted by length; gradients and logged numbers are
+  summed over the processes
 
     python train.py --preset tiny --stage all       # everything on a laptop's CPU in three minutes; needs no download
     python train.py --stage router                  # Qwen2.5-0.5B on one GPU
     python train.py --stage all                     # Llama-3.1-8B on one GPU
-    torchrun --nproc_per_node=4 -- train.py --stage all     # on four; without "--" torchrun takes --run for its own
+    torchrun --nproc_per_node=4 -- train.py --stage all     # on four; "--" ends torchrun's own options
 
 Shapes: B rows, T tokens, N supervised tokens, D width, V vocabulary, E experts.
 """
@@ -49,7 +51,7 @@ from support.process import (all_reduce_sum, any_process_wants_to_stop, join_pro
                              rank_and_world_size, stop_on_signal)
 from support.records import messages_of
 from support.rows import batches, make_rows, micro_batches, n_tokens, rows_per_pole
-from support.runs import (STAGES, check_fingerprints, complete_setup, open_run, resolve, stage_settings,
+from support.runs import (STAGES, check_fingerprints, complete_setup, make_setup, open_run, stage_settings,
                           unfinished_stages)
 from support.tables import format_gate, print_table
 from support.tiny import make_missing_models
@@ -61,20 +63,21 @@ class Args:
     """What to train; all does the three in order."""
     preset: typing.Literal["paper", "small", "tiny"] = "paper"
     """Models and sizes. paper: Llama-3.1-8B and Qwen2.5-0.5B on one GPU. small: SmolLM2-135M and Qwen2.5-0.5B. tiny:
-    two models made on the spot. Options without a default take the preset's value."""
+    two models made on the spot. An option without a default takes the preset's value."""
     run: str | None = None
     """Folder for results, log and checkpoints; runs/PRESET if not given."""
     data: str | None = None
     """Records: a .jsonl file, split 80/10/10 by query, or a folder with train, validation and test.jsonl. Without it,
-    tiny and small take the template teacher's."""
+    tiny and small make records from templates (synth.py)."""
     base: str | None = None
     """Model folder of the frozen base."""
     encoder: str | None = None
     """Model folder of the persona encoder."""
     device: str | None = None
-    """cpu, cuda or cuda:N; paper wants a GPU, small takes one if there is one."""
+    """cpu, cuda or cuda:N. Default: paper needs a GPU, small takes one if there is one, tiny uses the CPU."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
-    """Of the frozen base: bfloat16 on a GPU (with autocast), float32 on a CPU. What is trained is always float32."""
+    """The frozen base's dtype. Default: bfloat16 on a GPU (with autocast), float32 on a CPU. Trained weights are always
+    float32."""
     seed: int = 0
     """Seed of data order and initial values. The same seed on the same CPU gives the same run, bit for bit."""
     tau: float = 1.0
@@ -84,7 +87,8 @@ class Args:
     batch: int | None = None
     """Rows a step; a warm-up row is one record under one of its active poles."""
     tokens: int | None = None
-    """Most tokens in a micro-batch, padding included; lower it when memory runs out. Longer records are left out."""
+    """Maximum number of tokens in a micro-batch, padding included; lower it when memory runs out. Warm-up and joint
+    leave out longer records."""
     lr: float | None = None
     """Learning rate of the experts."""
     router_lr: float | None = None
@@ -94,9 +98,9 @@ class Args:
     clip: float = 1.0
     """Gradient norm above which gradients are scaled down: each expert's in warm-up, experts' and router's in joint."""
     rank: int = 8
-    """r of every expert."""
+    """LoRA rank r of every expert."""
     alpha: float = 16.0
-    """α of every expert; its update is scaled by α/r."""
+    """LoRA α of every expert; its update is scaled by α/r."""
     lam: float = 0.1
     """λ, the weight of the contrastive loss in the joint stage (ours; the paper does not give it)."""
     contrastive_tau: float = 0.07
@@ -104,7 +108,8 @@ class Args:
     joint_gate: typing.Literal["learned", "uniform"] = "learned"
     """Gate of the joint stage; uniform trains the fair control, in which routing plays no part."""
     recompute: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+    """Gradient checkpointing: keep only each layer's input for the backward pass and compute the rest again. It takes
+    less memory and more time."""
     compile: bool = False
     """Let torch.compile fuse each layer's operations; compiling takes a minute or so at the start. Needs Triton on a
     GPU and a C++ compiler on a CPU."""
@@ -119,7 +124,8 @@ class Args:
     resume: bool = False
     """Go on from the last checkpoint of this run folder."""
     overwrite: bool = False
-    """Train this stage and the stages after it again. The old run folder is kept under another name."""
+    """Train this stage again. The old run folder is kept under another name; the new one takes over only the stages
+    before this one."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,8 +134,8 @@ class Args:
 def token_losses(model, hidden, targets, chunk=None):
     """Cross-entropy −log p(target) of every position: hidden (N, D), targets (N,) -> (N,), fp32 or wider.
 
-    Logits exist for a chunk of positions at a time: 4,096 rows of fp32 logits over Llama's 128,256 words would be
-    2.1 GB.
+    With a frozen head, logits are computed for one chunk of positions at a time: 4,096 rows of fp32 logits over Llama's
+    128,256 tokens would be 2.1 GB.
     """
     if model.head_weight.requires_grad:  # only while tiny's base is made
         return F.cross_entropy(model.head(hidden), targets, reduction="none")
@@ -139,12 +145,13 @@ def token_losses(model, hidden, targets, chunk=None):
 def row_losses(model, rows, gate=None):
     """Summed loss of each row's reply in nats, (B,), fp32. gate: (B, E), or None for the base alone."""
     ids, _ = pad([row.ids[:-1] for row in rows], model.device)  # (B, T); nothing is predicted from the last token
-    # Position t predicts token t + 1, so reply tokens prompt … len−1 are predicted at positions prompt−1 … len−2. They
-    # are worked out on the CPU: a search on the GPU would make the CPU wait for it.
+    # Position t predicts token t + 1, so a reply's first token is predicted at the prompt's last position. Positions
+    # count through the flattened batch. They are computed on the CPU: finding them on the GPU with a boolean mask would
+    # make the CPU wait for the result's size.
     T = ids.shape[1]
-    positions = np.concatenate([i * T + np.arange(row.prompt - 1, len(row.ids) - 1) for i, row in enumerate(rows)])
-    targets = np.concatenate([row.ids[row.prompt:] for row in rows]).astype(np.int64)
-    owner = np.repeat(np.arange(len(rows)), [len(row.ids) - row.prompt for row in rows])
+    positions = np.concatenate([i * T + np.arange(row.n_prompt - 1, len(row.ids) - 1) for i, row in enumerate(rows)])
+    targets = np.concatenate([row.ids[row.n_prompt:] for row in rows]).astype(np.int64)
+    owner = np.repeat(np.arange(len(rows)), [row.n_supervised for row in rows])
     positions, targets, owner = (to_device(values, model.device) for values in (positions, targets, owner))  # (N,)
     hidden = model.hidden(ids, gate, positions=positions)  # (N, D)
     losses = token_losses(model, hidden, targets)          # (N,)
@@ -157,31 +164,33 @@ def row_losses(model, rows, gate=None):
 class Stage:
     """One stage's parameters, loss and optimiser step.
 
-    name: warmup, router or joint; "pretrain" makes tiny's base from nothing, on plain text. s holds the stage's
-    settings: lr, router_lr, tokens, clip, lam, contrastive_tau, joint_gate.
+    name: warmup, router or joint; "pretrain" makes tiny's base from nothing, on plain text. settings: lr, router_lr,
+    tokens, clip, lam, contrastive_tau, joint_gate.
     """
 
-    def __init__(self, name, model=None, router=None, s=None):
-        self.name, self.model, self.router, self.s = name, model, router, s
+    def __init__(self, name, model=None, router=None, settings=None):
+        self.name, self.model, self.router, self.settings = name, model, router, settings
+        # only the first process makes tiny's base; the others wait
         self.rank, self.world_size = rank_and_world_size() if name != "pretrain" else (0, 1)
         groups = []
         if name == "pretrain":
-            groups.append({"params": list(model.parameters()), "lr": s.lr})
+            groups.append({"params": list(model.parameters()), "lr": settings.lr})
         elif name == "joint":
-            groups.append({"params": self.expert_tensors(), "lr": s.lr})
+            groups.append({"params": self.expert_tensors(), "lr": settings.lr})
         elif name == "warmup":
-            # One run that equals ten. Each expert's slices of A and B are parameters of their own that share A's and
-            # B's memory. An expert without rows in a step has no gradient (None, not zero), so that neither momentum
-            # nor decay moves it, and its own count of steps stands still.
+            # Ten warm-ups in one run: AdamW has to treat each expert as if it trained alone. Each expert's slice of A
+            # and B is therefore a parameter of its own, a view of the whole tensor. backward() fills the whole tensor's
+            # gradient, and `clip` gives each view its slice. An expert without rows in a step gets None, so that AdamW
+            # does not touch it; a zero gradient would still move it by momentum.
             self.views = [(expert, whole, torch.nn.Parameter(whole.detach()[expert]))
                           for whole in self.expert_tensors() for expert in range(len(whole))]
-            groups.append({"params": [view for _, _, view in self.views], "lr": s.lr})
+            groups.append({"params": [view for _, _, view in self.views], "lr": settings.lr})
         if name in ("router", "joint"):
             router.requires_grad_(True)
-            groups.append({"params": list(router.parameters()), "lr": s.router_lr})
-        # Betas and no decay are ours. The fused kernel is much faster for warm-up's thousands of small views.
+            groups.append({"params": list(router.parameters()), "lr": settings.router_lr})
+        # The betas and weight_decay=0 are our choice. The fused kernel is much faster for warm-up's thousands of views.
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self.base_lr = [group["lr"] for group in groups]
+        self.peak_lrs = [group["lr"] for group in groups]
         self.device = (model or router.encoder).device
         bf16 = self.device.type == "cuda" and (model is None or model.dtype == torch.bfloat16)
         self.autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext()
@@ -193,81 +202,86 @@ class Stage:
     def parameters(self):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def losses(self, rows, tokens):
-        """A micro-batch's part of the step's loss: (language-model loss, contrastive loss, gate), None where absent.
+    def losses(self, rows, n_supervised):
+        """A micro-batch's losses: (lm_loss, contrastive, router_gate). What a stage does not have is None.
 
-        tokens: {expert: supervised tokens of the whole step} in warm-up, where each expert has a mean of its own and
-        the means are added; {None: tokens} in the other stages. The contrastive loss is summed over the rows.
+        n_supervised: {expert: supervised tokens in the whole step}; outside warm-up the only key is None. lm_loss is
+        this micro-batch's share of the step's mean over tokens (in warm-up: of the sum of ten such means, one for each
+        expert). contrastive is summed over the rows. router_gate (B, E) is what the router says, whatever gate is used.
         """
-        gate = contrastive = None
+        lm_loss = contrastive = router_gate = None
         if self.router is not None:
             ids, lengths = pad([row.query for row in rows], self.device)
             similarity = self.router.similarity(self.router.embed(ids, lengths))  # (B, E)
-            gate = self.router.gate(similarity)                                   # (B, E)
-            active = torch.stack([row.active for row in rows])  # on the CPU, where the loss checks it
-            contrastive = contrastive_loss(similarity, active, self.s.contrastive_tau) * len(rows)
-        if self.model is None:
-            return None, contrastive, gate
-        mixture = gate
-        if self.name == "warmup":  # expert e alone
-            mixture = F.one_hot(torch.tensor([row.expert for row in rows]), len(EXPERTS)).float().to(self.device)
-        elif self.name == "joint" and self.s.joint_gate == "uniform":
-            mixture = torch.full_like(gate, 1 / len(EXPERTS))
-        weight = to_device([1 / tokens[row.expert] for row in rows], self.device)  # (B,)
-        return (row_losses(self.model, rows, mixture) * weight).sum(), contrastive, gate
+            router_gate = self.router.gate(similarity)                            # (B, E)
+            active = torch.stack([row.active for row in rows])                    # (B, E), on the CPU
+            contrastive = contrastive_loss(similarity, active, self.settings.contrastive_tau) * len(rows)
+        if self.model is not None:
+            gate = router_gate  # joint's; None in pretrain, which has no experts, and in warm-up, which sets its own
+            if self.name == "warmup":  # each row's expert alone
+                gate = F.one_hot(torch.tensor([row.expert for row in rows]), len(EXPERTS)).float().to(self.device)
+            elif self.name == "joint" and self.settings.joint_gate == "uniform":
+                gate = torch.full_like(router_gate, 1 / len(EXPERTS))
+            weights = to_device([1 / n_supervised[row.expert] for row in rows], self.device)  # (B,)
+            lm_loss = (row_losses(self.model, rows, gate) * weights).sum()
+        return lm_loss, contrastive, router_gate
 
     def step(self, rows, lr_factor=1.0):
-        """One optimiser step. Returns the metrics as tensors: loss, grad_norm, lr, contrastive and gates (rows, E).
+        """One optimiser step. Returns metrics: loss and grad_norm as tensors, and lr; in joint also contrastive; in
+        router and joint also gates (rows, E), the shortest row first.
 
         Calling .item() here would stall the GPU on every step, so the loop converts them later. All processes know all
         rows, so that token counts and the experts with rows are those of the whole step.
         """
-        tokens = Counter()
+        n_supervised = Counter()
         for row in rows:
-            tokens[row.expert] += n_tokens(row) - row.prompt
+            n_supervised[row.expert] += row.n_supervised
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, contrastive loss
-        gates, lam = [], self.s.lam if self.name == "joint" else 1.0
-        mine = sorted(rows, key=n_tokens)[self.rank::self.world_size]
-        for group in micro_batches(mine, self.s.tokens):
+        gates = []
+        weight = self.settings.lam if self.name == "joint" else 1.0     # of the contrastive loss
+        mine = sorted(rows, key=n_tokens)[self.rank::self.world_size]   # by length, for about equal work everywhere
+        for group in micro_batches(mine, self.settings.tokens):
             with self.autocast:
-                language, contrastive, gate = self.losses(group, tokens)
-                parts = [] if language is None else [language]
+                loss, contrastive, router_gate = self.losses(group, n_supervised)
                 if contrastive is not None:
-                    parts.append(lam * contrastive / len(rows))
+                    loss = (0 if loss is None else loss) + weight * contrastive / len(rows)
                     sums[1] += contrastive.detach() / len(rows)
-                loss = sum(parts)
             loss.backward()
             sums[0] += loss.detach()
-            gates += [] if gate is None else [gate.detach().float()]
+            if router_gate is not None:
+                gates.append(router_gate.detach().float())
 
-        trained = self.expert_tensors() if self.name == "warmup" else self.parameters()
+        with_gradient = self.expert_tensors() if self.name == "warmup" else self.parameters()
+        reduced = [sums, *(p.grad for p in with_gradient if p.grad is not None)]
         if gates:  # other processes' rows are 0 until the sum
             all_gates = gates[0].new_zeros(len(rows), len(EXPERTS))
             all_gates[self.rank::self.world_size] = torch.cat(gates)
+            reduced.append(all_gates)
         if self.world_size > 1:
-            all_reduce_sum([sums, *([all_gates] if gates else []), *(p.grad for p in trained if p.grad is not None)])
+            all_reduce_sum(reduced)
         norm = self.clip(present={row.expert for row in rows})
-        for group, lr in zip(self.optimizer.param_groups, self.base_lr):
+        for group, lr in zip(self.optimizer.param_groups, self.peak_lrs):
             group["lr"] = lr * lr_factor
         self.optimizer.step()
-        for p in (*self.parameters(), *trained):
+        for p in (*self.parameters(), *with_gradient):
             p.grad = None
-        # Warm-up's loss is a sum of means. The log shows their average, which compares with the other stages.
-        metrics = {"loss": sums[0] / (len(tokens) if self.name == "warmup" else 1), "grad_norm": norm,
+        # Warm-up's loss is a sum of means. The log shows their average, which is comparable with the other stages.
+        metrics = {"loss": sums[0] / (len(n_supervised) if self.name == "warmup" else 1), "grad_norm": norm,
                    "lr": self.optimizer.param_groups[0]["lr"]}
         if self.name == "joint":
             metrics["contrastive"] = sums[1]
         return metrics | ({"gates": all_gates} if gates else {})
 
     def clip(self, present):
-        """Scale large gradients down: each expert's by itself in warm-up, else experts and router apart. Returns the
-        norm before clipping. present: the experts that have rows in this step."""
+        """Scale large gradients down: in warm-up each expert's separately, in joint the experts' and the router's
+        separately. Returns the norm before clipping. present: the experts that have rows in this step."""
         if self.name != "warmup":
-            norms = [torch.nn.utils.clip_grad_norm_(g["params"], self.s.clip) for g in self.optimizer.param_groups]
+            norms = [torch.nn.utils.clip_grad_norm_(group["params"], self.settings.clip)
+                     for group in self.optimizer.param_groups]
             return torch.stack(norms).norm()
         whole = self.expert_tensors()
         norms = sum(w.grad.square().sum((1, 2)) for w in whole).sqrt()  # (E,)
-        scale = (self.s.clip / (norms + 1e-6)).clamp(max=1)
+        scale = (self.settings.clip / (norms + 1e-6)).clamp(max=1)
         for w in whole:
             w.grad *= scale[:, None, None]
         for expert, w, view in self.views:
@@ -279,7 +293,7 @@ class Stage:
         if self.model is not None:
             save_experts(self.model, folder / "experts", base)
         if self.router is not None:
-            save_router(self.router, folder / "router", contrastive_temperature=self.s.contrastive_tau)
+            save_router(self.router, folder / "router", contrastive_temperature=self.settings.contrastive_tau)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,62 +316,58 @@ def metrics_to_floats(metrics):
 def fit(stage, rows, s, run, stop=lambda: False):
     """Train `stage` on `rows` for s.steps steps, from the run folder's last checkpoint if there is one.
 
-    Raises Stopped after the step in which `stop()` turns true, UserError for a loss or gradient that is NaN or infinite.
+    Raises Stopped after the step in which `stop()` turns true. UserError for a loss or gradient norm that is NaN or
+    infinite, and for a GPU whose memory is full.
     """
-    has_loss = [stage.model is None or len(row.ids) > row.prompt for row in rows]
-    if not any(has_loss):
-        raise UserError(f"{stage.name}: no record has a single supervised token: are all responses empty?")
+    # the stage's name is part of the seed, so that each stage has an order of its own
     order = batches([n_tokens(row) for row in rows], s.batch, [s.seed, *stage.name.encode()])
-    done, first = load_latest_checkpoint(stage, run), stage.rank == 0  # the first process writes
+    done, first = load_latest_checkpoint(run, stage), stage.rank == 0  # only the first process writes
     log = open_log(run, stage.name, done) if first else None
-    pending, real_tokens, began, skipped = [], 0, time.perf_counter(), 0
+    pending, n_real, began = [], 0, time.perf_counter()
     bar = tqdm(total=s.steps, initial=done, desc=stage.name, unit="step", dynamic_ncols=True,
                disable=not (first and sys.stderr.isatty()))
-    step = 0
-    while step < s.steps:
-        batch = [rows[i] for i in next(order) if has_loss[i]]
-        if not batch:
-            skipped += 1
-            continue
-        step += 1
-        if step <= done:  # a resumed run draws the order again and skips the steps
+    for step in range(1, s.steps + 1):
+        batch = [rows[i] for i in next(order)]
+        if step <= done:  # a resumed run draws the same order and skips what is done
             continue
         try:
             metrics = stage.step(batch, learning_rate_factor(step - 1, s.steps, s.lr_warmup))
         except torch.OutOfMemoryError as error:
-            raise UserError(f"{stage.name}, step {step}: the GPU's memory is full ({' '.join(str(error).split())[:150]})"
-                            f". Lower --tokens (now {s.tokens}) or --rank with --overwrite, or give --recompute, with "
-                            "--resume too") from None
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(f"{stage.name}, step {step}: the GPU's memory is full ({reason}). Lower --tokens (now "
+                            f"{s.tokens}) or --rank with --overwrite, or give --recompute, also with --resume") \
+                from None
         pending.append((step, batch, metrics))
-        real_tokens += sum((0 if row.ids is None or stage.model is None else len(row.ids))
-                           + (0 if stage.router is None else len(row.query)) for row in batch)
+        for row in batch:
+            n_real += len(row.ids) if stage.model is not None else 0
+            n_real += len(row.query) if stage.router is not None else 0
         stopping = any_process_wants_to_stop(stop)
         print_line = step % s.log_every == 0 or step == s.steps
         save = step % s.save_every == 0 or step == s.steps or stopping
-        if print_line or save or stage.device.type == "cpu":  # in between, a GPU is not waited for
-            rate = real_tokens / (time.perf_counter() - began)
-            for at, its_batch, metrics in pending:
-                entry = {"step": at, "stage": stage.name, **metrics_to_floats(metrics), "tokens_per_s": rate}
-                check_finite(entry, [row.id for row in its_batch], run)
+        # Reading a metric makes the CPU wait for the GPU, so a GPU's metrics are read only when they are needed.
+        if print_line or save or stage.device.type == "cpu":
+            rate = n_real / (time.perf_counter() - began)
+            for past_step, past_batch, past_metrics in pending:
+                entry = {"step": past_step, "stage": stage.name, **metrics_to_floats(past_metrics),
+                         "tokens_per_s": rate}
+                check_finite(entry, [row.id for row in past_batch], run)
                 if first:
                     append_to_log(log, entry)
-            pending, real_tokens, began = [], 0, time.perf_counter()
-            bar.set_postfix_str(f"loss {entry['loss']:.3f}", refresh=False)
+            pending, n_real, began = [], 0, time.perf_counter()
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}", refresh=False)  # the last entry is this step's
         bar.update()
         if print_line and first:
             bar.write(log_line(entry, s.steps), file=sys.stdout)
             sys.stdout.flush()
         if save and first:
-            os.fsync(log.fileno())  # the log is on disk before the checkpoint that counts on it
-            save_checkpoint(stage, step, s.keep, run)
+            os.fsync(log.fileno())  # the log is on disk before the checkpoint that relies on it
+            save_checkpoint(run, stage, step, s.keep)
         if stopping and step < s.steps:
             bar.close()
             raise Stopped(f"stopped after step {step} of {s.steps} of {stage.name}; everything is saved")
     bar.close()
     if first:
         log.close()
-        if skipped:
-            print(f"{stage.name}: skipped {skipped} batches without a supervised token")
 
 
 def log_line(entry, steps):
@@ -431,27 +441,25 @@ def train_stage(name, setup, settings, stop):
 @torch.no_grad()
 def score_queries(router, rows, tokens=8192):
     """Cosines of each row's query with the expert embeddings, (N, E), fp32, on the CPU."""
-    found = torch.zeros(len(rows), len(EXPERTS))
-    order = {id(row): i for i, row in enumerate(rows)}
-    for group in micro_batches(rows, tokens, lambda row: len(row.query)):
-        ids, lengths = pad([row.query for row in group], router.encoder.device)
-        found[[order[id(row)] for row in group]] = router.similarity(router.embed(ids, lengths)).cpu()
-    return found
+    similarity = torch.zeros(len(rows), len(EXPERTS))
+    for numbers in micro_batches(range(len(rows)), tokens, lambda i: len(rows[i].query)):
+        ids, lengths = pad([rows[i].query for i in numbers], router.encoder.device)
+        similarity[numbers] = router.similarity(router.embed(ids, lengths)).cpu()
+    return similarity
 
 
 @torch.no_grad()
 def evaluation_loss(model, rows, gates=None, tokens=8192):
     """Loss of every row's reply: (summed nats (N,), supervised tokens (N,)), numpy fp64. gates: (N, E) or None."""
-    nats, order = np.zeros(len(rows)), {id(row): i for i, row in enumerate(rows)}
     for row in rows:
         if len(row.ids) > (model.context or math.inf):
             raise UserError(f"record {row.id!r} has {len(row.ids):,} tokens, and the base reads {model.context:,}: "
                             "take it out of the data")
-    for group in micro_batches(rows, tokens):
-        numbers = [order[id(row)] for row in group]
+    nats = np.zeros(len(rows))
+    for numbers in micro_batches(range(len(rows)), tokens, lambda i: n_tokens(rows[i])):
         gate = None if gates is None else gates[numbers].to(model.device)
-        nats[numbers] = row_losses(model, group, gate).double().cpu().numpy()
-    return nats, np.array([float(n_tokens(row) - row.prompt) for row in rows])
+        nats[numbers] = row_losses(model, [rows[i] for i in numbers], gate).double().cpu().numpy()
+    return nats, np.array([float(row.n_supervised) for row in rows])
 
 
 def generate_replies(model, chat, records, gates=None, max_new_tokens=80, **sampling):
@@ -474,8 +482,8 @@ def print_results(setup):
     if router:
         statistics, chance = gate_statistics(gates["learned"]), active.mean().item()
         hits = (active * F.one_hot(similarity.argmax(-1), len(EXPERTS))).sum(-1).mean()
-        print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: its first choice is called for in "
-              f"{hits:.0%}\n(by chance {chance:.0%}), gate entropy {statistics['entropy']:.3f} (uniform "
+        print(f"\nRouter on {len(rows)} held-out queries, tau {setup.tau:g}: the top expert is an active pole for "
+              f"{hits:.0%}\n(by chance {chance:.0%}); gate entropy {statistics['entropy']:.3f} (uniform "
               f"{math.log(len(EXPERTS)):.3f}), top-1 mass {statistics['top1']:.3f}")
     if not experts:
         return
@@ -484,12 +492,12 @@ def print_results(setup):
     for rule in rules:
         nats, counts = evaluation_loss(model, rows, gates[rule], setup.tokens)
         losses[rule] = nats.sum() / counts.sum()
-    print_table(["gate", "nats/token", "against base", "what the gate is"], [
+    print_table(["gate", "nats/token", "minus base", "what the gate is"], [
         [rule, f"{loss:.4f}", f"{loss - losses['base']:+.4f}", GATE_RULES[rule]] for rule, loss in losses.items()],
-        f"Held-out loss on {len(rows)} records, experts after {trained}, tau {setup.tau:g}")
+        f"Held-out loss on {len(rows)} records, experts after {trained}, tau {setup.tau:g}", left=(0, 3))
     if trained == "joint":
-        print("\n  The experts were not trained for a uniform gate, so after joint training it is no fair\n"
-              "  control; shuffled is. See docs/results.md.")
+        print("\n  Compare learned with shuffled. Joint training under the learned gate does not prepare the\n"
+              "  experts for a uniform one, so that is no fair control; see docs/results.md.")
     rule = "learned" if router else "oracle"
     replies = generate_replies(model, chat, records[:5]), generate_replies(model, chat, records[:5], gates[rule][:5])
     for i, record in enumerate(records[:5]):
@@ -500,27 +508,27 @@ def print_results(setup):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def main(argv=None, close=True):
-    """Train the stages asked for. close=False leaves out the closing table; experiments do so."""
+def main(argv=None, show_results=True):
+    """Train the stages that the command line names, then show results unless show_results is False."""
     if int(os.environ.get("RANK", 0)):
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")  # only the first process prints
     args = parse(Args, argv, __doc__)
     check_args(args)
     stages = STAGES if args.stage == "all" else (args.stage,)
-    setup = resolve(args, stages)
+    setup = make_setup(args, stages)
     settings = {stage: stage_settings(args, stage, setup.dtype) for stage in stages}
     setup.device = join_process_group(setup.device, {stage: s["batch"] for stage, s in settings.items()})
     rank, world_size = rank_and_world_size()
     if setup.device.type == "cpu":
         keep_freed_memory()
 
-    def fit_base(model, rows):
-        print("making the tiny base: a Llama of under a million parameters that answers neutrally")
-        s = SimpleNamespace(**stage_settings(Args(preset="tiny", seed=args.seed), "pretrain"))
-        fit(Stage("pretrain", model, s=s), rows, s, setup.run, stop.is_set)
-
     status = None
     with ExitStack() as locks, stop_on_signal() as stop:
+        def fit_base(model, rows):
+            print("making the tiny base: a Llama of under a million parameters that answers neutrally")
+            s = SimpleNamespace(**stage_settings(Args(preset="tiny", seed=args.seed), "pretrain"))
+            fit(Stage("pretrain", model, settings=s), rows, s, setup.run, stop.is_set)
+
         try:
             if rank == 0:
                 to_do = open_run(setup, settings, args, locks)
@@ -541,7 +549,7 @@ def main(argv=None, close=True):
             status = 130
     if dist.is_initialized():
         dist.destroy_process_group()
-    if rank or status or not close:
+    if rank or status or not show_results:
         return status
     if not to_do:
         print(f"{setup.run} is complete")

@@ -1,7 +1,7 @@
-"""A run's log and its checkpoints: safetensors and JSON, each file whole under its final name."""
+"""A run's log and its checkpoints. A checkpoint is complete as soon as it has its final name; the last line of the log
+may be cut off by a crash."""
 import json
 import math
-import os
 import shutil
 import sys
 
@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from lora import EXPERTS
-from model import Config
-from support.files import UserError, all_finite, atomic, human_readable_size, open_safetensors, remove, shorten
+from model import Config, Linear, Transformer
+from support.files import UserError, atomic, human_readable_size, remove, shorten
+from support.weights import all_finite, open_safetensors
 
 
 class Stopped(Exception):
@@ -21,7 +22,7 @@ class Stopped(Exception):
 # log.jsonl: one JSON object a step
 
 def append_to_log(log, entry):
-    """Add one line in a single write, so that a kill comes before it or after it."""
+    """Add one line in a single write. If a crash cuts it all the same, read_log leaves it out."""
     line = json.dumps(entry).encode() + b"\n"
     try:
         if log.write(line) < len(line):
@@ -44,20 +45,20 @@ def read_log(run):
     return found
 
 
-def rewind_log(run, stage, step):
+def rewind_log(run, stage_name, step):
     """Remove a stage's lines after this step, and a line that was cut off."""
-    lines = [line + b"\n" for line, entry in read_log(run) if entry["stage"] != stage or entry["step"] <= step]
+    lines = [line + b"\n" for line, entry in read_log(run) if entry["stage"] != stage_name or entry["step"] <= step]
     with atomic(run / "log.jsonl") as part:
         part.write_bytes(b"".join(lines))
 
 
-def open_log(run, stage, step):
+def open_log(run, stage_name, step):
     """The log, open for appending after this step of a stage. Says how many lines of it a crash has lost."""
-    rewind_log(run, stage, step)
-    lost = step - len({entry["step"] for _, entry in read_log(run) if entry["stage"] == stage})
+    rewind_log(run, stage_name, step)
+    lost = step - len({entry["step"] for _, entry in read_log(run) if entry["stage"] == stage_name})
     if lost:
-        print(f"{stage}: {run}/log.jsonl lacks {lost} of the {step} steps that are done: after a crash of the machine, "
-              "or an edit", file=sys.stderr)
+        print(f"{stage_name}: {run}/log.jsonl lacks {lost} of the {step} steps that are done; a crash or "
+              "an edit has lost them", file=sys.stderr)
     return open(run / "log.jsonl", "ab", buffering=0)
 
 
@@ -75,12 +76,12 @@ def check_finite(entry, record_ids, run):
 # ----------------------------------------------------------------------------------------------------------------------
 # state/<stage>-<step>.safetensors
 
-def checkpoint_files(run, stage):
+def checkpoint_files(run, stage_name):
     """A stage's checkpoints, the oldest first."""
-    return sorted((run / "state").glob(f"{stage}-*.safetensors"))
+    return sorted((run / "state").glob(f"{stage_name}-*.safetensors"))
 
 
-def save_checkpoint(stage, step, keep, run):
+def save_checkpoint(run, stage, step, keep):
     """Write everything that resuming needs to one file: parameters, moments and step counts. The last `keep` stay."""
     tensors = {}
     for i, p in enumerate(stage.parameters()):
@@ -92,13 +93,11 @@ def save_checkpoint(stage, step, keep, run):
             tensors[f"{i}.{name}"] = value
     with atomic(run / "state" / f"{stage.name}-{step:07d}.safetensors") as part:
         save_file(tensors, part, metadata={"step": str(step)})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
     for old in checkpoint_files(run, stage.name)[:-keep]:
         old.unlink()
 
 
-def load_latest_checkpoint(stage, run):
+def load_latest_checkpoint(run, stage):
     """Fill parameters and optimiser from the last checkpoint. Returns its step, or 0 where there is none."""
     files = checkpoint_files(run, stage.name)
     if stage.rank == 0:
@@ -143,18 +142,15 @@ def load_checkpoint(file, stage):
 # Room on the disk
 
 def trained_parameters(setup, stage):
-    """About how many parameters a stage trains, from the models' config.json alone."""
-    def shapes(c):  # (in, out) of a layer's seven linears
-        heads, kv_heads = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        return [(c.dim, heads), (c.dim, kv_heads), (c.dim, kv_heads), (heads, c.dim),
-                (c.dim, c.hidden_dim), (c.dim, c.hidden_dim), (c.hidden_dim, c.dim)]
+    """How many parameters a stage trains, from the models' config.json alone."""
     n = 0
-    if stage != "router":
-        c = Config.from_dir(setup.base)
-        n += c.n_layers * sum(i + o for i, o in shapes(c)) * setup.rank * len(EXPERTS)
-    if stage != "warmup":  # norms, biases and expert embeddings are too few to count
-        c = Config.from_dir(setup.encoder)
-        n += c.n_layers * sum(i * o for i, o in shapes(c)) + c.vocab_size * c.dim * (1 if c.tied else 2)
+    with torch.device("meta"):  # shapes only: takes no memory
+        if stage != "router":
+            layers = Transformer(Config.from_dir(setup.base)).modules()
+            widths = sum(layer.in_features + layer.out_features for layer in layers if isinstance(layer, Linear))
+            n += setup.rank * len(EXPERTS) * widths
+        if stage != "warmup":
+            n += sum(p.numel() for p in Transformer(Config.from_dir(setup.encoder)).parameters())
     return n
 
 

@@ -3,7 +3,7 @@
 What is notable:
 - a program's options are the fields of a dataclass: a field gives name, type and default, and the sentence under it is
   the help text
-- what a user can do wrong is raised as UserError, and ends in one line on standard error and exit status 2
+- a user's mistake is raised as UserError. The program then prints one line on standard error, with exit status 2
 """
 import argparse
 import ast
@@ -44,16 +44,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def for_users(doc):
-    """Returns a program's docstring as --help shows it: 79 columns, without the parts for readers of the code."""
-    parts = [part.strip("\n") for part in doc.split("\n\n") if not part.startswith(("What is notable", "Shapes:"))]
+    """Returns a docstring as --help shows it: 79 columns, without the paragraphs for readers of the code."""
+    parts = [part.strip("\n") for part in inspect.cleandoc(doc).split("\n\n")
+             if not part.startswith(("What is notable", "Shapes:"))]
     return "\n\n".join("\n".join(textwrap.fill(line, 79, subsequent_indent=" " * 8) for line in part.split("\n"))
                        if part.startswith(" ") else textwrap.fill(part, 79) for part in parts)
 
 
 def parse(cls, argv=None, description=None, prog=None):
-    """Returns the dataclass `cls` filled from the command line. UserError for anything that does not fit."""
+    """Returns the dataclass `cls` filled from the command line. UserError for an invalid option or value."""
     parser = Parser(description=for_users(description or ""), allow_abbrev=False, prog=prog,
-                    formatter_class=argparse.HelpFormatter if prog else argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add_fields(parser, cls)
     return check_numbers(cls(**vars(parser.parse_args(argv))))
 
@@ -61,19 +62,19 @@ def parse(cls, argv=None, description=None, prog=None):
 def add_fields(parser, cls):
     """Add an option for each field of the dataclass `cls`.
 
-    --name VALUE, or a switch for a bool, or several values for a list. A field without a default takes words that have
-    no option before them: at least one, or any number if the field has a default_factory.
+    It is --name VALUE; a bool is a switch, and a list takes several values. A field without a default is a positional
+    argument that takes one word or more, and a field with a default_factory one that takes any number.
     """
     types, sentences = typing.get_type_hints(cls), field_help(cls)
     for field in fields(cls):
-        kind, sentence = types[field.name], sentences[field.name]
+        kind, sentence = types[field.name], sentences[field.name].replace("%", "%%")  # argparse formats with %
         if field.default is MISSING:
             parser.add_argument(field.name, nargs="+" if field.default_factory is MISSING else "*",
                                 metavar="FILE" if field.name.startswith("file") else "TEXT", help=sentence)
             continue
-        if type(None) in typing.get_args(kind):  # "int | None": None stands for the preset's value
+        if type(None) in typing.get_args(kind):  # "int | None": None means that the option was not given
             kind = typing.get_args(kind)[0]
-        option = {"default": field.default, "help": sentence.replace("%", "%%")}
+        option = {"default": field.default, "help": sentence}
         if field.default is not False and field.default not in (None, ()):  # 0 is shown, although 0 == False
             option["help"] += f" (default: {field.default})"
         if kind is bool:
@@ -88,16 +89,18 @@ def add_fields(parser, cls):
 
 
 LOWEST = dict.fromkeys(("seed", "lam", "lr_warmup", "temperature", "replies", "retries"), 0)  # others: 1, or above 0
-HIGHEST = {"lr_warmup": 1, "top_p": 1, "batch": 2**16, "rank": 2**16, "workers": 2**12}       # others: 2**31
+HIGHEST = {"lr_warmup": 1, "top_p": 1, "batch": 2**16, "rank": 2**16, "workers": 2**12}
+LARGEST = 2**31  # of the other numbers, so that sizes computed from them do not overflow
 
 
 def check_numbers(args):
     """Returns `args` if every number in it is in its range, else raises UserError. NaN is in no range."""
     for key, value in vars(args).items():
         if type(value) in (int, float):
-            low, high = LOWEST.get(key, 1 if type(value) is int else 1e-9), HIGHEST.get(key, 2**31)
+            low, high = LOWEST.get(key, 1 if type(value) is int else 1e-9), HIGHEST.get(key, LARGEST)
             if not low <= value <= high:
-                raise UserError(f"--{key.replace('_', '-')} is {value}, expected a number from {low:g} to {high:g}")
+                limit = f" to {high:,}" if key in HIGHEST or value > high else " on"
+                raise UserError(f"--{key.replace('_', '-')} is {value}, expected a number from {low:g}{limit}")
     return args
 
 
@@ -112,7 +115,7 @@ def fail(message):
 def run_command(main):
     """Run a program's main() and exit with the status that it returns. A user's error is one line and status 2."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed when the program was started: `… >&-`
+        if getattr(sys, name) is None:  # the shell closed it: `… >&-`
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # print a number for a character that the terminal lacks
@@ -130,18 +133,21 @@ def run_command(main):
     except OSError as error:  # the disk is full, or a folder may not be read
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # without memory, the CPU's allocator raises a plain RuntimeError
+        # the CPU's allocator raises a plain RuntimeError when memory is full
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise
-        fail(f"memory is full ({' '.join(str(error).split())[:150]}): lower --tokens, use --dtype bfloat16, which "
-             "takes half the memory of float32, or take a smaller model or a device with more memory")
+        fail(f"memory is full ({' '.join(str(error).split())[:150]}): lower --tokens or --batch, use --dtype bfloat16 "
+             "(half the memory of float32), or choose a smaller model or a larger device")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Device and dtype
 
 def pick_device(name=None):
-    """Returns the torch.device for cpu, cuda or cuda:N; for None a GPU if there is one. UserError if there is none."""
+    """Returns the torch.device named cpu, cuda or cuda:N. Without a name, returns a GPU if there is one, else the CPU.
+
+    UserError for another name, and for a GPU that this machine does not have.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -157,7 +163,10 @@ def pick_device(name=None):
 
 
 def pick_dtype(name, device):
-    """Returns the base's dtype: the one named, or bfloat16 on a GPU and float32 on a CPU if `name` is None."""
+    """Returns the dtype named float32 or bfloat16. Without a name, returns bfloat16 on a GPU and float32 on a CPU.
+
+    UserError if the GPU has no bfloat16.
+    """
     if device.type == "cuda" and name != "float32" and not torch.cuda.is_bf16_supported():
         raise UserError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float32")
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))

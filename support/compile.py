@@ -1,4 +1,6 @@
-"""torch.compile for training (the layers) and for generation (the decoding step). Optional; results stay the same.
+"""torch.compile for training (the layers) and for generation (the decoding step). Optional.
+
+Results are the same up to rounding.
 
 As written, a layer or a step starts many small operations, each of which takes longer to start than to compute. The
 compiler fuses them. Compiling takes a minute or more, when a layer or a step is first used.
@@ -9,10 +11,12 @@ import shutil
 
 import torch
 
-from model import Cache, empty_keys_and_values
+from model import Cache, zero_keys_and_values
 from support.files import UserError
 
-ROOM = 256  # a compiled step's memory is for a multiple of this many tokens: on a GPU, each size records another graph
+# The keys and values of a compiled step have room for a multiple of this many tokens. On a GPU, each size needs another
+# CUDA graph, so few sizes are better.
+ROOM = 256
 
 
 def check_compiler(device):
@@ -34,7 +38,8 @@ class CompiledStep:
         def decode(ids, gate, k, v, lengths):
             """The step as a function of tensors only: ids (B, 1), gate (B, E) or None, each layer's keys and values,
             which it extends, and lengths (B,). Returns logits (B, V)."""
-            cache = Cache(k, v, lengths, longest=k[0].shape[2] - 1, passes=1)  # rows see all memory but what is masked
+            # the largest `longest` possible: the step reads all memory, of which the mask hides what no row has written
+            cache = Cache(k, v, lengths, longest=k[0].shape[2] - 1)
             return model.head(model.hidden(ids, gate, cache)[:, 0])
 
         mode = "reduce-overhead" if model.device.type == "cuda" else "default"
@@ -42,12 +47,12 @@ class CompiledStep:
         self.kept = {}  # {(rows, size): (k, v)}, the memory of the last call
 
     def memory(self, model, rows, size):
-        """As empty_keys_and_values, for at least `size` tokens. The next call for as many rows and tokens gets the same
+        """As zero_keys_and_values, for at least `size` tokens. The next call with the same rows and size gets the same
         tensors, because a CUDA graph is bound to its memory."""
         size = -(-size // ROOM) * ROOM
         if (rows, size) not in self.kept:
             self.kept.clear()  # first, so that there is never memory for two
-            self.kept[rows, size] = empty_keys_and_values(model, rows, size)
+            self.kept[rows, size] = zero_keys_and_values(model, rows, size)
             for tensors in self.kept[rows, size]:
                 for tensor in tensors:
                     torch._dynamo.mark_static_address(tensor, guard=False)  # the graph must not copy it

@@ -1,8 +1,8 @@
-"""Experiments: is it the method that helps, and which part of it? Six questions, each a function that returns tables.
+"""The command experiment: is it the method that helps, and which part of it? Six questions, one function for each.
 
     python eval.py experiment routing --run runs/tiny        # or temperature, rank, domain, stages, baselines
 
-- An experiment trains variants of a run, measures their loss under gate rules and compares.
+- An experiment trains variants of a run, measures their loss under gate rules and compares them.
 - A variant is a run folder in RUN/experiments/. It differs from the run in a few settings and links to everything else.
 - A finished variant is never trained again, so an experiment can be stopped at any time and started again.
 """
@@ -22,9 +22,10 @@ import torch
 from lora import EXPERTS, SHORT_NAMES, expert_layers, save_experts
 from router import gate_statistics, persona_gate, save_router, softmax_gate
 from support.baselines import base_alone, warmup_experts
-from support.files import UserError, atomic, read_json, shorten
-from support.measure import (RunOptions, LoadedRun, bootstrap, domain_subsets, load_cases, load_run, losses,
-                             one_hot_gate, update_gram)
+from support.checkpoints import read_log
+from support.files import UserError, atomic, read_json
+from support.measure import (RunOptions, LoadedRun, bootstrap, domain_subsets, load_run, load_split, losses,
+                             one_hot_gate, one_pole_only, update_gram)
 from support.records import write_records
 from support.runs import STAGES, Setup, read_run, write_config
 from support.tables import print_table
@@ -35,11 +36,12 @@ from train import evaluation_loss, score_queries
 @dataclass(kw_only=True)
 class Experiment(RunOptions):
     names: list[str]
-    """Which: routing, temperature, rank, domain, stages, baselines; several are done in turn."""
+    """One or several of routing, temperature, rank, domain, stages and baselines."""
     seeds: int | None = None
-    """How many runs, each with its own order of the data and initial values; 3 for routing and temperature, else 1."""
+    """Number of seeds: the run's own, and others with another order of the data and other initial values. Default: 3
+    for routing and temperature, 1 for rank and stages. domain and baselines take the run alone."""
     records: int | None = None
-    """How many test records, and as many for validation; all if not given."""
+    """Number of test records, and of validation records. Default: all."""
     again: bool = False
     """Measure again what experiments/NAME/results.json holds. Finished variants are not trained again."""
 
@@ -62,25 +64,32 @@ def start_variant(folder, source, config, kept, data, changes):
         write_config(part, config | {"setup": setup, "stages": kept, "fingerprints": fingerprints})
 
 
-def variant(args, source, name, stages, fresh=(), data=None, **changes):
+def variant(args, source, name, stages, untrained=(), data=None, **changes):
     """Train `stages` in the run folder RUN/experiments/<name>, and return that folder.
 
-    Everything else comes from the run `source`: its settings except for `changes`, its models, its data (or `data`,
-    {split: records}) and its finished stages (except those in `fresh`, which stay as they are initialised).
-    Where nothing differs, the folder returned is `source` itself.
+    Settings, models, records and all other finished stages are those of the run `source`, with these exceptions:
+    changes: settings that differ.
+    untrained: stages that are not trained. Their experts or router are saved as they are initialised.
+    data: {split: records} to use in place of the source's.
+
+    If joint is the only stage to train and nothing would differ from the source's, the folder is `source` itself.
     """
     folder, config = Path(args.run) / "experiments" / name, read_run(source)
     settings = config["stages"].get("joint", {}) | config["setup"]
-    if [*stages] == ["joint"] and not fresh and all(settings.get(k) == v for k, v in changes.items()):
+    if [*stages] == ["joint"] and not untrained and all(settings.get(k) == v for k, v in changes.items()):
         return source
-    kept = {stage: s for stage, s in config["stages"].items() if stage not in (*stages, *fresh, "joint")}
+    kept = {stage: s for stage, s in config["stages"].items() if stage not in (*stages, *untrained, "joint")}
+    models = {role: getattr(args, role) or config["setup"][role] for role in ("base", "encoder")}  # they may have moved
     if not (folder / "config.json").exists():
         start_variant(folder, source, config, kept, data, changes)
-    if any(read_run(folder)["stages"].get(stage) != s for stage, s in kept.items()):
+    stored = read_run(folder)
+    if any(stored["stages"].get(stage) != s for stage, s in kept.items()):
         raise UserError(f"{folder} was made from other stages than {source} has now: remove it to train it again")
+    if stored["setup"] | models != stored["setup"]:
+        write_config(folder, stored | {"setup": stored["setup"] | models})
 
     setup = load_run(args, folder).setup
-    for stage in fresh:
+    for stage in untrained:
         if not (folder / stage).is_dir():
             with atomic(folder / stage) as part:
                 if stage == "warmup":
@@ -88,27 +97,16 @@ def variant(args, source, name, stages, fresh=(), data=None, **changes):
                 else:
                     save_router(setup.load_router(), part / "router")
     for stage in stages:
-        done, began = (folder / stage).is_dir(), time.perf_counter()
-        print(f"{'done' if done else 'training'}: {folder}, {stage}", flush=True)
+        print(f"{'done' if (folder / stage).is_dir() else 'training'}: {folder}, {stage}", flush=True)
         options = config["stages"].get(stage, {}) | {k: getattr(setup, k) for k in (*Setup.SHARED, "device")} | changes
-        options |= {"run": folder, "stage": stage, "resume": True, "log_every": 2**30, "dtype": args.dtype}
+        options |= {"run": folder, "stage": stage, "resume": True, "log_every": 2**30}
+        if args.dtype:
+            options["dtype"] = args.dtype
         command = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in options.items()
                    if v is not None and v is not False]
-        if train.main(command, close=False):
+        if train.main(command, show_results=False):
             raise KeyboardInterrupt  # training was stopped, so the experiment stops as well
-        if not done:
-            with atomic(folder / stage / "seconds.json") as part:
-                part.write_text(json.dumps({"seconds": time.perf_counter() - began}))
     return folder
-
-
-def seconds_of(folder):
-    """How long a variant's stage took to train; NaN if the process was killed before it could note the time."""
-    file = folder / "seconds.json"
-    seconds = read_json(file).get("seconds") if file.exists() else math.nan
-    if not isinstance(seconds, (int, float)):
-        raise UserError(f"{file}: seconds is {shorten(seconds)}, expected a number; remove the file")
-    return seconds
 
 
 def seeded(args, default=1):
@@ -122,9 +120,9 @@ def seeded(args, default=1):
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses compared
 
-def loss_of(args, folder, stage, cases, rule="learned"):
-    """Returns the nats (N,) of every reply under a run's experts of `stage` and one gate rule."""
-    return losses(load_run(args, folder, stage), cases, [rule])[rule]
+def loss_of(args, folder, stage, split, rule="learned"):
+    """Returns the nats (N,) of every reply under one gate rule, with a run's experts of `stage`."""
+    return losses(load_run(args, folder, stage), split, [rule], seed=args.seed)[rule]
 
 
 def mean_and_std(values):
@@ -132,15 +130,24 @@ def mean_and_std(values):
     return [float(np.mean(values)), float(np.std(values))]
 
 
-def compared(found, cases, reference, part=slice(None), seed=0):
-    """Returns table rows for {name: [nats (N,) of each seed]}: the name, its nats per token with their deviation over
-    seeds, and the difference to `reference`, averaged over seeds, with its interval over the records in `part`."""
-    rows, counts = [], cases.counts[part]
-    for name, runs in found.items():
-        difference = (np.mean(runs, 0) - np.mean(found[reference], 0))[part]
-        rows.append([name, mean_and_std([nats[part].sum() / counts.sum() for nats in runs]),
+def compared(nats, split, reference, part=slice(None), seed=0):
+    """Returns a table's rows, one for each method in `nats`, {method: [nats (N,) of each seed]}.
+
+    A row has the method's name; its loss in nats/token, [mean, standard deviation over seeds]; and its loss minus that
+    of the method `reference`, averaged over seeds, as [difference, low, high]. The interval is a bootstrap over the
+    records. part: the numbers of the records to compare on.
+    """
+    rows, counts = [], split.counts[part]
+    for name, of_seeds in nats.items():
+        difference = (np.mean(of_seeds, 0) - np.mean(nats[reference], 0))[part]
+        rows.append([name, mean_and_std([values[part].sum() / counts.sum() for values in of_seeds]),
                      "" if name == reference else [*map(float, bootstrap(difference, counts, seed))]])
     return rows
+
+
+def over_seeds(n):
+    """Returns how a title explains the cells of `mean_and_std`."""
+    return f"mean ± standard deviation over {n} seeds" if n > 1 else "one seed"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,37 +155,43 @@ def compared(found, cases, reference, part=slice(None), seed=0):
 
 def routing_tables(args, run):
     """Is the router's gate worth more than other gates, on the experts before and after joint training?"""
-    tests, validation = load_cases(run, "test", args.records), load_cases(run, "validation", args.records)
+    test, validation = load_split(run, "test", args.records), load_split(run, "validation", args.records)
 
-    def alone(opened, cases, e):
-        return evaluation_loss(opened.model, cases.rows, one_hot_gate(e).expand(len(cases.rows), -1), args.tokens)[0]
+    def alone(opened, split, e):
+        return evaluation_loss(opened.model, split.rows, one_hot_gate(e).expand(len(split.rows), -1), args.tokens)[0]
 
-    found = {"warmup": defaultdict(list), "joint": defaultdict(list)}
+    nats = {"warmup": defaultdict(list), "joint": defaultdict(list)}  # {stage: {gate: [nats (N,) of each seed]}}
     for seed, folder in seeded(args, 3):
         control = variant(args, folder, f"routing/control-{seed}", ["joint"], joint_gate="uniform")
-        for stage, nats in found.items():
+        for stage in nats:
             opened = load_run(args, folder, stage)
             rules = "base", "uniform", "shuffled", "learned", "oracle", "labels"
-            for rule, values in losses(opened, tests, rules).items():
-                nats[rule].append(values)
-            draws = [losses(opened, tests, ["random"], seed=draw)["random"] for draw in range(3)]
-            nats["random"].append(np.mean(draws, 0))
+            for rule, values in losses(opened, test, rules, seed=args.seed).items():
+                nats[stage][rule].append(values)
+            draws = [losses(opened, test, ["random"], seed=args.seed + draw)["random"] for draw in range(3)]
+            nats[stage]["random"].append(np.mean(draws, 0))
             best = min(range(len(EXPERTS)), key=lambda e: alone(opened, validation, e).sum())
-            nats["best single"].append(alone(opened, tests, best))
-        found["joint"]["control"].append(loss_of(args, control, "joint", tests, "uniform"))
+            nats[stage]["best single"].append(alone(opened, test, best))
+        nats["joint"]["control"].append(loss_of(args, control, "joint", test, "uniform"))
     return [{"title": f"Experts after {stage}, tau {run.setup.tau:g}; {len(part)} test records, {name}: loss in "
-                      f"nats/token, mean and spread of {len(runs['learned'])} seeds, against the learned gate, 95 %",
-             "head": ["gate", "loss", "against learned"], "rows": compared(runs, tests, "learned", part, args.seed)}
-            for stage, runs in found.items() for name, part in domain_subsets(tests.new_domain)]
+                      f"nats/token ({over_seeds(len(of_gates['learned']))}), and its difference to the learned gate's "
+                      "with a 95 % interval",
+             "head": ["gate", "loss", "against learned"], "rows": compared(of_gates, test, "learned", part, args.seed)}
+            for stage, of_gates in nats.items() for name, part in domain_subsets(test.new_domain)]
 
 
 TAUS = (1.0, 0.5, 0.2, 0.1, 0.05)
-LENGTHS = {"before joint": 0, "short joint": 1, "long joint": 3}  # joint steps, in units of the run's own number
+JOINT_STEPS = {"before joint": 0, "short joint": 1, "long joint": 3}  # in units of the run's own number of steps
 
 
-def update_geometry(model, gates):
-    """Returns the mean norm of one expert's update, the mean norm of the mixed update under gates (N, E) in units of
-    it, and the mean cosine between the updates of opposite poles and of all other pairs."""
+def update_statistics(model, gates):
+    """Returns what the experts' updates ΔW, and their mixtures under gates (N, E), are like:
+
+    size: the mean norm of one expert's update.
+    norm: the mean norm of the mixed update, divided by `size`.
+    cos opp: the mean cosine between the updates of a trait's two poles.
+    cos oth: the mean cosine between the updates of experts of different traits.
+    """
     gram, gates, trait = update_gram(model), gates.double(), torch.arange(len(EXPERTS)) // 2
     size = gram.diagonal().sqrt()
     cosines = gram / size.outer(size).clamp(min=1e-30)
@@ -188,153 +201,166 @@ def update_geometry(model, gates):
 
 
 def temperature_tables(args, run):
-    """Which τ, for the gate as it is and for joint training at it, short and long; what becomes of single experts."""
-    tests, validation = load_cases(run, "test", args.records), load_cases(run, "validation", args.records)
-    one_pole = [i for i, active in enumerate(tests.active) if active.sum() == 1]
-    rows, poles = [tests.rows[i] for i in one_pole], tests.active[one_pole].argmax(-1)
-    count = tests.counts[one_pole].sum()
+    """Which τ gives the lowest loss, before and after joint training? How good is a single expert then?"""
+    test, validation = load_split(run, "test", args.records), load_split(run, "validation", args.records)
+    one_pole, poles = one_pole_only(test.active)
+    one_pole_rows = [test.rows[i] for i in one_pole]
+
+    def one_pole_loss(nats):  # of the records with one active pole; NaN if there are none
+        return nats.sum() / test.counts[one_pole].sum() if len(one_pole) else math.nan
 
     def measure(folder, stage, tau):
         opened = load_run(args, folder, stage)
-        gates = softmax_gate(score_queries(opened.router, tests.rows, args.tokens), tau)
-        nats, valid = (losses(opened, cases, ["learned"], tau)["learned"] for cases in (tests, validation))
+        gates = softmax_gate(score_queries(opened.router, test.rows, args.tokens), tau)
+        nats, valid = (losses(opened, split, ["learned"], tau)["learned"] for split in (test, validation))
+        single, persona = (
+            evaluation_loss(opened.model, one_pole_rows, gate_of_pole[poles], args.tokens)[0] for gate_of_pole in
+            (torch.eye(len(EXPERTS)), torch.stack([persona_gate(name, tau) for name in SHORT_NAMES])))
+        return gate_statistics(gates) | update_statistics(opened.model, gates) | {
+            "nats": nats, "test": nats.sum() / test.counts.sum(), "valid.": valid.sum() / validation.counts.sum(),
+            "router": one_pole_loss(nats[one_pole]), "single": one_pole_loss(single),
+            "persona": one_pole_loss(persona)}
 
-        def one_pole_loss(gates):
-            return evaluation_loss(opened.model, rows, gates, args.tokens)[0].sum() / count
-        return gate_statistics(gates) | update_geometry(opened.model, gates) | {
-            "nats": nats, "test": nats.sum() / tests.counts.sum(), "valid.": valid.sum() / validation.counts.sum(),
-            "router": nats[one_pole].sum() / count, "single": one_pole_loss(torch.eye(len(EXPERTS))[poles]),
-            "persona": one_pole_loss(torch.stack([persona_gate(SHORT_NAMES[e], tau) for e in poles]))}
-
-    found = defaultdict(list)
+    measured = defaultdict(list)  # {(when, tau): [what `measure` returns for each seed]}
     for seed, folder in seeded(args, 3):
         own_steps = read_run(folder)["stages"]["joint"]["steps"]
         for tau in TAUS:
-            found["before joint", tau].append(measure(folder, "warmup", tau))
+            before = measure(folder, "warmup", tau)
+            measured["before joint", tau].append(before | {"grown": 1.0})
             for when in ("short joint", "long joint"):
-                steps = own_steps * LENGTHS[when]
+                steps = own_steps * JOINT_STEPS[when]
                 trained = variant(args, folder, f"temperature/tau-{tau:g}-steps-{steps}-seed-{seed}", ["joint"],
                                   tau=tau, steps=steps)
-                found[when, tau].append(measure(trained, "joint", tau))
-            for when in LENGTHS:
-                found[when, tau][-1]["grown"] = found[when, tau][-1]["size"] / found["before joint", tau][-1]["size"]
+                after = measure(trained, "joint", tau)
+                measured[when, tau].append(after | {"grown": after["size"] / before["size"]})
 
     def mean(when, tau, *keys):
-        return [float(np.mean([m[key] for m in found[when, tau]])) for key in keys]
+        return [float(np.mean([of_seed[key] for of_seed in measured[when, tau]])) for key in keys]
 
-    tables = [{"title": f"{when.capitalize()}: the gate's entropy and top-1 mass; norm of the mixed update in units of "
-                        "one expert's; how far experts grew; mean cosine of opposite poles' updates and of others'; "
-                        "loss in nats/token on validation and test, learned gate",
+    columns = ["entropy", "top1", "norm", "grown", "cos opp", "cos oth", "valid."]
+    n_seeds = len(measured["before joint", TAUS[0]])
+    tables = [{"title": f"{when.capitalize()}: entropy and top-1 mass of the gate; norm of the mixed update, divided "
+                        "by that of one expert's; how many times larger one expert's has grown in joint training; "
+                        "mean cosine of the updates of opposite poles and of other pairs; loss under the learned gate "
+                        f"in nats/token on validation and test (test: {over_seeds(n_seeds)})",
                "head": ["tau", "entropy", "top-1", "norm", "grown", "cos opp", "cos oth", "valid.", "test"],
-               "rows": [[f"{tau:g}", *mean(when, tau, "entropy", "top1", "norm", "grown", "cos opp", "cos oth",
-                                           "valid."), mean_and_std([m["test"] for m in found[when, tau]])]
-                        for tau in TAUS]} for when in LENGTHS]
-    tables.append({"title": f"The {len(one_pole)} test records with one active pole: loss under the router's gate, "
-                            "with that expert alone, and under a persona of that pole at the same tau",
+               "rows": [[f"{tau:g}", *mean(when, tau, *columns),
+                         mean_and_std([of_seed["test"] for of_seed in measured[when, tau]])] for tau in TAUS]}
+              for when in JOINT_STEPS]
+    title = (f"The {len(one_pole)} test records with exactly one active pole: loss under the router's gate, with that "
+             "pole's expert alone, and under a persona of that pole at the same tau")
+    tables.append({"title": title if len(one_pole) else "No test record has exactly one active pole: an empty table",
                    "head": ["experts", "tau", "router", "single", "persona"],
                    "rows": [[when, f"{tau:g}", *mean(when, tau, "router", "single", "persona")]
-                            for when in LENGTHS for tau in TAUS]})
-    best = {when: min(TAUS, key=lambda tau: mean(when, tau, "valid.")) for when in LENGTHS}
-    tables.append({"title": "Test loss at the tau that is best on validation, against tau 1, 95 %",
-                   "head": ["experts", "loss", "against tau 1"], "rows": []})
-    for when in LENGTHS:
-        both = {f"{when}, tau {tau:g}": [m["nats"] for m in found[when, tau]] for tau in (1.0, best[when])}
-        tables[-1]["rows"] += compared(both, tests, f"{when}, tau 1", seed=args.seed)
+                            for when in JOINT_STEPS for tau in TAUS] if len(one_pole) else []})
+    best = {when: min(TAUS, key=lambda tau: mean(when, tau, "valid.")) for when in JOINT_STEPS}
+    rows = []
+    for when in JOINT_STEPS:
+        two = {f"{when}, tau {tau:g}": [of_seed["nats"] for of_seed in measured[when, tau]]
+               for tau in (1.0, best[when])}
+        rows += compared(two, test, f"{when}, tau 1", seed=args.seed)
+    tables.append({"title": f"Test loss ({over_seeds(n_seeds)}) at the tau that is best on validation, and its "
+                            "difference to tau 1 with a 95 % interval",
+                   "head": ["experts", "loss", "against tau 1"], "rows": rows})
     return tables
 
 
 def rank_tables(args, run):
-    """What a larger rank costs and brings, α/r kept as it is."""
-    tests, rows = load_cases(run, "test", args.records), []
+    """What does a larger rank cost, and what does it gain, if α/r stays the same?"""
+    test, rows = load_split(run, "test", args.records), []
     for rank in (4, 8, 16):
-        found = defaultdict(list)
+        loss, speeds = defaultdict(list), []
         for seed, source in seeded(args):
             folder = variant(args, source, f"rank/rank-{rank}-seed-{seed}", ["warmup", "joint"], rank=rank,
                              alpha=run.setup.alpha / run.setup.rank * rank)
             for stage in ("warmup", "joint"):
-                opened = load_run(args, folder, stage)
-                found[stage].append(losses(opened, tests, ["learned"])["learned"].sum() / tests.counts.sum())
-                found["seconds"].append(seconds_of(folder / stage))
-            size = sum(layer.A.numel() + layer.B.numel() for layer in expert_layers(opened.model).values())
-        rows.append([str(rank), size, f"{sum(found['seconds']) / len(found['joint']):.0f}",
-                     mean_and_std(found["warmup"]), mean_and_std(found["joint"])])
-    return [{"title": f"Rank, alpha/r {run.setup.alpha / run.setup.rank:g}: parameters of all experts, seconds of "
-                      f"warm-up and joint, loss in nats/token on {len(tests.rows)} test records, learned gate",
-             "head": ["rank", "parameters", "seconds", "after warm-up", "after joint"], "rows": rows}]
+                loss[stage].append(loss_of(args, folder, stage, test).sum() / test.counts.sum())
+            logged = [entry.get("tokens_per_s") for _, entry in read_log(folder)]
+            speeds += [speed for speed in logged if isinstance(speed, float)]
+        experts = expert_layers(load_run(args, folder, "joint").model).values()
+        rows.append([str(rank), sum(layer.A.numel() + layer.B.numel() for layer in experts),
+                     f"{np.median(speeds):,.0f}" if speeds else "", *map(mean_and_std, loss.values())])
+    return [{"title": f"Rank, alpha/r {run.setup.alpha / run.setup.rank:g}: parameters of all experts; median tokens/s "
+                      f"of warm-up and joint training; loss under the learned gate in nats/token on {len(test.rows)} "
+                      f"test records ({over_seeds(len(loss['joint']))})",
+             "head": ["rank", "parameters", "tokens/s", "after warm-up", "after joint"], "rows": rows}]
 
 
 def domain_tables(args, run):
-    """Trained on one domain, tested on the others."""
-    tests, splits = load_cases(run, "test", args.records), run.setup.load_data()
+    """How well does a run that was trained on one domain do on the others?"""
+    test, splits = load_split(run, "test", args.records), run.setup.load_data()
     names = [name for name, _ in Counter(r["domain"] for r in splits["train"] if r.get("domain")).most_common(3)]
     if len(names) < 3:
         raise UserError(f"{run.setup.data}: the training records name {len(names)} domains, expected three or more")
-    domains = np.array([record.get("domain") for record in tests.records])
+    domains = np.array([record.get("domain") for record in test.records])
     parts = {name: domains == name for name in names}
-    parts |= {"others": ~tests.new_domain & ~np.isin(domains, names), "never seen": tests.new_domain}
+    parts |= {"others": ~test.new_domain & ~np.isin(domains, names), "never seen": test.new_domain}
     parts = {name: part for name, part in parts.items() if part.any()}
     folders = {f"only {name}": variant(args, Path(args.run), f"domain/{i}-{name.replace('/', '-')}", STAGES, data={
         **splits, "train": [r for r in splits["train"] if r.get("domain") == name]}) for i, name in enumerate(names)}
-    found = {name: losses(load_run(args, folder, "joint"), tests, ("base", "learned", "shuffled"))
-             for name, folder in (folders | {"all domains": Path(args.run)}).items()}
+    folders["all domains"] = Path(args.run)
+    rules = "base", "learned", "shuffled"
+    nats = {name: losses(load_run(args, folder, "joint"), test, rules, seed=args.seed)
+            for name, folder in folders.items()}
 
-    def table(title, values):
+    def table(title, nats_of_runs):
         return {"title": title, "head": ["trained on", *(f"{name} ({part.sum()})" for name, part in parts.items())],
-                "rows": [[name, *(float(nats[part].sum() / tests.counts[part].sum()) for part in parts.values())]
-                         for name, nats in values.items()]}
-    return [table("Loss in nats/token by the test records' domain (how many), joint experts, learned gate",
-                  {"nothing (base)": found["all domains"]["base"]} | {k: v["learned"] for k, v in found.items()}),
-            table("What the router's gate is worth there: loss under another query's gate minus under its own",
-                  {name: nats["shuffled"] - nats["learned"] for name, nats in found.items()})]
+                "rows": [[name, *(float(values[part].sum() / test.counts[part].sum()) for part in parts.values())]
+                         for name, values in nats_of_runs.items()]}
+    return [table("Loss in nats/token by the domain of the test records (their number), joint experts, learned gate",
+                  {"nothing (base)": nats["all domains"]["base"]} | {name: of["learned"] for name, of in nats.items()}),
+            table("What the router's gate is worth there: loss under another query's gate minus loss under its own",
+                  {name: of["shuffled"] - of["learned"] for name, of in nats.items()})]
 
 
 def stages_tables(args, run):
-    """What each stage, and λ, is worth."""
-    tests, found = load_cases(run, "test", args.records), defaultdict(list)
-    plans = {"no warm-up": dict(fresh=["warmup"]), "no router stage": dict(fresh=["router"]), "lambda 0": dict(lam=0.0),
-             "lambda 0.1": dict(lam=0.1), "lambda 1": dict(lam=1.0)}
+    """What is each stage worth, and what does λ change?"""
+    test, nats = load_split(run, "test", args.records), defaultdict(list)
+    plans = {"no warm-up": dict(untrained=["warmup"]), "no router stage": dict(untrained=["router"]),
+             "lambda 0": dict(lam=0.0), "lambda 0.1": dict(lam=0.1), "lambda 1": dict(lam=1.0)}
     for seed, source in seeded(args):
-        found["all stages"].append(loss_of(args, source, "joint", tests))
-        found["no joint stage"].append(loss_of(args, source, "warmup", tests))
+        nats["all stages"].append(loss_of(args, source, "joint", test))
+        nats["no joint stage"].append(loss_of(args, source, "warmup", test))
         for name, plan in plans.items():
             folder = variant(args, source, f"stages/{name}-seed-{seed}".replace(" ", "-"), ["joint"], **plan)
-            found[name].append(loss_of(args, folder, "joint", tests))
-    return [{"title": f"Loss in nats/token on {len(tests.rows)} test records, learned gate, and the difference to the "
-                      "run with all stages, 95 %", "head": ["", "loss", "against all stages"],
-             "rows": compared(found, tests, "all stages", seed=args.seed)}]
+            nats[name].append(loss_of(args, folder, "joint", test))
+    return [{"title": f"Loss under the learned gate in nats/token on {len(test.rows)} test records "
+                      f"({over_seeds(len(nats['all stages']))}), and its difference to the run with all stages with a "
+                      "95 % interval", "head": ["", "loss", "against all stages"],
+             "rows": compared(nats, test, "all stages", seed=args.seed)}]
 
 
-def one_lora(args, run, cases):
-    """Returns {method: nats} of one LoRA with as many parameters as ten experts, trained on as many rows, at the better
-    of two learning rates.
+def one_lora(args, run, splits):
+    """Returns {method: nats (N,)} of one LoRA with as many parameters as ten experts. It is trained on as many rows, at
+    the better of two learning rates.
 
     Ten experts under a fixed uniform gate are one LoRA of ten times the rank: with ten times the α, their sum
     Σ_e 1/10 · 10α/r · B_e A_e is α/r · B A, and gradient clipping and AdamW treat both alike. So the LoRA is trained as
     a variant and needs no extra code.
     """
-    stages, found = read_run(args.run)["stages"], {}
+    stages, nats = read_run(args.run)["stages"], {}
     rows = sum(stages[stage]["steps"] * stages[stage]["batch"] for stage in ("warmup", "joint"))
     for lr in sorted({stages["warmup"]["lr"], stages["joint"]["lr"]}):
-        folder = variant(args, Path(args.run), f"baselines/lora-lr-{lr:g}", ["joint"], fresh=["warmup"],
+        folder = variant(args, Path(args.run), f"baselines/lora-lr-{lr:g}", ["joint"], untrained=["warmup"],
                          alpha=run.setup.alpha * len(EXPERTS), joint_gate="uniform",
                          steps=rows // stages["joint"]["batch"], lr=lr)
-        found[lr] = [loss_of(args, folder, "joint", cases[split], "uniform") for split in ("validation", "test")]
-    best = min(found, key=lambda lr: found[lr][0].sum())
-    return {f"one LoRA, rank {run.setup.rank * len(EXPERTS)} (lr {best:g})": found[best][1]}
+        nats[lr] = {split: loss_of(args, folder, "joint", splits[split], "uniform") for split in ("validation", "test")}
+    best = min(nats, key=lambda lr: nats[lr]["validation"].sum())
+    return {f"one LoRA, rank {run.setup.rank * len(EXPERTS)} (lr {best:g})": nats[best]["test"]}
 
 
 def baselines_tables(args, run):
-    """What simpler methods make of the same records: instructions, steering, one LoRA, a router that is not trained."""
-    cases = {split: load_cases(run, split, n) for split, n in (
+    """How well do simpler methods do on the same records: instructions, steering, one LoRA, an untrained router?"""
+    splits = {split: load_split(run, split, n) for split, n in (
         ("train", 1000), ("validation", args.records), ("test", args.records))}
     router = load_run(args, args.run, "warmup").router
-    cosines = {split: score_queries(router, c.rows, args.tokens) for split, c in cases.items()}
-    found = (base_alone(args, cases, cosines) | warmup_experts(args, cases, cosines, TAUS) | one_lora(args, run, cases)
-             | {"PersonaFuse": loss_of(args, args.run, "joint", cases["test"])})
-    return [{"title": f"Loss in nats/token on {len(cases['test'].rows)} test records and the difference to PersonaFuse "
-                      "after joint, 95 %; what is in brackets was chosen on validation",
+    cosines = {name: score_queries(router, split.rows, args.tokens) for name, split in splits.items()}
+    nats = (base_alone(args, splits, cosines) | warmup_experts(args, splits, cosines, TAUS)
+            | one_lora(args, run, splits) | {"PersonaFuse": loss_of(args, args.run, "joint", splits["test"])})
+    return [{"title": f"Loss in nats/token on {len(splits['test'].rows)} test records, and its difference to "
+                      "PersonaFuse after joint with a 95 % interval; what is in brackets was chosen on validation",
              "head": ["method", "loss", "against PersonaFuse"],
-             "rows": compared({name: [nats] for name, nats in found.items()}, cases["test"], "PersonaFuse",
+             "rows": compared({name: [values] for name, values in nats.items()}, splits["test"], "PersonaFuse",
                               seed=args.seed)}]
 
 
@@ -350,7 +376,7 @@ def checksum(results):
 
 
 def read_results(file):
-    """An experiment's results.json: {"settings", "tables", "seconds"}. UserError if it is not as it was written."""
+    """Returns an experiment's results.json: {"settings", "tables", "seconds"}. UserError if it was changed since."""
     results = read_json(file)
     written = results.pop("sha256", None)
     if checksum(results) != written:
@@ -364,8 +390,9 @@ def experiment(args):
     for name in args.names:
         if name not in EXPERIMENTS:
             raise UserError(f"no experiment {name!r}, expected some of {', '.join(EXPERIMENTS)}")
-    if args.stage:
-        raise UserError("an experiment chooses the stages that it measures: leave out --stage")
+    if args.stage or args.experts or args.router:
+        raise UserError("an experiment chooses the experts and the router that it measures: leave out --stage, "
+                        "--experts and --router")
     run = LoadedRun(args)
     for stage in STAGES:
         if not (run.setup.run / stage).is_dir():

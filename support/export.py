@@ -1,4 +1,4 @@
-"""Writes a whole model folder in which the mixture under one gate is merged into the weights (eval.py export)."""
+"""Write a whole model folder in which the mixture under one gate is merged into the weights (eval.py export)."""
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 import torch
 
 from lora import merged_tensors
-from support.files import atomic, open_safetensors, read_json, weight_files
+from support.files import atomic, read_json
+from support.weights import open_safetensors, weight_files
 
 
 def stored_dtype(folder):

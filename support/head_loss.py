@@ -16,27 +16,28 @@ class FrozenHeadLoss(torch.autograd.Function):
     """The forward pass also computes the gradient, one chunk of positions at a time, so that logits are computed once.
 
     All chunks use the same memory, and the softmax happens in it: on a CPU, touching new memory takes longer than the
-    arithmetic. With m the largest logit l of a position, e = exp(l − m) and z = Σ e, the loss is ln z + m − l_target.
+    arithmetic. With m the largest logit of a position and z = Σ exp(logit − m), the loss is ln z + m − logit[target].
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk):
+    def forward(ctx, hidden, weight, targets, chunk):  # (N, D), (V, D), (N,)
         losses, grads, n = [], [], len(targets)
-        # Positions are padded to a multiple of 16: a CPU multiplies matrices of 176 rows faster than of 171, and a GPU's
-        # tensor cores want rows that begin at multiples of 16 bytes.
+        # Positions are padded to a multiple of 16: a CPU multiplies matrices of 176 rows faster than of 171, and the
+        # tensor cores of a GPU want rows that begin at multiples of 16 bytes.
         hidden, targets = F.pad(hidden, (0, 0, 0, -n % 16)), F.pad(targets, (0, -n % 16))
         count = max(1, round(n / chunk))
-        size = max(1, -(-len(targets) // (16 * count))) * 16  # chunks of equal size
-        logits = hidden.new_empty(len(weight), size)
-        for h, t in zip(hidden.split(size), targets[:, None].split(size)):
-            l = torch.mm(weight, h.T, out=logits[:, :len(h)]).T  # (n, V); h @ weight.T would take a seventh longer
-            l = l.to(torch.promote_types(l.dtype, torch.float32))  # the same memory, unless the dtype is narrower
-            m, at_target = l.amax(-1, keepdim=True), l.gather(1, t)  # (n, 1)
-            e = l.sub_(m).exp_()
-            z = e.sum(-1, keepdim=True)
-            losses.append((z.log() + m - at_target)[:, 0])
+        size = max(1, -(-len(targets) // (16 * count))) * 16  # C, the positions in a chunk; all chunks are equal
+        memory = hidden.new_empty(len(weight), size)                                    # (V, C)
+        for h, t in zip(hidden.split(size), targets[:, None].split(size)):              # (C, D), (C, 1)
+            # (V, D) @ (D, C), then transposed; h @ weight.T would take a seventh longer
+            logits = torch.mm(weight, h.T, out=memory[:, :len(h)]).T                    # (C, V)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a copy only if the dtype is narrower
+            m, at_target = logits.amax(-1, keepdim=True), logits.gather(1, t)           # (C, 1)
+            e = logits.sub_(m).exp_()                                                   # (C, V)
+            z = e.sum(-1, keepdim=True)                                                 # (C, 1)
+            losses.append((z.log() + m - at_target)[:, 0])                              # (C,)
             if ctx.needs_input_grad[0]:  # d loss / d logits is softmax minus one-hot
-                grads.append(e.div_(z).scatter_add_(1, t, -torch.ones_like(z)).to(h.dtype) @ weight)
+                grads.append(e.div_(z).scatter_add_(1, t, -torch.ones_like(z)).to(h.dtype) @ weight)  # (C, D)
         ctx.save_for_backward(torch.cat(grads)[:n] if grads else None)
         return torch.cat(losses)[:n]
 
@@ -49,8 +50,9 @@ class FrozenHeadLoss(torch.autograd.Function):
 def frozen_head_loss(hidden, weight, targets, chunk=None):
     """hidden (N, D), weight (V, D), targets (N,) -> losses (N,), fp32 or wider.
 
-    chunk: positions whose logits exist at once. The default makes 64 MiB of fp32 logits on a CPU and 512 MiB on a GPU;
-    fewer positions at a time would multiply with the head less efficiently.
+    chunk: about how many positions have their logits in memory at once; up to half as many more, because chunks are
+    made equal. The default needs about 64 MiB for fp32 logits on a CPU and 512 MiB on a GPU. Fewer positions at a time
+    would multiply with the head less efficiently.
     """
     chunk = chunk or max(1, (2**24 if hidden.device.type == "cpu" else 2**27) // len(weight))
     return FrozenHeadLoss.apply(hidden, weight, targets, chunk)

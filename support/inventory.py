@@ -1,4 +1,4 @@
-"""The command inventory: a personality inventory, answered by the base and by each expert alone.
+"""The command inventory: the base and each expert alone answer a personality inventory.
 
     python eval.py inventory --run runs/tiny
 """
@@ -21,8 +21,8 @@ from support.tables import print_table
 @dataclass(kw_only=True)
 class Inventory(RunOptions):
     items: str | None = None
-    """Statements, a .csv file with the columns label_raw (facet), text ("Like to …"), label_ocean (a letter of OCEAN)
-    and key (1, or -1 where agreeing means less of the trait); our own data/inventory.csv if not given."""
+    """The statements: a .csv file with the columns text ("Like to …"), label_ocean (O, C, E, A or N, the trait) and key
+    (1, or -1 if agreeing means less of the trait). Default: our own data/inventory.csv."""
 
 
 OUR_ITEMS = Path(__file__).parent.parent / "data" / "inventory.csv"
@@ -46,13 +46,13 @@ def read_items(path):
 
 @torch.no_grad()
 def ratings(run, texts, gate):
-    """How far each statement is agreed to, (2, I), from 1 to 5: with the answers listed from "very accurate" down, and
-    from "very inaccurate" up.
+    """Returns how strongly each of I statements is agreed to, from 1 to 5: (2, I), numpy.
 
-    A rating is the expected value under the probabilities of the five letters as the reply's first token, so no reply
-    has to be parsed.
+    In the first row the answers were listed from "very accurate" down, in the second from "very inaccurate" up. A
+    rating is the expected value under the probabilities of the five letters as the reply's first token, so no reply has
+    to be parsed. gate: (1, E), or None for the base.
     """
-    letters, found = [encode(run.chat.tokenizer, letter)[0] for letter in "ABCDE"], torch.zeros(2, len(texts))
+    letters, expected = [encode(run.chat.tokenizer, letter)[0] for letter in "ABCDE"], torch.zeros(2, len(texts))
     for order, values in enumerate(((5.0, 4.0, 3.0, 2.0, 1.0), (1.0, 2.0, 3.0, 4.0, 5.0))):
         listed = "\n".join(f"{letter}. {ANSWERS[5 - int(value)]}" for letter, value in zip("ABCDE", values))
         prompts = [run.chat.prompt([{"role": "user", "content": (
@@ -63,12 +63,13 @@ def ratings(run, texts, gate):
             ids, lengths = pad([row.ids for row in group], run.model.device)
             h = run.model.hidden(ids, None if gate is None else gate.expand(len(group), -1).to(ids.device))
             logits = run.model.head(h[torch.arange(len(group), device=h.device), lengths - 1])[:, letters]  # (B, 5)
-            found[order, [row.id for row in group]] = logits.float().softmax(-1).cpu() @ torch.tensor(values)
-    return found.numpy()
+            expected[order, [row.id for row in group]] = logits.float().softmax(-1).cpu() @ torch.tensor(values)
+    return expected.numpy()
 
 
 def inventory(args):
-    """Ask the base and each expert alone the statements of an inventory: trait scores, pole separation, leakage."""
+    """Ask the base and each expert alone the statements of an inventory. Print trait scores, how far the two poles of a
+    trait are apart, and how far they leak into other traits."""
     run, items = LoadedRun(replace(args, stage=args.stage or "warmup")), read_items(args.items or OUR_ITEMS)
     keys, letters = np.array([int(item["key"]) for item in items]), np.array([item["label_ocean"] for item in items])
     gates = {"base": None} | {name: one_hot_gate(e) for e, name in enumerate(EXPERTS)}
@@ -85,7 +86,7 @@ def inventory(args):
                                     f"{np.abs(np.subtract(*score[:, letters == t])).mean():.2f}" for t in traits)])
         both_keys.append([name, *(f"{mean(score, (letters == t) & (keys > 0)):.2f}/"
                                   f"{mean(score, (letters == t) & (keys < 0)):.2f}" for t in traits)])
-    print_table(["", *traits], both_orders, f"{len(items)} statements, experts after {run.stage_of('experts')}, each "
+    print_table(["", *traits], both_orders, f"{len(items)} statements, {run.origin('experts')}, each "
                 "alone: trait scores from 1 to 5 ± the mean gap between the two orders of the answers")
     print_table(["", *traits], both_keys, "The same from the positively / negatively keyed statements alone: halves "
                 "that differ show a habit of agreeing, not a trait")

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from lora import EXPERTS, adapter_shape, expert_layers
-from router import gates_for_rule, persona_gate, raw_gate, softmax_gate
+from router import active_experts, gates_for_rule, persona_gate, raw_gate, softmax_gate
 from support.chat import Chat, load_tokenizer
 from support.command import pick_device, pick_dtype
 from support.files import UserError
-from support.rows import make_rows, n_tokens
+from support.records import load_data
+from support.rows import make_rows
 from support.runs import Setup, fingerprint, read_run
 from train import evaluation_loss, score_queries
 
@@ -28,8 +29,8 @@ class RunOptions:
     run: str = "runs/paper"
     """Run folder that train.py made."""
     stage: typing.Literal["warmup", "joint"] | None = None
-    """Whose experts to use: warmup's (with the router stage's router) or joint's (with joint's router). The latest
-    stage if not given."""
+    """Stage whose experts to use: warmup (with the router stage's router) or joint (with joint's router). Default: the
+    latest stage that is finished."""
     base: str | None = None
     """The base's model folder, if it has moved."""
     encoder: str | None = None
@@ -39,21 +40,23 @@ class RunOptions:
     router: str | None = None
     """Use another run's router: its router/router or joint/router folder."""
     device: str | None = None
-    """cpu, cuda or cuda:N. A GPU if there is one, if not given."""
+    """cpu, cuda or cuda:N. Default: a GPU if there is one."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
-    """Data type of the base's weights. bfloat16 on a GPU and float32 on a CPU, if not given."""
+    """Data type of the base's weights. Default: bfloat16 on a GPU, float32 on a CPU."""
     seed: int = 0
     """Seed of random and shuffled gates, of bootstraps and of sampling."""
     tau: float | None = None
-    """τ of the gate. The joint stage's τ, or 1.0 without a joint stage, if not given."""
+    """Temperature τ of the gate. Default: the joint stage's, or 1.0 without a joint stage."""
     tokens: int = 4096
-    """Most tokens in a batch, padding included."""
+    """Maximum number of tokens in a batch, padding included."""
 
 
 @dataclass(kw_only=True)
 class RecordOptions(RunOptions):
     data: str | None = None
     """Measure on other records than the run's: a .jsonl file or a folder, as for train.py."""
+    records: int | None = None
+    """Number of test records. Default: all."""
 
 
 @dataclass(kw_only=True)
@@ -78,22 +81,26 @@ class LoadedRun:
         run = Path(args.run)
         if not (run / "config.json").exists():
             raise UserError(f"{run}: no config.json, so there is no run here; python train.py --preset tiny makes one")
-        found, self.args = read_run(run), args
-        own = found["setup"] | {k: getattr(args, k, None) or Setup.from_config(found["setup"][k], run)
-                                for k in ("base", "encoder", "data")}
+        self.args = args
+        config = read_run(run)
+        stored = {key: Setup.restore_path(config["setup"][key], run) for key in ("base", "encoder", "data")}
+        self.training_data = stored["data"]
+        in_use = {key: getattr(args, key, None) or path for key, path in stored.items()}
         device = pick_device(args.device)
         self.setup = Setup(
             run=run, device=device, dtype=pick_dtype(args.dtype, device), tokens=args.tokens,
-            tau=args.tau or found["stages"].get("joint", {}).get("tau", 1.0), eval_records=0, **own)
+            tau=args.tau or config["stages"].get("joint", {}).get("tau", 1.0), eval_records=0,
+            **(config["setup"] | in_use))
         if args.experts:
             self.setup.rank, self.setup.alpha = adapter_shape(args.experts)
 
     def folder(self, part):
         """Returns the folder of the "experts" or the "router" to measure. UserError if they are not trained yet."""
-        if getattr(self.args, part):
-            return Path(getattr(self.args, part))
+        given = getattr(self.args, part)
+        if given:
+            return Path(given)
         first = "warmup" if part == "experts" else "router"
-        stage = {None: None, "warmup": first, "joint": "joint"}[self.args.stage]
+        stage = first if self.args.stage == "warmup" else self.args.stage
         folder = self.setup.run / stage / part if stage else self.setup.stage_folder(part)
         if folder is None or not folder.is_dir():
             raise UserError(f"{self.setup.run} has no {part} of stage {stage or first} yet: python train.py "
@@ -101,21 +108,29 @@ class LoadedRun:
         return folder
 
     def stage_of(self, part):
-        """Returns the name of the stage that trained the "experts" or the "router"."""
-        return self.folder(part).parent.name
+        """Returns the stage that trained the "experts" or the "router". None if --experts or --router gives a folder,
+        which can come from anywhere."""
+        return None if getattr(self.args, part) else self.folder(part).parent.name
+
+    def origin(self, part):
+        """Returns where the "experts" or the "router" come from, as titles name it: "experts after joint", or
+        "experts: DIR" for a folder that was given."""
+        stage = self.stage_of(part)
+        return f"{part} after {stage}" if stage else f"{part}: {self.folder(part)}"
 
     def check_trained_on(self, role, part):
-        """UserError if the experts were trained on another base, or the router on another encoder.
+        """Raise a UserError if the experts were trained on another base, or the router on another encoder.
 
         --base and --encoder can name any folder, and a wrong model of the same shape would load without an error. The
         run that trained the part has a fingerprint of its model. Experts that PEFT trained elsewhere are not checked.
         """
-        folder, given = getattr(self.setup, role), getattr(self.args, part)
+        folder = getattr(self.setup, role)
+        given = getattr(self.args, part)
         run = Path(given).resolve().parent.parent if given else self.setup.run  # given: RUN/STAGE/experts
         try:
             known = read_run(run)["fingerprints"].get(role)
         except UserError:
-            known = None  # not in a run folder
+            known = None  # the experts or the router are not in a run folder
         if known and fingerprint(folder) != known:
             raise UserError(f"{folder}: not the {role} that {given or run} was trained on: its config.json, tokenizer "
                             f"or tensors differ. --{role} names the folder, if it has moved")
@@ -135,6 +150,7 @@ class LoadedRun:
 
     @cached_property
     def router(self):
+        """The router at the temperature τ of this measurement."""
         folder = self.folder("router")
         self.check_trained_on("encoder", "router")
         return self.setup.load_router(folder)
@@ -146,10 +162,21 @@ class LoadedRun:
         return load_tokenizer(self.setup.encoder)
 
     def records(self, split="test", need_response=True, limit=None):
-        """Returns the records of a split, and a mask (N,) that is True where training never saw the record's domain."""
+        """Returns the first `limit` records of a split, and a mask (N,): True where a record's domain was held out.
+
+        A domain is held out if the run was not trained on any record of it. With --data, this takes the training
+        records that the run's config.json names; if they are gone, no domain counts as held out.
+        """
         splits = self.setup.load_data(need_response)
-        records, known = splits[split][:limit], {record.get("domain") for record in splits["train"]}
-        return records, np.array([record.get("domain") not in known for record in records])
+        records = splits[split][:limit]
+        training = splits["train"]
+        if getattr(self.args, "data", None):
+            try:
+                training = load_data(self.training_data, self.setup.seed, need_response=False)[0]["train"]
+            except UserError:
+                return records, np.zeros(len(records), dtype=bool)
+        seen = {None} | {record.get("domain") for record in training}  # a record may have no domain
+        return records, np.array([record.get("domain") not in seen for record in records])
 
     def rows(self, records):
         """Returns records as rows for the router alone."""
@@ -162,8 +189,8 @@ class LoadedRun:
 
 
 def load_run(args, folder, stage=None):
-    """Returns the run in `folder`, opened with the other arguments of `args`."""
-    return LoadedRun(replace(args, run=str(folder), stage=stage))
+    """Returns the run in `folder`, opened with the other arguments of `args`. Experts and router are its own."""
+    return LoadedRun(replace(args, run=str(folder), stage=stage, experts=None, router=None))
 
 
 def gate_from_options(run, args):
@@ -187,35 +214,54 @@ def one_hot_gate(expert):
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses
 
-def load_cases(run, split="test", limit=None):
-    """Returns a split as rows for base and encoder, with what gate rules and comparisons need:
-    records, rows, active (N, E), counts of reply tokens (N,), and new_domain (N,) as LoadedRun.records has it."""
-    records, new_domain = run.records(split, limit=limit)
+def load_split(run, name="test", limit=None):
+    """Returns a split with all that gate rules and comparisons need.
+
+    Its fields are records and rows (encoded for base and encoder), active (N, E) of 0 and 1, counts (N,) of the
+    replies' tokens, and new_domain (N,), the mask of LoadedRun.records.
+    """
+    records, new_domain = run.records(name, limit=limit)
     rows, _ = make_rows(records, run.chat, run.tokenizer)
     return SimpleNamespace(records=records, rows=rows, active=torch.stack([row.active for row in rows]),
-                           counts=np.array([float(n_tokens(row) - row.prompt) for row in rows]),
+                           counts=np.array([float(row.n_supervised) for row in rows]),
                            new_domain=new_domain)
 
 
-def losses(run, cases, rules, tau=None, seed=0):
-    """Returns {rule: nats (N,)}, the loss of every reply under each gate rule, summed over its tokens."""
-    similarity, tau = score_queries(run.router, cases.rows, run.args.tokens), tau or run.setup.tau
-    return {rule: evaluation_loss(run.model, cases.rows, gates_for_rule(rule, cases.active, similarity, tau, seed),
-                                  run.args.tokens)[0] for rule in rules}
+def losses(run, split, rules, tau=None, seed=0, similarity=None):
+    """Returns {rule: nats (N,)}, the loss of every reply under each gate rule, summed over its tokens.
+
+    split: what load_split returns. similarity: the router's cosines (N, E), if they are known already.
+    """
+    if similarity is None:
+        similarity = score_queries(run.router, split.rows, run.args.tokens)
+    found = {}
+    for rule in rules:
+        gates = gates_for_rule(rule, split.active, similarity, tau or run.setup.tau, seed)
+        found[rule], _ = evaluation_loss(run.model, split.rows, gates, run.args.tokens)
+    return found
+
+
+def one_pole_only(active):
+    """Returns the numbers of the records that call for one pole only, and these poles: (M,) and (M,), numpy.
+    active: (N, E) of 0 and 1."""
+    numbers = (active.sum(-1) == 1).nonzero()[:, 0]
+    return numbers.numpy(), active[numbers].argmax(-1).numpy()
 
 
 def pole_losses(run, args):
-    """Measures each expert alone on the test records that call for one pole only.
+    """Measure each expert alone on the test records that call for one pole only.
 
-    Returns these records, the pole (N,) of each, and a table (E, E): nats/token of expert e on the records of pole p,
+    Returns these records, the pole (M,) of each, and a table (E, E): nats/token of expert e on the records of pole p,
     NaN where there are none.
     """
     records, _ = run.records(limit=args.records)
-    records = [record for record in records if sum(map(abs, record["traits"].values())) == 1]
-    rows, _ = make_rows(records, run.chat)
-    poles = np.array([int(row.active.argmax()) for row in rows])
+    numbers, poles = one_pole_only(torch.stack([active_experts(record["traits"]) for record in records]))
+    records = [records[i] for i in numbers]
     table = np.full((len(EXPERTS), len(EXPERTS)), math.nan)
-    for e in range(len(EXPERTS) if rows else 0):
+    if not records:
+        return records, poles, table
+    rows, _ = make_rows(records, run.chat)
+    for e in range(len(EXPERTS)):
         nats, counts = evaluation_loss(run.model, rows, one_hot_gate(e).expand(len(rows), -1), args.tokens)
         for p in set(poles):
             table[e, p] = nats[poles == p].sum() / counts[poles == p].sum()
@@ -241,7 +287,7 @@ def update_gram(model):
 # Comparisons
 
 def domain_subsets(new_domain):
-    """Returns [(name, record numbers)]: all records, then those of seen and of held-out domains if there are both."""
+    """Returns [(name, record numbers)]: all records and, if there are both, those of seen and of held-out domains."""
     parts = [("all", np.arange(len(new_domain)))]
     if new_domain.any() and not new_domain.all():
         parts += [("domains seen in training", np.flatnonzero(~new_domain)),
@@ -250,9 +296,12 @@ def domain_subsets(new_domain):
 
 
 def bootstrap(difference, counts, seed=0, n=2000):
-    """Paired bootstrap over records. difference (N,): nats of a record under one gate minus those under another;
-    counts (N,): its tokens. Returns (mean per token, low, high), a 95 % interval."""
-    rng, size = np.random.default_rng(seed), len(counts)
+    """Returns (mean per token, low, high): the mean difference and its 95 % interval from a paired bootstrap.
+
+    difference (N,): a record's nats under one gate minus those under another. counts (N,): its tokens.
+    """
+    rng = np.random.default_rng(seed)
+    size = len(counts)
     drawn = [rng.integers(0, size, size) for _ in range(n)]
     means = [difference[i].sum() / counts[i].sum() for i in drawn]
     return difference.sum() / counts.sum(), *np.percentile(means, (2.5, 97.5))

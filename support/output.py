@@ -1,14 +1,14 @@
 """The two files that a synthesis writes: records, and the queries that were rejected.
 
-A synthesis runs for hours. Whatever has become of a query is on disk as soon as it is known, so that after Ctrl-C, a
-kill or a power cut the same command goes on where it ended.
+A synthesis runs for hours. Finished queries are appended at once. After Ctrl-C or a kill the same command continues; it
+repeats only the queries that were in progress.
 """
 import json
 from collections import Counter
 from pathlib import Path
 
 from support.files import UserError, read_lines
-from support.records import read_records, write_records
+from support.records import read_records, record_lines, write_records
 
 try:
     import fcntl
@@ -20,9 +20,9 @@ class RecordWriter:
     """FILE.jsonl for records and FILE.rejected.jsonl beside it. Both are appended to, one line for each query.
 
     Opening them locks FILE.jsonl (the operating system unlocks it when the process ends), repairs a last line that was
-    cut off, and finds what is done. While rejected queries are tried again, a query may be in both files, or twice in
-    the second. `tidy` clears that up: a record counts more than a rejection, a later rejection more than an earlier
-    one.
+    cut off, and reads which queries are done. While rejected queries are tried again, a query may be in both files, or
+    twice in the second. `tidy` removes the superfluous entries: a record replaces a rejection, and a later rejection an
+    earlier one.
     """
 
     def __init__(self, out):
@@ -50,19 +50,18 @@ class RecordWriter:
     def add(self, outcomes):
         """Append outcomes: those with a response are records, the others are rejected.
 
-        Each file gets one write, so an interruption comes before it or after it, not within it.
+        A kill can cut a line; then repair_last_line removes it at the next start.
         """
         records = {str(outcome["id"]): outcome for outcome in outcomes if "response" in outcome}
         rejected = {str(outcome["id"]): outcome for outcome in outcomes if "response" not in outcome}
         for path, entries in ((self.out, records), (self.rejected_file, rejected)):
             if not entries:
                 continue
-            text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries.values())
             try:
                 with open(path, "ab") as file:
-                    file.write(text.encode("utf-8", "replace"))
+                    file.write(record_lines(entries.values()))
             except OSError as error:
-                raise UserError(f"{path}: {error.strerror or error}; what was finished before is saved") from None
+                raise UserError(f"{path}: {error.strerror or error}; all earlier outcomes are saved") from None
         self.done |= records.keys()
         self.rejected |= rejected
 
@@ -72,12 +71,12 @@ class RecordWriter:
 
 
 def reasons(entries):
-    """Returns how many entries of a rejected file have each reason, by what stands before its colon."""
+    """Returns {reason: number of entries} of a rejected file. Of each reason, the part before its colon counts."""
     return Counter(entry["reason"].partition(":")[0][:60] for entry in entries)
 
 
 def read_rejected(path, done):
-    """Returns {id: its last entry} of a rejected file, without the ids that are done by now; {} if there is no file."""
+    """Returns {id: its last entry} of a rejected file, without the ids in `done`. {} if there is no such file."""
     entries = {}
     for number, entry in read_lines(path) if path.exists() else ():
         if not isinstance(entry, dict) or "id" not in entry or not isinstance(entry.get("reason"), str):
@@ -87,8 +86,8 @@ def read_rejected(path, done):
 
 
 def repair_last_line(path):
-    """Make a .jsonl file end with a whole line. What a kill or a power cut left of the last one is removed, which is
-    printed. UserError, and no change, if the last line is no JSON object at all."""
+    """Make a .jsonl file end with a whole line. A last line that a kill or a power cut left incomplete is removed, and
+    a message says so. UserError, and no change, if the last line is no JSON object at all."""
     data = path.read_bytes() if path.exists() else b""
     last = data[data.rfind(b"\n") + 1:]
     if not last:
@@ -102,4 +101,4 @@ def repair_last_line(path):
             if last.strip(b"\0")[:1] not in (b"{", b""):  # a power cut may leave zeros
                 raise UserError(f"{path}: its last line is no JSON object; is this a file of records?") from None
             file.truncate(len(data) - len(last))
-            print(f"{path}: the last line was cut off and is removed; its query is done again")
+            print(f"{path}: the last line was cut off, so it is removed and its query repeated")

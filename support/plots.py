@@ -2,7 +2,7 @@
 
     python eval.py plot --run runs/tiny
 
-Each function below draws one picture from numbers that it is given; `plot` collects the numbers.
+Each draw_ function draws one picture from the numbers that it is given; `plot` collects the numbers.
 """
 import math
 import textwrap
@@ -15,7 +15,6 @@ import torch
 from lora import EXPERTS, SHORT_NAMES
 from router import softmax_gate
 from support.checkpoints import read_log
-from support.experiments import LENGTHS, read_results
 from support.files import UserError
 from support.measure import LoadedRun, RecordOptions, load_run, pole_losses
 from train import score_queries
@@ -24,41 +23,32 @@ from train import score_queries
 @dataclass(kw_only=True)
 class Plot(RecordOptions):
     show: int = 12
-    """Queries in the heat map."""
-    records: int | None = None
-    """How many test records for the table of experts; all if not given."""
+    """Number of queries in the heat map."""
 
 
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"  # Okabe and Ito's, which colour-blind people tell apart
+# Okabe and Ito's colours, which colour-blind people can tell apart
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+LOSSES = {"router": "contrastive loss", "joint": "nats/token + λ × contrastive loss"}  # other stages: nats/token
 
 
 def curves(run):
-    """log.jsonl as {stage: (N, 3 or 14)}: step, loss and learning rate; with a router also the gate's entropy and its
-    ten mean weights. UserError names a line without these numbers."""
-    found, file = defaultdict(list), run / "log.jsonl"
+    """Returns the steps in log.jsonl as {stage: (N, 3 or 14)}.
+
+    The columns are step, loss and learning rate; with a router also the entropy of the gate and its ten mean weights.
+    UserError names a line without these numbers.
+    """
+    log, file = defaultdict(list), run / "log.jsonl"
     for line, entry in read_log(run):
         try:
             gate = [entry["entropy"], *entry["usage"]] if "entropy" in entry else []
-            found[entry["stage"]].append([float(x) for x in (entry["step"], entry["loss"], entry["lr"], *gate)])
-            if len(gate) not in (0, 1 + len(EXPERTS)) or len({len(row) for row in found[entry["stage"]]}) > 1:
+            log[entry["stage"]].append([float(x) for x in (entry["step"], entry["loss"], entry["lr"], *gate)])
+            if len(gate) not in (0, 1 + len(EXPERTS)) or len({len(row) for row in log[entry["stage"]]}) > 1:
                 raise ValueError(f"{3 + len(gate)} numbers")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             number = file.read_bytes().splitlines().index(line) + 1
             raise UserError(f"{file}, line {number}: not what training logs ({type(error).__name__}: {error}); without "
                             "this line the others can be drawn") from None
-    return {stage: np.array(rows) for stage, rows in found.items()}
-
-
-def temperature_sweep(file):
-    """The temperature experiment's results as {when: (5, T)}: tau, test loss, its deviation over seeds, the gate's
-    entropy, and the loss of single experts."""
-    found, (*sweeps, one_pole, _) = {}, read_results(file)["tables"]
-    for when, table in zip(LENGTHS, sweeps):
-        rows = [dict(zip(table["head"], row)) for row in table["rows"]]
-        single = [row[3] for row in one_pole["rows"] if row[0] == when]
-        found[when] = np.array([[float(row["tau"]), *row["test"], row["entropy"], loss]
-                                for row, loss in zip(rows, single)]).T
-    return found
+    return {stage: np.array(rows) for stage, rows in log.items()}
 
 
 def smooth(values):
@@ -68,12 +58,12 @@ def smooth(values):
 
 def draw_training(pyplot, log):
     figure, axes = pyplot.subplots(2, len(log), figsize=(3.2 * len(log), 5), layout="constrained", squeeze=False)
-    for (stage, found), (above, below) in zip(log.items(), axes.T):
-        steps, loss, lr = found[:, :3].T
+    for (stage, columns), (above, below) in zip(log.items(), axes.T):
+        steps, loss, lr = columns[:, :3].T
         above.plot(steps, loss, color="#BBBBBB", label="each step")
         above.plot(steps, smooth(loss), color=COLOURS[0], label="mean of ten")
         below.plot(steps, lr, color=COLOURS[1])
-        above.set(title=stage, ylabel="loss (contrastive)" if stage == "router" else "loss, nats/token")
+        above.set(title=stage, ylabel=LOSSES.get(stage, "nats/token"))
         below.set(xlabel="step", ylabel="learning rate")
     axes[0, 0].legend()
     return figure
@@ -81,12 +71,12 @@ def draw_training(pyplot, log):
 
 def draw_gate(pyplot, log):
     figure, axes = pyplot.subplots(2, len(log), figsize=(4.5 * len(log) + 2, 6.5), layout="constrained", squeeze=False)
-    for (stage, found), (above, below) in zip(log.items(), axes.T):
-        steps = found[:, 0]
-        above.plot(steps, found[:, 3], color=COLOURS[0])
+    for (stage, columns), (above, below) in zip(log.items(), axes.T):
+        steps = columns[:, 0]
+        above.plot(steps, columns[:, 3], color=COLOURS[0])
         above.axhline(math.log(len(EXPERTS)), color="black", linestyle=":")
         above.set(title=stage, ylabel="entropy of the gate, nats (dotted: uniform)")
-        for e, values in enumerate(smooth(found[:, 4:]).T):
+        for e, values in enumerate(smooth(columns[:, 4:]).T):
             below.plot(steps, values, "-" if e % 2 == 0 else "--", color=COLOURS[e // 2], label=EXPERTS[e])
         below.set(xlabel="step", ylabel="mean weight (mean of ten steps)")
     figure.legend(*below.get_legend_handles_labels(), loc="outside right center")
@@ -94,7 +84,7 @@ def draw_gate(pyplot, log):
 
 
 def draw_table(pyplot, values, texts, rows, columns, label, size, **axis_labels):
-    """A matrix as colours, with a text in every cell."""
+    """Draw a matrix as colours, with a text in every cell."""
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(columns)), columns)
@@ -107,23 +97,8 @@ def draw_table(pyplot, values, texts, rows, columns, label, size, **axis_labels)
     return figure
 
 
-def draw_temperature(pyplot, sweep):
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for (when, (tau, loss, deviation, entropy, single)), colour, marker in zip(sweep.items(), COLOURS, "os^"):
-        style = {"color": colour, "marker": marker, "label": when}
-        axes[0].errorbar(tau, loss, deviation, **style)
-        axes[1].plot(tau, entropy, **style)
-        axes[2].plot(tau, single, **style)
-    labels = "test loss, nats/token", "entropy of the gate, nats", "loss of single experts, nats/token"
-    for axis, label in zip(axes, labels):
-        axis.set(xscale="log", xlabel="tau", ylabel=label, xticks=tau, xticklabels=[f"{x:g}" for x in tau])
-        axis.minorticks_off()
-    axes[0].legend()
-    return figure
-
-
 def plot(args):
-    """Draw a run's losses, gates, experts and temperature sweep as RUN/plots/*.png. Needs matplotlib."""
+    """Draw a run's losses, gates and experts as RUN/plots/*.png. Needs matplotlib."""
     try:
         import matplotlib
         matplotlib.use("agg")
@@ -132,8 +107,7 @@ def plot(args):
         raise UserError("plot needs matplotlib, which is optional: pip install matplotlib") from None
     opened = LoadedRun(args)
     run = opened.setup.run
-    log, results = curves(run), run / "experiments" / "temperature" / "results.json"
-    sweep = temperature_sweep(results) if results.exists() else None
+    log = curves(run)
     (run / "plots").mkdir(exist_ok=True)
 
     def save(name, figure):
@@ -145,7 +119,7 @@ def plot(args):
         save("training", draw_training(pyplot, log))
     else:
         print(f"{run / 'log.jsonl'}: no step is logged yet, so there are no curves to draw")
-    gated = {stage: found for stage, found in log.items() if found.shape[1] > 3}
+    gated = {stage: columns for stage, columns in log.items() if columns.shape[1] > 3}
     if gated:
         save("gate", draw_gate(pyplot, gated))
     if opened.setup.stage_folder("router"):
@@ -157,12 +131,13 @@ def plot(args):
         save("heatmap", draw_table(pyplot, gates, marks, queries, SHORT_NAMES, f"weight at tau {tau:g}; ● the labels "
                                    "call for this pole", (12, 1.2 + 0.36 * len(rows))))
     if (run / "warmup").is_dir():
-        _, _, nats = pole_losses(load_run(args, args.run, "warmup"), args)
-        best = np.where(np.isnan(nats), np.inf, nats).min(0)
-        texts = np.array([[f"{x:.2f}" + "*" * bool(x == low) for x, low in zip(row, best)] for row in nats])
-        save("experts", draw_table(pyplot, nats, texts, EXPERTS, SHORT_NAMES, "nats/token; * is the best of a column",
-                                   (10, 5.5), xlabel="pole that the records call for", ylabel="warm-up expert, alone"))
-    if sweep:
-        save("temperature", draw_temperature(pyplot, sweep))
-    else:
-        print(f"no temperature sweep yet: python eval.py experiment temperature --run {args.run}")
+        records, _, nats = pole_losses(load_run(args, args.run, "warmup"), args)
+        if records:
+            best = np.where(np.isnan(nats), np.inf, nats).min(0)
+            texts = np.array([[f"{x:.2f}*" if x == lowest else f"{x:.2f}" for x, lowest in zip(row, best)]
+                              for row in nats])
+            save("experts", draw_table(pyplot, nats, texts, EXPERTS, SHORT_NAMES, "nats/token; * is the best of a "
+                                       "column", (10, 5.5), xlabel="pole that the records call for",
+                                       ylabel="warm-up expert, alone"))
+        else:
+            print("no test record calls for exactly one pole, so there is no table of experts to draw")

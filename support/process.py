@@ -1,4 +1,4 @@
-"""What concerns the process and not the method: torchrun's processes, signals, and memory that malloc keeps."""
+"""Process-level code: torchrun's process group, signals that stop training, and a setting of malloc."""
 import ctypes
 import os
 import signal
@@ -7,15 +7,16 @@ from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
-# PyTorch's optimisers import this module. If it were imported after the process group is made, its functions would hold
-# the group as a default value. The group's threads would then outlive destroy_process_group and could abort the process.
+# PyTorch's optimisers import this module. If it were imported after the process group is made, its functions would
+# hold the group as a default value. The group's threads would then outlive destroy_process_group and could abort the
+# process.
 import torch.distributed.nn  # noqa: F401
 
 from support.files import UserError
 
 
 def rank_and_world_size():
-    """(number of this process, number of processes) among those that torchrun started; (0, 1) without torchrun."""
+    """(rank, world size) under torchrun, else (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -29,7 +30,8 @@ def join_process_group(device, batch_sizes):
         return device
     for stage, rows in batch_sizes.items():
         if rows < world_size:
-            raise UserError(f"{world_size} processes share {rows} rows of a {stage} step: give a larger --batch")
+            raise UserError(f"--batch of {stage} is {rows}, but there are {world_size} processes, and each needs at "
+                            "least one row of a step")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -57,18 +59,20 @@ def stop_on_signal():
 
     A second signal ends the process at once. Under torchrun it does not, because torchrun always sends two.
     """
-    stop = threading.Event()
+    stop, numbers = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in numbers}
+
+    def restore():
+        for number in numbers:
+            signal.signal(number, previous[number])
 
     def ask_to_stop(*_):
         stop.set()
         if rank_and_world_size()[1] == 1:
             restore()
 
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in numbers:
+        signal.signal(number, ask_to_stop)
     try:
         yield stop
     finally:

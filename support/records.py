@@ -1,6 +1,6 @@
 """Files of records and files of queries: every line is checked when it is read. Also the split by query.
 
-What a record is stands at the top of synth.py.
+The top of synth.py describes a record.
 """
 import hashlib
 import json
@@ -11,7 +11,9 @@ from support.files import UserError, atomic, read_bytes, read_lines, read_table,
 
 
 SPLITS = ("train", "validation", "test")
-REQUIRED = ("id", "query", "response", "traits")
+REQUIRED_FIELDS = ("id", "query", "response", "traits")
+# A teacher writes these. They are dropped from a record that is used as a query, so that the new record is all new
+TEACHER_FIELDS = ("response", "traits", "teacher_traits", "cot", "teacher", "neutral", "manner")
 
 
 def is_text(value):
@@ -34,7 +36,7 @@ FIELDS = {  # field: (whether a value is valid, what is expected)
 }
 
 
-def check_record(record, required=REQUIRED):
+def check_record(record, required=REQUIRED_FIELDS):
     """Returns what is wrong with a record, in words, or None if it is valid."""
     if not isinstance(record, dict):
         return f"found a {type(record).__name__}, expected a JSON object"
@@ -61,7 +63,7 @@ def read_records(path, need_response=True):
 
     The router stage needs no responses; one that is there is checked all the same.
     """
-    required = REQUIRED if need_response else ("id", "query", "traits")
+    required = REQUIRED_FIELDS if need_response else ("id", "query", "traits")
     records, line_of_id = [], {}
     for number, record in read_lines(path):
         problem = check_record(record, required) or check_id(record["id"], number, line_of_id)
@@ -76,18 +78,24 @@ def read_records(path, need_response=True):
 def check_id(id, number, line_of_id):
     """Returns what is wrong with an id that an earlier line has, or None. line_of_id, {id: line}, gets new ids."""
     first = line_of_id.setdefault(str(id), number)
-    return None if first == number else f"id {id!r} stands on line {first} already"
+    return None if first == number else f"id {id!r} is on line {first} already"
 
 
 def record_lines(records):
-    """Returns records as the bytes of a .jsonl file."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    """Returns records as the bytes of a .jsonl file. "?" replaces half a surrogate pair, which UTF-8 cannot hold."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8", "replace")
 
 
 def write_records(path, records):
     """Write records to a .jsonl file, all of them or none."""
     with atomic(path) as part:
         part.write_bytes(record_lines(records))
+
+
+def refuse_to_replace(path, overwrite):
+    """UserError if `path` exists, unless --overwrite was given."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; --overwrite replaces it, --out gives another name")
 
 
 def normalise_query(text):
@@ -125,21 +133,22 @@ def load_data(path, seed=0, need_response=True):
 def read_queries(path):
     """Read queries from a .txt file (one on each line), a .jsonl or a .csv file. UserError names file and line.
 
-    Returns ([{"id", "query", and all other fields of the file}], number of duplicates). Queries that differ only in
-    case and white space are duplicates; the first one is kept. A query without an id gets a hash of itself and its
-    history as its id, so the same query has the same id in every file.
+    Returns ([{"id", "query", and the other fields of the file except TEACHER_FIELDS}], number of duplicates). Queries
+    that differ only in case and white space are duplicates, unless their history or culture differs, which the teacher
+    also sees. The first one is kept. A query without an id gets a hash of query, history and culture as its id, so the
+    same query has the same id in every file.
     """
     queries, known, line_of_id, duplicates = [], set(), {}, 0
     for number, query in query_rows(Path(path)):
         if isinstance(query, dict):
-            # the teacher writes these three, so those of the file are left out
-            query = {k: v for k, v in query.items() if k not in ("response", "traits", "cot")}
+            query = {field: value for field, value in query.items() if field not in TEACHER_FIELDS}
             if query.get("id") in (None, ""):
                 query.pop("id", None)
         problem = check_record(query, required=("query",))
         if problem:
             raise UserError(f"{path}, line {number}: {problem}")
-        key = normalise_query(query["query"]) + (json.dumps(query["history"]) if query.get("history") else "")
+        key = normalise_query(query["query"])
+        key += "".join(json.dumps(query[field]) for field in ("history", "culture") if query.get(field))
         if key in known:
             duplicates += 1
             continue

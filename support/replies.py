@@ -1,4 +1,4 @@
-"""Reading what language models write: texts, poles, traits, and JSON that is almost valid.
+"""Reading what language models write: plain text, poles, traits, and JSON that is almost valid.
 
 Small models put JSON in single quotes, forget quotes around keys or leave a comma too many. Such a reply is read,
 because asking again costs more. A reply that could be read in two ways is not guessed at: it is an UnusableReply, whose
@@ -22,7 +22,7 @@ class UnusableReply(ValueError):
 
 
 class RequestFailed(Exception):
-    """A request without a reply; it may succeed when it is made again. wait: the seconds that the server asks for."""
+    """A request got no reply, but may succeed later. wait: the seconds to wait that the server named, or None."""
 
     def __init__(self, message, wait=None):
         super().__init__(message)
@@ -33,16 +33,16 @@ class RequestFailed(Exception):
 class Reply:
     text: str
     cut_off: bool = False    # the limit on tokens ended it, not the teacher
-    tokens_read: int = 0     # of the prompt
+    tokens_read: int = 0     # length of the prompt
     tokens_written: int = 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # JSON
 
-# One token: a mark, a text in double quotes, a text in single quotes, or a bare word. A quote ends a text only if a
-# mark comes next, so 'it's fine' is one text. The quantifiers are possessive (*+): they never backtrack, so a long text
-# takes linear time.
+# One token: punctuation, a string in double quotes, a string in single quotes, or a bare word. A quote ends a string
+# only if punctuation comes next, so 'it's fine' is one string. The quantifiers are possessive (*+): they never
+# backtrack, so a long string takes linear time.
 TOKEN = re.compile(r"""\s*+(?: ([{}\[\]:,])
                              | "((?: [^"\\] | \\. | "(?!\s*+[,:}\]]) )*+)"
                              | '((?: [^'\\] | \\. | '(?!\s*+[,:}\]]) )*+)'
@@ -61,33 +61,37 @@ def unique_keys(pairs):
     for key, value in pairs:
         key = key.strip().lower()
         if found.setdefault(key, value) != value:
-            raise UnusableReply(f"{key!r} stands in it twice, with different values")
+            raise UnusableReply(f"{key!r} is in it twice, with different values")
     return found
 
 
 def read_json_object(text, start):
-    """Read the JSON object that begins at text[start]. Returns it and the position behind it.
+    """Read the JSON object that begins at text[start]. Returns it and the position after its end.
 
-    The tokens are written down again as strict JSON, which json.loads then reads. Keys become lower case. Bare words
-    and numbers become texts, except that null and None are None.
+    The tokens are rewritten as strict JSON, which json.loads then reads. Keys become lower case. Bare words and numbers
+    become strings, except null and None, which become None.
     """
     strict, depth, at = [], 0, start
     while True:
         token = TOKEN.match(text, at)
         if not token:
             raise UnusableReply("its JSON is not complete")
-        mark, double, single, bare = token.groups()
+        punctuation, double, single, bare = token.groups()
         at = token.end()
-        if mark is None:
-            quoted = double if double is not None else single
-            strict.append("null" if bare in ("null", "None") else json.dumps(bare or unescape(quoted)))
+        if punctuation is None:
+            if bare in ("null", "None"):
+                strict.append("null")
+            elif bare is not None:
+                strict.append(json.dumps(bare))
+            else:
+                strict.append(json.dumps(unescape(single if double is None else double)))
             continue
-        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(mark, 0)
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(punctuation, 0)
         if depth > 8:
             raise UnusableReply("its JSON is nested too deeply")
-        if mark in "}]" and strict[-1] == ",":
+        if punctuation in "}]" and strict[-1] == ",":
             strict.pop()
-        strict.append(mark)
+        strict.append(punctuation)
         if depth == 0:
             break
     try:
@@ -97,7 +101,7 @@ def read_json_object(text, start):
 
 
 def read_object(reply, wanted):
-    """Returns the one JSON object in a reply that has one of the keys `wanted`, whatever stands around it."""
+    """Returns the one JSON object in a reply that has one of the keys `wanted`. There may be other text around it."""
     found, complaints, start = [], [], reply.text.find("{")
     while start >= 0 and len(complaints) < 50:  # a failed attempt may read to the end, so their number is limited
         try:
@@ -111,27 +115,32 @@ def read_object(reply, wanted):
     if len(found) > 1:
         raise UnusableReply("there are several JSON objects in it that differ")
     if not found:
-        raise UnusableReply("it was cut off; be briefer" if reply.cut_off else
-                            complaints[0] if complaints else "there is no JSON object in it")
+        if reply.cut_off:
+            raise UnusableReply("it was cut off; be briefer")
+        expected = " or ".join(sorted(wanted))
+        raise UnusableReply(complaints[0] if complaints else f"there is no JSON object in it with the key {expected}")
     return found[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Texts, poles, traits
+# Plain text, poles, traits
 
 def check_text(value, key):
-    """Returns a text without white space around it. UnusableReply if it is empty or no text."""
+    """Returns a string without white space around it. UnusableReply if it is empty or no string."""
     if not isinstance(value, str):
-        raise UnusableReply(f"{key} is {str(value)[:80]!r}, expected a text")
+        raise UnusableReply(f"{key} is {str(value)[:80]!r}, expected a string")
     if not value.strip():
-        raise UnusableReply(f"{key} is empty, expected a text")
+        raise UnusableReply(f"{key} is empty, expected some text")
     return value.strip()
 
 
 def read_text(reply, key):
-    """Returns a reply in plain words, or what stands under `key` if the teacher has put it into JSON all the same."""
+    """Returns a reply that is plain text. If the teacher wrote a JSON object instead, returns its value of `key`.
+
+    UnusableReply if it is empty or cut off, or if it begins as a JSON object that has no such key.
+    """
     text = re.sub(r"^```\w*\n(.*)\n```$", r"\1", reply.text.strip(), flags=re.S).strip()
-    if text.startswith("{") and key in text.lower():
+    if text.startswith("{"):
         text = check_text(read_object(reply, {key})[key], key)
     elif reply.cut_off:
         raise UnusableReply("it was cut off; be briefer")
@@ -140,7 +149,10 @@ def read_text(reply, key):
 
 
 def read_pole(value):
-    """Returns 1, −1 or 0 for what teachers and annotators write for high, low and neither; None for anything else."""
+    """Returns 1, −1 or 0 for the ways in which teachers and annotators write high, low and neither.
+
+    Returns None for anything else.
+    """
     text = "none" if value is None else str(value).strip().lower().replace("−", "-")
     text = re.sub(r"( pole|\.0+)$", "", text)
     return {"+1": 1, "1": 1, "+": 1, "-1": -1, "-": -1, "0": 0, "none": 0, "neutral": 0, **CHOICES}.get(text)
@@ -149,14 +161,14 @@ def read_pole(value):
 def read_traits(found):
     """Read {trait: pole or {"pole", "cue"}}, or a list of objects with "trait".
 
-    Returns ({trait: ±1}, {trait: {"pole", "cue"}}) of the active traits. UnusableReply for an unknown trait or another
-    pole, and if no trait is active.
+    Returns ({trait: ±1}, {trait: {"pole", "cue"}}) of the active traits: a record's `traits`, and the reasoning about
+    them. UnusableReply for an unknown trait or another pole, and if no trait is active.
     """
     if isinstance(found, list) and all(isinstance(one, dict) and isinstance(one.get("trait"), str) for one in found):
         found = unique_keys((one["trait"], one) for one in found)
     if not isinstance(found, dict):
         raise UnusableReply(f"traits is {str(found)[:80]!r}, expected an object with the traits")
-    traits, cues = {}, {}
+    traits, reasoning = {}, {}
     for trait, value in found.items():
         if trait not in TRAITS:
             raise UnusableReply(f"{trait[:40]!r} is not one of the traits {', '.join(TRAITS)}")
@@ -166,11 +178,12 @@ def read_traits(found):
             raise UnusableReply(f"{trait} is {str(value)[:80]!r}, expected the pole high, low or neither")
         pole, cue = poles.pop(), entry.get("cue")
         if pole:
+            cue = cue.strip() if isinstance(cue, str) else ""
             traits[trait] = pole
-            cues[trait] = {"pole": "high" if pole > 0 else "low", "cue": cue.strip() if isinstance(cue, str) else ""}
+            reasoning[trait] = {"pole": "high" if pole > 0 else "low", "cue": cue}
     if not traits:
         raise UnusableReply("all-zero vector: no trait has a pole; name at least the one that is called for most")
-    return {trait: traits[trait] for trait in TRAITS if trait in traits}, cues
+    return {trait: traits[trait] for trait in TRAITS if trait in traits}, reasoning
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import math
 import random
 import re
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -22,26 +23,22 @@ from lora import EXPERTS, SHORT_NAMES, TRAITS
 from router import active_experts
 from support.files import UserError, atomic, read_table
 from support.output import read_rejected, reasons
-from support.records import normalise_query, read_records, split_records, write_records
+from support.records import normalise_query, read_records, refuse_to_replace, split_records, write_records
 from support.replies import read_pole
 from support.tables import print_table
 
 
 def read_files(files):
-    """The records of several files, as one list. UserError if two files share an id."""
-    records, origin = [], {}
+    """Returns the records of several files as one list. UserError if two files share an id, or one is given twice."""
+    records, file_of_id = [], {}
     for file in files:
         for record in read_records(file):
-            if origin.setdefault(str(record["id"]), file) != file:
-                raise UserError(f"{file}: id {record['id']!r} is in {origin[str(record['id'])]} too")
+            id = str(record["id"])
+            if id in file_of_id:
+                raise UserError(f"{file}: id {record['id']!r} is in {file_of_id[id]} too")
+            file_of_id[id] = file
             records.append(record)
     return records
-
-
-def check_new(path, overwrite):
-    """UserError if `path` exists and may not be replaced."""
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already; --overwrite replaces it, --out gives another name")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,28 +47,28 @@ def check_new(path, overwrite):
 NAMED = re.compile(r"(?i)\b(openness|conscientious\w*|extr[ao]ver[st]\w*|introver[st]\w*|agreeable\w*|neurotic\w*)\b")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Report:
     files: list[str]
-    """Records, FILE.jsonl. Rejected queries are counted from FILE.rejected.jsonl beside it."""
+    """Files of records, FILE.jsonl. FILE.rejected.jsonl beside each is counted, too."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
 
 def as_dict(value):
-    """Returns value if it is a dict, else an empty one: records from elsewhere may hold anything under `cot`."""
+    """Returns the value if it is a dict, else an empty dict: other people's records may hold anything under `cot`."""
     return value if isinstance(value, dict) else {}
 
 
 def shares(records):
-    """The number of records, how many have an all-zero vector, and each pole's share of the records."""
+    """Returns the number of records, how many have an all-zero vector, and each pole's share of the records."""
     active = sum(active_experts(r["traits"]) for r in records)
     return {"records": len(records), "all_zero": sum(not any(r["traits"].values()) for r in records),
             "poles": {expert: n / len(records) for expert, n in zip(EXPERTS, active.tolist())}}
 
 
 def summarise(records, rejected=()):
-    """Everything that `report` shows, as JSON values. `rejected`: the entries of the rejected file."""
+    """Returns everything that `report` shows, as JSON values. rejected: the entries of the rejected files."""
     total, refused = shares(records), reasons(rejected)
     cots = [as_dict(r.get("cot")) for r in records]
     texts = {"query": [r["query"] for r in records], "situation": [cot.get("situation") for cot in cots],
@@ -101,7 +98,6 @@ def summarise(records, rejected=()):
         "rejected": dict(refused.most_common()),
         "all_zero_share": zero / (len(records) + refused["all-zero vector"]),
         "active_poles": {str(k): n for k, n in sorted(Counter(active.sum(-1).int().tolist()).items())},
-        "together": {a: dict(zip(EXPERTS, row)) for a, row in zip(EXPERTS, (active.T @ active).int().tolist())},
         "duplicate_queries": len(records) - len({normalise_query(r["query"]) for r in records}),
         "duplicate_responses": len(records) - len({normalise_query(r["response"]) for r in records}),
         "words": words, "naming_traits": [r["id"] for r in records if NAMED.search(r["response"])],
@@ -115,32 +111,30 @@ def summarise(records, rejected=()):
 
 def print_summary(found):
     """Print what `summarise` found as tables of at most 80 columns."""
-    def table(head, rows):
+    def table(head, rows, left=(0,)):
         print()
-        print_table(head, rows, width=80)
+        print_table(head, rows, width=80, left=left)
 
-    def left(text, width=42):  # of a column that print_table would set to the right
-        return f"{text if len(text) <= width else text[:width - 1] + '…':<{width}}"
+    def cut(text, width=42):
+        return text if len(text) <= width else text[:width - 1] + "…"
 
     print(f"\n  {found['records']:,} records, {sum(found['rejected'].values()):,} rejected; {found['calls']:,} calls, "
           f"{found['tokens_read']:,} tokens read, {found['tokens_written']:,} written")
     for name, head in (("teachers", "teacher"), ("rejected", "reason for rejecting")):
         if found[name]:
             table([head, "queries"], list(found[name].items())[:8])
-    rows = [["all-zero vectors", f"{found['all_zero_share']:.1%}", left("of records and rejected ones")],
+    rows = [["all-zero vectors", f"{found['all_zero_share']:.1%}", "of records and rejected ones"],
             ["duplicate queries", found["duplicate_queries"], ""],
             ["duplicate responses", found["duplicate_responses"], ""],
-            ["responses naming traits", len(found["naming_traits"]), left(", ".join(map(str, found["naming_traits"])))]]
+            ["responses naming traits", len(found["naming_traits"]), cut(", ".join(map(str, found["naming_traits"])))]]
     if found["cues_quoted"] is not None:
-        rows.append(["cues that are quoted", f"{found['cues_quoted']:.1%}", left("word for word in the query")])
-    table(["quality", "", ""], rows)
+        rows.append(["cues that are quoted", f"{found['cues_quoted']:.1%}", "word for word in the query"])
+    table(["quality", "", ""], rows, left=(0, 2))
     table(["words", "5 %", "median", "95 %", "longest"], [[name, *n.values()] for name, n in found["words"].items()])
     table(["active poles", *found["active_poles"]], [["records", *found["active_poles"].values()]])
     cues = {expert: "; ".join(f"{cue} ({n})" for cue, n in most) for expert, most in found["cues"].items()}
-    table(["pole", "share", left("cues most often cited")],
-          [[expert, f"{share:.1%}", left(cues[expert])] for expert, share in found["poles"].items()])
-    table(["records with both", *SHORT_NAMES],
-          [[name, *map(str, row.values())] for name, row in zip(SHORT_NAMES, found["together"].values())])
+    table(["pole", "share", "cues most often cited"],
+          [[expert, f"{share:.1%}", cut(cues[expert])] for expert, share in found["poles"].items()], left=(0, 2))
     for key in ("domain", "culture"):
         if found[key]:
             table([f"{key}, poles in %", "all", "zero", *SHORT_NAMES],
@@ -152,10 +146,9 @@ def print_summary(found):
 def report(args):
     """Counts, poles, all-zero vectors, lengths, duplicates and cues, also per domain and culture. The exit status is 1
     if more than 20 % of the trait vectors are all zero."""
-    records, rejected = [], []
+    records, rejected = read_files(args.files), []
+    done = {str(r["id"]) for r in records}
     for file in args.files:
-        records += read_records(file)
-        done = {str(r["id"]) for r in records}
         rejected += read_rejected(Path(file).with_suffix(".rejected.jsonl"), done).values()
     found = summarise(records, rejected)
     if args.json:
@@ -164,7 +157,7 @@ def report(args):
         print(", ".join(args.files))
         print_summary(found)
     if found["all_zero_share"] > 0.02:
-        print(f"warning: {found['all_zero_share']:.1%} of the trait vectors are all zero, the source's sign of a "
+        print(f"warning: {found['all_zero_share']:.1%} of the trait vectors are all zero, the paper's sign of a "
               "synthesis that has failed (at most 2 % is fine)", file=sys.stderr)
     return 1 if found["all_zero_share"] > 0.2 else 0
 
@@ -172,33 +165,35 @@ def report(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # split
 
-@dataclass(kw_only=True)
+@dataclass
 class Split:
     files: list[str]
     """Records, FILE.jsonl; several are put together."""
     out: str | None = None
-    """Folder for train.jsonl, validation.jsonl and test.jsonl; FILE without .jsonl if not given."""
+    """Folder for train.jsonl, validation.jsonl and test.jsonl. If not given, the first FILE without .jsonl."""
     hold_out: list[str] = ()
     """Domains whose records all go into test.jsonl, so that training never sees them."""
     seed: int = 0
-    """Seed of the split; train.py --data FILE.jsonl --seed N makes the same one."""
+    """Seed of the split. train.py --data FILE.jsonl --seed N makes the same split."""
     overwrite: bool = False
     """Replace files that exist."""
 
 
 def split(args):
     """Write train, validation and test.jsonl, 80/10/10 by query: records with the same query stay together."""
-    records = read_files(args.files)
-    out, domains = Path(args.out or Path(args.files[0]).with_suffix("")), {str(r.get("domain")) for r in records}
-    for domain in sorted(set(args.hold_out) - domains):
-        raise UserError(f"--hold-out: no record is of the domain {domain!r}; there are {', '.join(sorted(domains))}")
-    held_out = {normalise_query(r["query"]) for r in records if str(r.get("domain")) in args.hold_out}
+    records, out = read_files(args.files), Path(args.out or Path(args.files[0]).with_suffix(""))
+    domains = {r["domain"] for r in records if isinstance(r.get("domain"), str)}
+    unknown = sorted(set(args.hold_out) - domains)
+    if unknown:
+        raise UserError(f"--hold-out: no record is of the domain {unknown[0]!r}; the records' domains are "
+                        f"{', '.join(sorted(domains)) or 'not given'}")
+    held_out = {normalise_query(r["query"]) for r in records if r.get("domain") in args.hold_out}
     splits = split_records([r for r in records if normalise_query(r["query"]) not in held_out], args.seed)
     splits["test"] += [r for r in records if normalise_query(r["query"]) in held_out]
     for name, part in splits.items():
         if not any(any(r["traits"].values()) for r in part):
             raise UserError(f"{', '.join(args.files)}: too few records: none with an active trait for {name}")
-        check_new(out / f"{name}.jsonl", args.overwrite)
+        refuse_to_replace(out / f"{name}.jsonl", args.overwrite)
     for name, part in splits.items():
         write_records(out / f"{name}.jsonl", part)
         queries = {normalise_query(r["query"]) for r in part}
@@ -208,18 +203,18 @@ def split(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # review: people check the labels
 
-@dataclass(kw_only=True)
+@dataclass
 class Review:
     files: list[str]
     """Records, FILE.jsonl; several are put together."""
     sample: int = 200
     """How many records to draw. All poles are drawn about equally often."""
     out: str | None = None
-    """The table to fill in, FILE.review.csv if not given; with --import the corrected records, FILE.corrected.jsonl."""
-    show_labels: bool = False
-    """Show the teacher's labels to the annotators."""
+    """Where to write the table to fill in (if not given: FILE.review.csv) or, with --import, the corrected records
+    (FILE.corrected.jsonl)."""
     import_: list[str] = ()
-    """Tables that annotators have filled in with 1 (high), -1 (low), 0 (neither) or nothing (can't say)."""
+    """Tables that annotators have filled in with 1 (high), -1 (low), 0 (neither) or nothing (can't say). A label
+    changes where more than half of those who filled in its cell agree."""
     seed: int = 0
     """Seed of the sample."""
     overwrite: bool = False
@@ -228,31 +223,31 @@ class Review:
 
 def review(args):
     """Draw a sample of records for people to label in a spreadsheet program. With --import, measure how far they agree
-    with each other and with the teacher, and write corrected records."""
+    with each other and with the teacher, and write corrected records. The table does not show the teacher's labels:
+    annotators who see them tend to repeat them."""
     records = read_files(args.files)
     if args.import_:
         return import_labels(args, records)
     out = Path(args.out or Path(args.files[0]).with_suffix(".review.csv"))
     if out.suffix != ".csv":
         raise UserError(f"--out is {out}, expected a file named .csv")
-    check_new(out, args.overwrite)  # it may have been filled in
+    refuse_to_replace(out, args.overwrite)  # it may have been filled in
     sample = stratified_sample(records, args.sample, args.seed)
-    texts = ["id", *(key for key in ("domain", "culture", "history") if any(r.get(key) for r in sample)),
-             "query", "response"]
-    columns = [*texts, *TRAITS, "comment", *(f"teacher_{trait}" for trait in TRAITS if args.show_labels)]
+    columns = ["id", *(key for key in ("domain", "culture", "history") if any(r.get(key) for r in sample)),
+               "query", "response"]
     with atomic(out) as part, open(part, "w", newline="", encoding="utf-8-sig") as file:  # Excel needs the mark
-        table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-        table.writeheader()
+        table = csv.writer(file)
+        table.writerow([*columns, *TRAITS])
         for r in sample:
             history = "\n".join(f"{turn['role']}: {turn['content']}" for turn in r.get("history") or [])
-            table.writerow({key: cell(r.get(key)) for key in texts} | {"history": cell(history)}
-                           | {f"teacher_{trait}": r["traits"].get(trait, 0) for trait in TRAITS})
+            texts = r | {"history": history}
+            table.writerow([*(cell(texts.get(key)) for key in columns), *[""] * len(TRAITS)])
     counts = sum(active_experts(r["traits"]) for r in sample).int().tolist()
     poles = ", ".join(f"{n} {name}" for n, name in zip(counts, SHORT_NAMES))
     print(f"{out}: {len(sample)} of {len(records)} records ({poles}).\n"
           "Give each annotator a copy, to fill the traits' columns with 1 (high), -1 (low),\n"
           "0 (neither) or nothing (can't say). Then:\n"
-          f"python synth.py review {' '.join(args.files)} --import FIRST.csv SECOND.csv …")
+          f"python synth.py review {shlex.join(args.files)} --import FIRST.csv SECOND.csv …")
 
 
 def cell(value):
@@ -262,21 +257,21 @@ def cell(value):
 
 
 def stratified_sample(records, size, seed):
-    """Draw from the records of each pole, and from the all-zero ones, in turn while there are any; then shuffle."""
+    """Returns `size` records, drawn in turn from those of each pole and the all-zero ones, then shuffled."""
     rng, taken = random.Random(seed), {}
     order = rng.sample(records, len(records))
     strata = [[r for r in order if active_experts(r["traits"])[e]] for e in range(len(EXPERTS))]
     strata = [iter(s) for s in (*strata, [r for r in order if not any(r["traits"].values())])]
     while len(taken) < min(size, len(records)):
         for stratum in strata:
-            new = next((r for r in stratum if id(r) not in taken), None)
+            new = next((r for r in stratum if str(r["id"]) not in taken), None)
             if new is not None and len(taken) < size:
-                taken[id(new)] = new
+                taken[str(new["id"])] = new
     return rng.sample(list(taken.values()), len(taken))
 
 
 def read_labels(path, records):
-    """A filled-in table as {id: {trait: 1, 0 or −1}} without its empty cells. UserError names a wrong cell."""
+    """Returns a filled-in table as {id: {trait: 1, 0 or −1}}, without empty cells. UserError names a wrong cell."""
     known, labels = {cell(r["id"]): str(r["id"]) for r in records}, {}
     for number, row in read_table(path, ["id", *TRAITS]):
         key = known.get(row["id"].strip(), known.get(cell(row["id"].strip())))  # the program may have dropped the "'"
@@ -294,8 +289,8 @@ def read_labels(path, records):
 
 
 def krippendorff_alpha(ratings):
-    """Krippendorff's α for ordinal values: 1 for full agreement, 0 for chance, NaN where nothing varies or no unit has
-    two ratings. ratings: (annotators, units), NaN where one is missing.
+    """Returns Krippendorff's α for ordinal values: 1 for full agreement, 0 for chance, NaN if nothing varies or no unit
+    has two ratings. ratings: (annotators, units), NaN where one is missing.
 
     The coincidences o_ck count the pairs of values within a unit, each weighted 1/(m − 1) where the unit has m ratings.
     The distance of two values grows with how many ratings lie between them: δ_ck = (Σ_{g=c..k} n_g − (n_c + n_k)/2)².
@@ -314,8 +309,12 @@ def krippendorff_alpha(ratings):
     return float(1 - (n.sum() - 1) * (o * distance).sum() / expected) if expected > 0 else math.nan
 
 
-def correct(records, tables):
-    """Returns records with the labels that more than half of the annotators gave, and the changes as {trait: count}."""
+def apply_majority(records, tables):
+    """Returns the records with corrected labels, and the number of changes as {trait: count}.
+
+    A label changes where more than half of those who filled in its cell agree on another value. Empty cells do not
+    count as votes. Otherwise the teacher's label stays.
+    """
     changes, corrected = Counter(), []
     for record in records:
         traits, originals = dict(record["traits"]), dict(record.get("teacher_traits") or {})
@@ -323,7 +322,7 @@ def correct(records, tables):
         for trait in TRAITS:
             votes = Counter(labels[trait] for labels in given if trait in labels)
             value, count = votes.most_common(1)[0] if votes else (0, 0)
-            if 2 * count > votes.total() and value != traits.get(trait, 0):  # else the teacher's label stays
+            if 2 * count > votes.total() and value != traits.get(trait, 0):
                 originals.setdefault(trait, traits.get(trait, 0))
                 traits[trait] = value
                 changes[trait] += 1
@@ -332,17 +331,18 @@ def correct(records, tables):
 
 
 def import_labels(args, records):
-    """review --import: print the agreement and write the corrected records."""
+    """Print how far annotators and teacher agree, and write the corrected records."""
     out = Path(args.out or Path(args.files[0]).with_suffix(".corrected.jsonl"))
-    check_new(out, args.overwrite)
+    refuse_to_replace(out, args.overwrite)
     if len({Path(path).resolve() for path in args.import_}) < len(args.import_):
-        raise UserError("--import: one table is given twice; it would agree with itself")
+        raise UserError("--import: a table is given twice; it would agree with itself")
     tables = [read_labels(path, records) for path in args.import_]
     teacher = {str(r["id"]): {t: r["traits"].get(t, 0) for t in TRAITS} | (r.get("teacher_traits") or {})
                for r in records}
     units = [key for key in teacher if any(key in labels for labels in tables)]
 
-    def agreement(name, *raters):  # a row of the table below
+    def agreement(name, *raters):
+        """Returns a row of the table below."""
         alphas = [krippendorff_alpha([[r.get(u, {}).get(t, math.nan) for u in units] for r in raters]) for t in TRAITS]
         return [name, *("–" if math.isnan(alpha) else alpha for alpha in alphas)]
     rows = [agreement("annotators with each other", *tables)] if len(tables) > 1 else []
@@ -350,10 +350,10 @@ def import_labels(args, records):
         rows.append(agreement(f"{Path(path).name} with teacher", labels, teacher))
     print_table(["", *(trait[:5] for trait in TRAITS)], rows, width=80,
                 title=f"Krippendorff's alpha, ordinal, {len(units)} records: 1 is full agreement, 0 chance")
-    corrected, changes = correct(records, tables)
+    corrected, changes = apply_majority(records, tables)
     write_records(out, corrected)
-    print(f"\n{out}: {len(corrected)} records, {changes.total()} labels changed to what more than half of the\n"
-          "annotators gave; teacher_traits keeps the originals")
+    print(f"\n{out}: {len(corrected)} records, {changes.total()} labels changed, where more than half of\n"
+          "those who filled in the cell agree; teacher_traits keeps the originals")
     if changes:
         print_table(["", "changed"], changes.items())
 

@@ -1,7 +1,7 @@
 """From records to rows of token ids, and from rows to batches.
 
 Rows of similar length go together, so that little of a batch is padding. Batches come in random order, so that lengths
-do not grow during training. A batch is cut into micro-batches of at most so many tokens, padding included.
+do not grow during training. A batch is split into micro-batches whose padded size stays within a token limit.
 """
 from dataclasses import dataclass
 
@@ -18,9 +18,13 @@ class Row:
     id: str
     active: torch.Tensor            # (E,) of 0/1
     ids: np.ndarray | None = None   # prompt and reply, in the base's tokens
-    prompt: int = 0                 # the first `prompt` ids are the prompt; the ids after them are supervised
+    n_prompt: int = 0               # ids[:n_prompt] are the prompt, ids[n_prompt:] the supervised reply
     query: np.ndarray | None = None  # the query, in the encoder's tokens
     expert: int | None = None       # warm-up: the one expert that this row trains
+
+    @property
+    def n_supervised(self):
+        return 0 if self.ids is None else len(self.ids) - self.n_prompt
 
 
 def make_rows(records, chat=None, tokenizer=None, max_tokens=None):
@@ -34,7 +38,7 @@ def make_rows(records, chat=None, tokenizer=None, max_tokens=None):
         row = Row(str(record["id"]), active_experts(record["traits"]))
         if chat is not None:
             ids, supervised = chat.example(messages_of(record), record["response"])
-            row.ids, row.prompt = np.array(ids, dtype=np.int32), supervised.index(True)
+            row.ids, row.n_prompt = np.array(ids, dtype=np.int32), supervised.index(True)
         if tokenizer is not None:
             ids = query_ids(tokenizer, record["query"], record.get("history") or ())
             row.query = np.array(ids, dtype=np.int32)
@@ -47,7 +51,7 @@ def make_rows(records, chat=None, tokenizer=None, max_tokens=None):
 
 def rows_per_pole(rows):
     """Warm-up's rows: a copy of each row for each of its active poles, assigned to that pole's expert."""
-    return [Row(row.id, row.active, row.ids, row.prompt, row.query, expert)
+    return [Row(row.id, row.active, row.ids, row.n_prompt, row.query, expert)
             for row in rows for expert in row.active.nonzero()[:, 0].tolist()]
 
 
@@ -63,7 +67,7 @@ def batches(lengths, batch, seed):
     """Yield lists of row numbers for ever. The order depends on the seed and on nothing else.
 
     A pool of up to POOL batches is drawn at random, sorted by length and cut into batches, which come in random order.
-    A pool is never larger than an epoch.
+    A pool is at most one epoch, or one batch where there are fewer rows than that.
     """
     rng, stream = np.random.default_rng(seed), []
     size = min(POOL * batch, max(len(lengths) // batch, 1) * batch)
@@ -77,16 +81,17 @@ def batches(lengths, batch, seed):
 
 
 def micro_batches(rows, max_tokens, length=n_tokens):
-    """Yield groups of rows, shortest first, whose padded size is at most `max_tokens`.
+    """Yield groups of rows, shortest first, whose padded size is at most `max_tokens`. A longer row is a group alone.
 
     A group that already fills an eighth of `max_tokens` also ends where one more row would make more than 5 % of it
     padding.
     """
-    group, real = [], 0
+    group, n_real = [], 0
     for row in sorted(rows, key=length):
-        real, padded = real + length(row), length(row) * (len(group) + 1)
-        if group and (padded > max_tokens or padded > max_tokens / 8 and real < 0.95 * padded):
+        n_real, n_padded = n_real + length(row), length(row) * (len(group) + 1)
+        if group and (n_padded > max_tokens or n_padded > max_tokens / 8 and n_real < 0.95 * n_padded):
             yield group
-            group, real = [], length(row)
+            group, n_real = [], length(row)
         group.append(row)
-    yield group
+    if group:
+        yield group

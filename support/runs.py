@@ -1,7 +1,8 @@
-"""A run folder: presets, where its models, data and results are, and whether a command may go on in it.
+"""A run folder: presets, the paths of models and data, config.json, and the decision to start, continue or refuse.
 
-config.json holds the settings of a run and fingerprints of its models and data. A command whose settings differ is
-refused with what differs. Paths inside the run folder are stored relative to it, so that a run can be moved.
+config.json holds the settings of a run and fingerprints of its models and data. A command with other settings is
+refused; the message says what differs. Paths inside the run folder are stored relative to it, so that a run can be
+moved.
 """
 import hashlib
 import itertools
@@ -35,18 +36,18 @@ STAGES = ("warmup", "router", "joint")
 # is the most that a micro-batch holds, padding included.
 PRESETS = {
     "paper": dict(
-        base=("weights/Llama-3.1-8B-Instruct",), encoder=("weights/Qwen2.5-0.5B",), data="data/personafuse.jsonl",
-        tokens=8192, eval_records=500,
+        device="cuda", base=("weights/Llama-3.1-8B-Instruct",), encoder=("weights/Qwen2.5-0.5B",),
+        data="data/personafuse.jsonl", tokens=8192, eval_records=500,
         warmup=dict(steps=3000, batch=64, lr=2e-4), router=dict(steps=2300, batch=128, router_lr=2e-5),
         joint=dict(steps=1500, batch=64, lr=1e-4, router_lr=1e-5)),
     "small": dict(
-        base=("weights/SmolLM2-135M-Instruct",),
+        device=None, base=("weights/SmolLM2-135M-Instruct",),
         encoder=("weights/Qwen2.5-0.5B", "weights/Qwen2.5-Coder-0.5B-Instruct"), data=None, records=(8000, 400, 400),
         tokens=2048, eval_records=100,
         warmup=dict(steps=100, batch=20, lr=1e-3), router=dict(steps=60, batch=16, router_lr=5e-5),
         joint=dict(steps=40, batch=16, lr=5e-4, router_lr=2e-5)),
     "tiny": dict(
-        base=(), encoder=(), data=None, records=(8000, 400, 600), tokens=4096, eval_records=200,
+        device="cpu", base=(), encoder=(), data=None, records=(8000, 400, 600), tokens=4096, eval_records=200,
         pretrain=dict(steps=200, batch=20, lr=4e-3),
         warmup=dict(steps=100, batch=16, lr=1e-2), router=dict(steps=100, batch=40, router_lr=2e-3),
         joint=dict(steps=60, batch=16, lr=5e-3, router_lr=5e-4)),
@@ -82,22 +83,19 @@ class Setup:
     SHARED = ("preset", "base", "encoder", "data", "seed", "rank", "alpha")  # the same for all stages of a run
 
     @staticmethod
-    def from_config(path, run):
-        """A path as config.json has it -> as it is now, with the run folder at `run`."""
-        inside = path and path.startswith(Setup.INSIDE)
-        return f"{run}/{path.removeprefix(Setup.INSIDE)}" if inside else path
+    def restore_path(path, run):
+        """A path stored in config.json, with {run}/ replaced by the run folder."""
+        return f"{run}/{path.removeprefix(Setup.INSIDE)}" if path and path.startswith(Setup.INSIDE) else path
 
-    def to_config(self, path):
-        """The reverse of `from_config`."""
-        return Setup.INSIDE + path.removeprefix(f"{self.run}/") if self.is_inside(path) else path
-
-    def is_inside(self, path):
-        return bool(path) and path.startswith(f"{self.run}/")
+    def stored_path(self, path):
+        """The reverse of `restore_path`."""
+        inside = path and path.startswith(f"{self.run}/")
+        return Setup.INSIDE + path.removeprefix(f"{self.run}/") if inside else path
 
     def shared(self):
-        """The settings that all stages of a run share, as config.json has them."""
-        found = {key: getattr(self, key) for key in Setup.SHARED}
-        return found | {key: self.to_config(found[key]) for key in ("base", "encoder", "data")}
+        """The settings that all stages of a run share, as config.json stores them."""
+        settings = {key: getattr(self, key) for key in Setup.SHARED}
+        return settings | {key: self.stored_path(settings[key]) for key in ("base", "encoder", "data")}
 
     def load_base(self, experts=None):
         """The frozen base with ten experts: fresh ones drawn from the seed, or those saved in the folder `experts`."""
@@ -129,7 +127,7 @@ class Setup:
 
     def write_template_data(self):
         """Write the template teacher's records, if the run takes these and they are missing or incomplete."""
-        if Path(self.data) != self.run / "data":
+        if Path(self.data) != self.run / "data" or "records" not in PRESETS[self.preset]:
             return
         counts = PRESETS[self.preset]["records"]
         try:
@@ -150,20 +148,24 @@ class Setup:
         return next((self.run / s / part for s in ("joint", first) if (self.run / s / part).is_dir()), None)
 
 
-def resolve(args, stages):
+def make_setup(args, stages):
     """The Setup that the arguments ask for. One UserError names everything that is missing and how to get it."""
     preset, problems = PRESETS[args.preset], []
     run = Path(f"runs/{args.preset}" if args.run is None else args.run)
+    if run.name in ("", ".."):  # --overwrite renames the folder, so it needs a name
+        run = run.resolve()
 
     def model_folder(given, choices, role):
         if args.preset == "tiny" and given is None:
             return str(run / "models" / role)
-        folder = next((f for f in ((given,) if given else choices) if Path(f).is_dir()), given or choices[0])
+        choices = (given,) if given else choices
+        present = [folder for folder in choices if Path(folder).is_dir()]
+        folder = present[0] if present else choices[0]
         name = Path(folder).name
-        if not Path(folder).is_dir():
+        if not present:
             how = f": {DOWNLOADS[name]} --local-dir {folder}" if name in DOWNLOADS else ""
             problems.append(f"{folder}, the {role}'s model folder{how}")
-        elif not given and folder != choices[0]:
+        elif folder != choices[0]:
             print(f"{choices[0]} is not here; the encoder is {folder}, of the same shape")
         return folder
 
@@ -174,7 +176,7 @@ def resolve(args, stages):
         problems.append(f"{data}, the training records: python synth.py --teacher template --out {data} --count 20000")
     device = dtype = None
     try:
-        device = pick_device(args.device or {"paper": "cuda", "tiny": "cpu"}.get(args.preset))
+        device = pick_device(args.device or preset["device"])
         dtype = pick_dtype(args.dtype, device)
     except UserError as error:
         problems.append(str(error))
@@ -189,8 +191,9 @@ def resolve(args, stages):
 def stage_settings(args, stage, dtype=None):
     """The settings of one stage: the command line's values, else the preset's. dtype: the base's."""
     s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"]}
-    s |= {k: v for k in ("steps", "batch", "lr", "router_lr", "tokens")
-          if (v := getattr(args, k)) is not None and k in s}
+    for key in ("steps", "batch", "lr", "router_lr", "tokens"):
+        if key in s and getattr(args, key) is not None:
+            s[key] = getattr(args, key)
     for key in ("seed", "clip", "lr_warmup", "save_every", "keep", "log_every", "recompute", "compile"):
         s[key] = getattr(args, key)
     if stage in ("warmup", "joint"):
@@ -205,9 +208,10 @@ def stage_settings(args, stage, dtype=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json
 
+# What config.json may hold, for check_settings: {key: allowed values}
 CONFIG = {"setup": (dict,), "fingerprints": (dict,), "stages": (dict,)}
-SETUP = {"preset": (*PRESETS,), "base": (str, None), "encoder": (str, None), "data": (str,), "seed": (0, int),
-         "rank": (int,), "alpha": (float,)}
+SETUP_VALUES = {"preset": (*PRESETS,), "base": (str, None), "encoder": (str, None), "data": (str,), "seed": (0, int),
+                "rank": (int,), "alpha": (float,)}
 
 
 def read_run(run):
@@ -219,13 +223,13 @@ def read_run(run):
         raise UserError(f"{file}: not a run's, it has no version; give --run a folder that train.py made")
     if config["version"] != VERSION:
         raise UserError(f"{file}: version is {shorten(config['version'])}, expected {VERSION}: another version of this "
-                        "program made the run, and only that one reads it")
+                        "program made the run. Give another --run")
     check_settings(file, config, CONFIG)
-    check_settings(file, config["setup"], SETUP)
+    check_settings(file, config["setup"], SETUP_VALUES)
     check_settings(file, config["stages"], dict.fromkeys(STAGES, (dict, None)))
     for settings in config["stages"].values():
         check_settings(file, settings, {"tau": (float, None)})
-    unknown = (config["setup"].keys() - SETUP) | (config["stages"].keys() - set(STAGES))
+    unknown = (config["setup"].keys() - SETUP_VALUES.keys()) | (config["stages"].keys() - set(STAGES))
     if unknown:
         raise UserError(f"{file}: {min(unknown)!r} is no setting or stage of a run. Was the file edited?")
     return config
@@ -258,6 +262,7 @@ def fingerprint(path):
     else:
         files = [path / f"{split}.jsonl" for split in SPLITS] if path.is_dir() else [path]
     for file in files:
+        digest.update(f"{file.name}\n".encode())
         if file.suffix != ".safetensors":
             digest.update(read_bytes(file))
             continue
@@ -271,7 +276,8 @@ def fingerprint(path):
 
 
 def check_fingerprints(setup):
-    """UserError if the models or data are not those that the run was started with. New ones are noted."""
+    """UserError if the models or data are not those that the run was started with. Fingerprints of models and data that
+    are used for the first time are added to config.json."""
     found = read_run(setup.run)
     paths = {key: path for key in ("base", "encoder", "data") if (path := getattr(setup, key)) and Path(path).exists()}
     now = {key: fingerprint(path) for key, path in paths.items()}
@@ -315,30 +321,34 @@ def has_begun(run, stage):
 def open_run(setup, settings, args, locks):
     """Start, continue or refuse a run, and write its config.json. Returns the stages still to be trained.
 
-    settings: {stage: settings} of the stages asked for. locks: an ExitStack that takes the lock on the folder.
-    Everything is checked before anything is written; --overwrite then moves the old folder aside.
+    settings: {stage: settings} of the stages asked for. locks: an ExitStack that keeps the lock on the folder.
+    Settings are checked before anything is written or moved; models and data are checked later, by check_fingerprints.
     """
-    run, existed, locked = setup.run, (setup.run / "config.json").exists(), setup.run.is_dir()
-    if locked:
-        locks.enter_context(lock(run))
-    if args.resume and not existed:
+    run, new = setup.run, copy_of(setup.run)
+    if not run.exists() and (new / "config.json").exists():  # killed between the two renames of move_aside
+        os.replace(new, run)
+    if args.resume and not (run / "config.json").exists():
         raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is started here")
-    if not existed and run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if not (run / "config.json").exists() and run.exists() and (
+            not run.is_dir() or any(path.name != "config.json.~part" for path in run.iterdir())):
         raise UserError(f"{run} is there already and holds no run: choose another --run, or remove it")
-    for stage in ("warmup", "router"):
-        if "joint" in settings and stage not in settings and not (run / stage).is_dir() and (
-                args.overwrite or not (run / "joint").is_dir()):
-            raise UserError(f"{run}: the joint stage starts from warmup and router, and {stage} is not done here: "
+    if [*settings] == ["joint"] and (args.overwrite or not (run / "joint").is_dir()):
+        for stage in unfinished_stages(run, ("warmup", "router")):
+            raise UserError(f"{run}: joint starts from the results of warmup and router, and {stage} is not done here: "
                             f"python train.py --preset {setup.preset} --stage {stage} --run {run} first")
+    run.mkdir(parents=True, exist_ok=True)
+    locks.enter_context(lock(run))
 
-    # what there is to agree with: stages that have begun and stay; or nothing, where nothing was saved or none stays
-    found = read_run(run) if existed else {}
-    kept = STAGES[:STAGES.index(next(iter(settings)))] if args.overwrite else STAGES  # later stages build on earlier ones
-    stages = {stage: s for stage, s in found.get("stages", {}).items() if stage in kept and has_begun(run, stage)}
+    # The settings to compare with: those of stages that have begun and are kept. If there is none, and no models or
+    # data have to be kept either, the run starts from nothing.
+    config = read_run(run) if (run / "config.json").exists() else {}
+    kept = STAGES[:STAGES.index(next(iter(settings)))] if args.overwrite else STAGES
+    stages = {stage: s for stage, s in config.get("stages", {}).items() if stage in kept and has_begun(run, stage)}
+    started_before = bool(config)
     if not stages and (args.overwrite or not any((run / name).exists() for name in ("models", "data"))):
-        found = {}
+        config = {}
     shared = setup.shared()
-    differ = differences(found.get("setup", {}), shared)
+    differ = differences(config.get("setup", {}), shared)
     if differ:
         raise UserError(f"{run} was started with other settings: {differ}. Give the same or another --run")
     for stage in settings:
@@ -352,13 +362,13 @@ def open_run(setup, settings, args, locks):
         raise UserError(f"{run} holds a run (begun: {', '.join(begun)}; not done: {', '.join(to_do)}): --resume goes "
                         "on with it, --overwrite starts again")
 
-    if args.overwrite and existed:
-        move_aside(run, [*stages, "models", "data"] if stages else [])
-    write_config(run, {
-        "version": VERSION, "setup": found.get("setup", shared) | {k: v for k, v in shared.items() if v is not None},
-        "fingerprints": found.get("fingerprints", {}), "stages": stages | settings})
-    if not locked or args.overwrite and existed:  # a lock goes with the folder that was moved
-        locks.enter_context(lock(run))
+    given = {key: value for key, value in shared.items() if value is not None}
+    config = {"version": VERSION, "setup": config.get("setup", shared) | given,
+              "fingerprints": config.get("fingerprints", {}), "stages": stages | settings}
+    if args.overwrite and started_before:
+        move_aside(run, [*stages, "models", "data"] if stages else [], config, locks)
+    else:
+        write_config(run, config)
     complete_setup(setup)
     return to_do
 
@@ -370,15 +380,22 @@ def unfinished_stages(run, settings):
 def complete_setup(setup):
     """Take from config.json the models that other stages were given: the closing table may need them."""
     found = read_run(setup.run)["setup"]
-    setup.base, setup.encoder = (Setup.from_config(found[key], setup.run) for key in ("base", "encoder"))
+    setup.base, setup.encoder = (Setup.restore_path(found[key], setup.run) for key in ("base", "encoder"))
 
 
-def move_aside(run, kept):
-    """Rename a run folder to RUN.replaced-N, whole. The new folder gets copies of the stages and folders `kept`."""
+def copy_of(run):
+    """Where `move_aside` prepares the new run folder."""
+    return run.with_name(run.name + ".~part")
+
+
+def move_aside(run, kept, config, locks):
+    """Rename the run folder to RUN.replaced-N, with everything in it. The new run folder gets copies of the stages and
+    folders in `kept`, and `config`."""
     aside = next(path for n in itertools.count(1) if not (path := Path(f"{run}.replaced-{n}")).exists())
-    new = run.with_name(run.name + ".~part")
+    new = copy_of(run)
     remove(new)
     new.mkdir()
+    locks.enter_context(lock(new))  # a lock stays with its folder when that is renamed
     try:
         for name in kept:
             if (run / name).is_dir():
@@ -386,11 +403,13 @@ def move_aside(run, kept):
             for file in checkpoint_files(run, name):
                 (new / "state").mkdir(exist_ok=True)
                 shutil.copy2(file, new / "state")
-        lines = [line for line, entry in read_log(run) if entry["stage"] in kept or kept and entry["stage"] == "pretrain"]
-        (new / "log.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+        kept_stages = {*kept, "pretrain"} if kept else set()
+        lines = [line + b"\n" for line, entry in read_log(run) if entry["stage"] in kept_stages]
+        (new / "log.jsonl").write_bytes(b"".join(lines))
     except OSError as error:
         remove(new)
-        raise UserError(f"{run}: cannot be moved aside ({error.strerror or error}); nothing was changed") from None
+        raise UserError(f"{run}: cannot be copied ({error.strerror or error}); nothing was changed") from None
+    write_config(new, config)  # last: where it is there, the copy is complete
+    print(f"{run}: the earlier run is now in {aside}")
     os.replace(run, aside)
     os.replace(new, run)
-    print(f"{run}: the run that was here is now {aside}, whole")

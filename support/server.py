@@ -1,7 +1,7 @@
 """A teacher behind a server that speaks OpenAI's chat completions.
 
 It is not in synth.py because sockets, retries and keys teach nothing about Persona-CoT. Several threads each take a
-query through its steps, one request at a time. The main thread saves what they finish.
+query through its steps, one request at a time. The main thread saves the finished records.
 """
 import email.utils
 import http.client
@@ -14,13 +14,13 @@ import ssl
 import threading
 import time
 import urllib.parse
-from functools import partial
 
 from support.files import UserError
 from support.replies import Reply, RequestFailed
 
 
 LONGEST_ANSWER = 8_000_000  # bytes of an HTTP answer that are read
+WORKER_ENDED = object()
 
 
 class HttpTeacher:
@@ -41,8 +41,8 @@ class HttpTeacher:
             raise UserError("--url: expected the base of the server's addresses, such as http://localhost:8080/v1, "
                             "without user name, key or query")
         self.path = url.path.rstrip("/") + "/chat/completions"
-        self.new_connection = http.client.HTTPConnection if url.scheme == "http" else \
-            partial(http.client.HTTPSConnection, context=ssl.create_default_context())  # verifies certificates
+        # HTTPSConnection verifies the server's certificate
+        self.new_connection = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
         self.key = os.environ.get(args.key_env, "").strip() if args.key_env else ""
         if args.key_env and not re.fullmatch(r"[!-~]+", self.key):
             raise UserError(f"the environment variable {args.key_env} (--key-env) holds no key")
@@ -53,15 +53,15 @@ class HttpTeacher:
         self.connected = False     # whether the server has ever been reached
         self.not_before = 0.0      # when the server wants the next request, in the seconds of time.monotonic
         self.stop = threading.Event()
-        self.finished = queue.SimpleQueue()  # outcomes, errors, and None from each worker that ends
+        self.finished = queue.SimpleQueue()  # outcomes, errors, and WORKER_ENDED from each worker
 
     def run(self, queries, save):
         """Take every query (an iterator of Synthesis) to its outcome, and save([outcome]) each one in this thread.
 
-        After an error or Ctrl-C no worker waits any longer or asks anything more, and what is finished is saved.
+        After an error or Ctrl-C, workers stop waiting and ask nothing more, and all finished outcomes are saved.
         """
         lock = threading.Lock()
-        # Queries that are asked or not saved yet. The limit is what a kill of the process can lose
+        # The number of queries that may be in progress or finished but not saved. A kill loses at most these
         unsaved = threading.Semaphore(2 * self.args.workers)
 
         def work():
@@ -71,9 +71,10 @@ class HttpTeacher:
                     with lock:
                         query = next(queries, None)
                     if query is None or self.stop.is_set():
-                        return self.finished.put(None)
+                        return self.finished.put(WORKER_ENDED)
                     self.converse(query)
-                    self.finished.put(query.outcome)
+                    if query.outcome:
+                        self.finished.put(query.outcome)
             except BaseException as error:
                 self.finished.put(error)
 
@@ -83,7 +84,7 @@ class HttpTeacher:
         try:
             while running:
                 outcome = self.finished.get()
-                if outcome is None:
+                if outcome is WORKER_ENDED:
                     running -= 1
                 elif isinstance(outcome, BaseException):
                     raise outcome
@@ -97,7 +98,7 @@ class HttpTeacher:
             save([outcome for outcome in left if isinstance(outcome, dict)])
 
     def converse(self, query):
-        """Make all requests of one query, with a wait after each one that failed. It has no outcome if told to stop."""
+        """Make all requests of one query, with a wait after each that failed. After self.stop, it has no outcome."""
         failures = 0  # in a row
         while not query.outcome and not self.stop.wait(max(0.0, self.not_before - time.monotonic())):
             try:
@@ -110,7 +111,7 @@ class HttpTeacher:
             if failures and query.outcome and not self.connected:
                 raise UserError(f"{self.args.url}: {reply}; is the server running, and is this its address?")
             if failures and not query.outcome:
-                if reply.wait is not None:  # the server's wish holds for all workers
+                if reply.wait is not None:  # all workers wait as long as the server asks for
                     self.not_before = max(self.not_before, time.monotonic() + reply.wait)
                 else:
                     self.stop.wait(min(60.0, self.args.backoff * 2 ** (failures - 1)) * random.uniform(0.5, 1))
@@ -130,7 +131,11 @@ class HttpTeacher:
             raise RequestFailed(f"connection: {self.one_line(str(error) or type(error).__name__)}") from None
 
     def post(self, content):
-        """Send one request. Returns (status, headers, body) of the answer."""
+        """Send one request. Returns (status, headers, body) of the answer.
+
+        Connecting may take up to --timeout. Whatever remains of it then limits the wait for each piece of the headers
+        and the time for the whole body, so that only a server that sends its headers in many pieces takes longer.
+        """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -139,13 +144,12 @@ class HttpTeacher:
         try:
             connection.connect()
             self.connected, sock = True, connection.sock
+            sock.settimeout(seconds_until(deadline))
             connection.request("POST", self.path, content, headers)
             answer, body = connection.getresponse(), bytearray()
             while True:
-                left = deadline - time.monotonic()
-                if left <= 0:  # the timeout is for the whole answer, not for each part of it
-                    raise TimeoutError
-                sock.settimeout(left)
+                if not answer.isclosed():  # from Python 3.13 on, read1 closes the socket after the last part
+                    sock.settimeout(seconds_until(deadline))
                 part = answer.read1(65536)
                 if not part:
                     return answer.status, answer.headers, bytes(body)
@@ -156,7 +160,7 @@ class HttpTeacher:
             connection.close()
 
     def read_answer(self, status, headers, body):
-        """Returns the Reply in an answer of the server, or raises what the answer means; see `request`."""
+        """Returns the Reply in an answer of the server. Raises RequestFailed or UserError as `request` does."""
         try:
             found = json.loads(body)
         except (ValueError, RecursionError):
@@ -184,12 +188,23 @@ class HttpTeacher:
         return text.replace(self.key, "[key]") if self.key else text
 
     def one_line(self, text):
-        """Returns the server's words as one line that is safe to print in a terminal."""
+        """Returns text from the server as one line that is safe to print in a terminal."""
         return "".join(c if c.isprintable() else " " for c in " ".join(self.without_key(text).split()))[:300]
 
 
+def seconds_until(deadline):
+    """Returns how long a socket may still wait. TimeoutError if the deadline, by time.monotonic, has passed."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
 def retry_after(text):
-    """Returns the seconds to wait that a Retry-After header names, as a number or a date: at most an hour, or None."""
+    """Returns the seconds that a Retry-After header asks to wait, at most an hour, or None if it is not understood.
+
+    The header holds a number of seconds or a date.
+    """
     try:
         if re.fullmatch(r"\s*\d+(\.\d*)?\s*", text or ""):
             return min(3600.0, float(text))

@@ -15,29 +15,28 @@ def format_cell(value):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def print_table(head, rows, title="", width=200):
-    """Print rows of cells under their column names. A cell is a text, a number or a list that `format_cell` takes.
+def print_table(head, rows, title="", width=200, left=(0,)):
+    """Print rows of cells under their column names. A cell is a string, a number or a list that `format_cell` takes.
 
-    The first column is aligned left, and so is a column of sentences; the others are aligned right. Where a line would
-    be longer than `width`, the first column is cut.
+    The columns whose numbers are in `left` are aligned left, the others right. Where a line would be longer than
+    `width`, the first column is cut.
     """
     table = [[format_cell(value) for value in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     widths[0] = min(widths[0], width - 2 - sum(w + 2 for w in widths[1:]))
-    sentences = [any(len(row[i].split()) > 3 for row in table) for i in range(len(head))]
     if title:
         print("\n" + textwrap.fill(title, 80) + "\n")
     for first, *others in table:
         if len(first) > widths[0]:
             first = first[:widths[0] - 1] + "…"
-        line = "  " + first.ljust(widths[0])
-        for cell, w, is_sentence in zip(others, widths[1:], sentences[1:]):
-            line += "  " + (cell.ljust(w) if is_sentence else cell.rjust(w))
+        cells = [first, *others]
+        line = "".join("  " + (cell.ljust(w) if i in left else cell.rjust(w))
+                       for i, (cell, w) in enumerate(zip(cells, widths)))
         print(line.rstrip())
 
 
 def format_gate(gate, width=16):
-    """Returns a gate (E,) as five lines of text, one per trait, with bars relative to the largest weight."""
+    """Returns a gate (E,) as five lines, one for each trait, with bars relative to the largest weight."""
     largest, lines = max(gate.tolist()), []
     for e in range(0, len(EXPERTS), 2):
         trait = EXPERTS[e].partition("_")[2]

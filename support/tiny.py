@@ -1,4 +1,7 @@
-"""The embedded default: a Llama-shaped base and a Qwen-shaped encoder of under a million parameters, made on the spot."""
+"""The models of the preset tiny: a Llama-shaped base and a Qwen-shaped encoder, each of under a million parameters.
+
+They are made when a run of this preset starts, so that it needs no download.
+"""
 import json
 
 import numpy as np
@@ -66,7 +69,7 @@ def make_tiny(role, folder, records, seed, fit_base):
             "chat_template": LLAMA_TEMPLATE if llama else CHATML_TEMPLATE}, indent=2))
         torch.manual_seed(seed)
         model = Transformer(Config.from_dir(part))
-        for name, p in model.named_parameters():  # norms start at 1
+        for name, p in model.named_parameters():  # the weights of norms keep their initial value, 1
             if p.dim() == 2:
                 torch.nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
@@ -78,14 +81,15 @@ def make_tiny(role, folder, records, seed, fit_base):
 
 
 def pretraining_rows(records, chat):
-    """What tiny's base learns from: queries with neutral replies, and a third as many sentences in a pole's manner.
+    """Returns the rows that tiny's base is trained on: queries with neutral replies, and a third as many sentences in
+    the manner of a pole.
 
-    The sentences stand alone, so that the base knows their words but not when to use them. All tokens but the first are
-    supervised, since the base has a language to learn.
+    Such a sentence is a row alone, without a query. So the base learns its words, but not when to use them. All tokens
+    but the first are supervised, because the base has to learn the language.
     """
     rows, _ = make_rows([{**r, "response": r["neutral"]} for r in records], chat)
     for row in rows:
-        row.prompt = 1
+        row.n_prompt = 1
     sentences = sorted({text for record in records for text in record["manner"].values()})
     plain = [Row(f"plain-{i}", torch.zeros(len(EXPERTS)),
                  np.array([chat.bos, *encode(chat.tokenizer, text), chat.end], dtype=np.int32), 1)

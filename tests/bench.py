@@ -48,12 +48,13 @@ from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
 from support.chat import Chat, load_tokenizer
 from support.command import Parser, for_users, pick_device, pick_dtype, run_command
 from support.compile import compile_decoding, compile_layers
-from support.files import UserError, weight_files
+from support.files import UserError
 from support.process import keep_freed_memory
 from support.records import read_queries, read_records, write_records
 from support.rows import Row, batches, n_tokens, make_rows, micro_batches, rows_per_pole
 from support.runs import PRESETS, Setup
 from support.tables import print_table
+from support.weights import weight_files
 from synth import Synthesis, template_records
 from train import row_losses
 
@@ -294,9 +295,10 @@ def router(args):
             with task.autocast:
                 hidden = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state
                 similarity = ours.similarity(hidden[torch.arange(len(part), device=args.device), sizes - 1])
-                loss = contrastive_loss(similarity, torch.stack([rows[i].active for i in part]), task.s.contrastive_tau)
+                active = torch.stack([rows[i].active for i in part])
+                loss = contrastive_loss(similarity, active, task.settings.contrastive_tau)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(task.parameters(), task.s.clip)
+            torch.nn.utils.clip_grad_norm_(task.parameters(), task.settings.clip)
             task.optimizer.step()
             task.optimizer.zero_grad()
 

@@ -1,8 +1,8 @@
-"""Shared by all tests: where the modules are, what `slow` means, and the optional real weights.
+"""Shared by all tests: the import path, the mark `slow`, and where real weights and benchmark data are.
 
-`python -m pytest` leaves out what is marked slow; `python -m pytest -m slow` runs just that. Real checkpoints are found
-through $PERSONAFUSE_WEIGHTS, the public benchmarks' data through $PERSONAFUSE_BENCHMARKS; without them, tests that need
-them skip and say so. Nothing here uses the network.
+`python -m pytest` leaves out the tests marked slow; `python -m pytest -m slow` runs only those. $PERSONAFUSE_WEIGHTS
+names the folder with real checkpoints, $PERSONAFUSE_BENCHMARKS that with the public benchmarks' data. Tests that need
+them are skipped if they are not set. No test uses the network.
 """
 import os
 import signal
@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# tests are small: a second thread, here or in a process that a test starts, would only wait for the first
+# The tests are small. A second thread, here or in a process that a test starts, would only wait for the first.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that a shell starts in the background ignores it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 
 def folder_named_by(variable, what):
-    """The folder that an environment variable names; without it, the test is skipped and says so."""
+    """The folder that an environment variable names. Skips the test if the variable is not set."""
     if not os.environ.get(variable):
         pytest.skip(f"{what} are not here: set {variable} to the folder that holds them")
     return Path(os.environ[variable])

@@ -255,7 +255,7 @@ def rows_of(config, rows, length, prompt=1):
 
 def our_step(model, batch, optimizer, gate):
     """Returns a function that makes a training step of the mixture under a given gate, with train.py's loss."""
-    tokens = sum(len(row.ids) - row.prompt for row in batch)
+    tokens = sum(len(row.ids) - row.n_prompt for row in batch)
 
     def run():
         (row_losses(model, batch, gate).sum() / tokens).backward()

@@ -22,20 +22,29 @@ import eval as evaluation
 from support import bench as bench_module
 from support import benchmarks
 from support import measure as measure_module
-from lora import EXPERTS, add_experts, expert_layers
-from model import Config, Prefix, Transformer, generate, pad, shared_prefix
+from lora import EXPERTS, expert_layers
+from model import Prefix, generate
 from support.bench import (
     best_constant, comparison_table, mcnemar_p, open_replies, paired_difference, read_replies, score_interval,
     score_table, wilson_interval)
 from support.benchmarks import BENCHMARKS, EQBench, EmoBench, GPQA, SafetyBench, ToMBench, lenient_letter
 from support.chat import encode
 from support.files import UserError
+from support.measure import bootstrap
 from test_commands import reduced, run_folder  # noqa: F401: fixtures
+
+
+INSTRUCTIONS = json.loads(benchmarks.OUR_INSTRUCTIONS.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
 def golden(published):
     return lambda name: json.loads((published / "golden" / f"{name}.json").read_text())
+
+
+def make(benchmark, password=None, **options):
+    """Returns a benchmark with our instructions and the options of the command."""
+    return benchmark(bench_module.Bench(names=[benchmark.name], **options), INSTRUCTIONS, password)
 
 
 def replies_of(outputs, **more):
@@ -47,7 +56,7 @@ def replies_of(outputs, **more):
 # Against the authors' own code
 
 def test_emobench_equals_the_authors_code(published, golden):
-    bench, cases = EmoBench(), golden("emobench")
+    bench, cases = make(EmoBench), golden("emobench")
     assert all(bench.parse_json(case["raw"]) == case["parsed"] for case in cases["parse"])
     rows = bench.load(published / "emobench")
     replies = {}
@@ -57,7 +66,7 @@ def test_emobench_equals_the_authors_code(published, golden):
         score, official = bench.score(rows, mine), dict(run["official_results"])
         assert list(score) == [group] and score[group]["n"] == 200
         assert score[group]["accuracy"] == official.pop("Overall") and score[group]["by_category"] == official
-        for row, theirs in zip([row for row in rows if row["group"] == group], run["official_rows"]):
+        for row, theirs in zip([row for row in rows if row["part"] == group], run["official_rows"]):
             assert row["id"].split("/")[2] == str(theirs["qid"])
             names = ["label", "answer"] if run["task"] == "EA" else [
                 "emo_label", "cause_label", "emo_answer", "cause_answer"]
@@ -74,13 +83,13 @@ def test_emobench_equals_the_authors_code(published, golden):
 
 def test_eqbench_equals_the_authors_code(published, golden):
     cases, harness = golden("eqbench"), 0
-    rows = {revise: EQBench(revise=revise).load(published / "eqbench") for revise in (False, True)}
+    rows = {revise: make(EQBench, revise=revise).load(published / "eqbench") for revise in (False, True)}
     by_id = {row["id"]: row for row in rows[False]}
     for id, case in cases["nonrevise_prompt"].items():
-        prompt = EQBench().ask(by_id[id], 0).text
+        prompt = make(EQBench).ask(by_id[id], 0).text
         assert len(prompt) == case["len"] and hashlib.sha256(prompt.encode()).hexdigest() == case["sha256"]
     for case in cases["single"]:
-        bench, row = EQBench(revise=case["revise"]), by_id[case["qid"]]
+        bench, row = make(EQBench, revise=case["revise"]), by_id[case["qid"]]
         first, second = bench.grade_passes([row], replies_of({case["qid"]: case["text"]}))
         for mine, name in ((first, "first_pass"), (second, "revised")):
             official = case["official"][f"v2_{name}_score"]
@@ -93,7 +102,7 @@ def test_eqbench_equals_the_authors_code(published, golden):
             harness += 1
     assert harness > 20
     for case in cases["aggregate"]:
-        bench, replies = EQBench(revise=case["revise"]), replies_of(case["texts"])
+        bench, replies = make(EQBench, revise=case["revise"]), replies_of(case["texts"])
         score, official = bench.score(rows[False], replies), case["official_v2"]
         assert (score["score"], score["parseable"]) == (official["score"], official["parseable"])
         assert score["failed"] is not case["official_benchmark_success"]
@@ -104,7 +113,7 @@ def test_eqbench_equals_the_authors_code(published, golden):
 
 
 def test_published_eqbench_runs_score_as_published(published, golden):
-    bench, official = EQBench(revise=True), {run["file"]: run for run in golden("eqbench_published_runs")["runs"]}
+    bench, official = make(EQBench, revise=True), {run["file"]: run for run in golden("eqbench_published_runs")["runs"]}
     rows, files = bench.load(published / "eqbench"), sorted((published / "eqbench" / "published_runs").glob("*.json"))
     for file in files:
         run = json.loads(file.read_text())
@@ -118,7 +127,7 @@ def test_published_eqbench_runs_score_as_published(published, golden):
 
 
 def test_tombench_equals_the_authors_code(published, golden, tmp_path):
-    cases, bench = golden("tombench"), ToMBench()
+    cases, bench = golden("tombench"), make(ToMBench)
     assert all(bench.parse(None, case["text"]) == case["letter"] for case in cases["extract"])
     for case in cases["majority"]:
         assert Counter(case["preds"]).most_common(1)[0][0] == case["winner"]
@@ -145,28 +154,30 @@ def test_tombench_equals_the_authors_code(published, golden, tmp_path):
 def test_safetybench_equals_the_authors_code(published, golden):
     cases = golden("safetybench")
     for case in cases["extraction"]:
-        row = {"id": "0", "options": [case["options"]], "group": "x"}
-        assert SafetyBench().predict([row], replies_of({"0": case["origin_pred"]})) == {"0": "ABCD"[case["final_pred"]]}
-        assert SafetyBench().is_unparsed(row, case["origin_pred"]) == case["extract_failed"]
+        row = {"id": "0", "options": [case["options"]]}
+        replies = replies_of({"0": case["origin_pred"]})
+        assert make(SafetyBench).predict([row], replies) == {"0": "ABCD"[case["final_pred"]]}
+        assert make(SafetyBench).is_unparsed(row, case["origin_pred"]) == case["extract_failed"]
     folder = published / "safetybench"
     for case in cases["metrics"]:
         answers = json.loads((folder / "opensource_data" / case["answers"]).read_text())
         predictions = case["preds"] or {
             "all_gold": {id: a["answer"] for id, a in answers.items()},
             "one_category_only": {id: a["answer"] for id, a in answers.items() if a["category"] == "Mental Health"},
-            "pred_minus1": dict.fromkeys(answers, -1), "all_zero": dict.fromkeys(answers, 0),
+            "pred_minus1": {}, "all_zero": dict.fromkeys(answers, 0),  # −1 is no answer
             "all_one": dict.fromkeys(answers, 1)}[case["name"]]
-        assert SafetyBench.metrics(answers, predictions) == case["official"]
-        if case["answers"] == "test_answers_zh_subset.json":  # the same through texts, as the command does it
-            rows = SafetyBench().load(folder)
-            texts = {id: f"({'ABCD'[p]})" for id, p in predictions.items() if p >= 0}
-            if texts and case["name"] != "pred_minus1":
-                assert SafetyBench().score(rows, replies_of(texts)) == case["official"]
+        if case["answers"] == "test_answers_zh_subset.json":
+            rows = make(SafetyBench).load(folder)
+        else:  # the questions to these answers may not be there
+            rows = [{"id": id, "part": a["category"], "gold": "ABCD"[a["answer"]], "options": [list("wxyz")]}
+                    for id, a in answers.items()]
+        replies = replies_of({id: f"({'ABCD'[p]})" for id, p in predictions.items()})
+        assert make(SafetyBench).score(rows, replies) == case["official"]
 
 
 def test_gpqa_equals_simple_evals(golden):
     cases = golden("gpqa")
-    assert all(GPQA().parse(None, case["text"]) == case["extracted"] for case in cases["simple_evals_extract"])
+    assert all(make(GPQA).parse(None, case["text"]) == case["extracted"] for case in cases["simple_evals_extract"])
     for size, case in cases["simple_evals_permutations_real_sizes"].items():
         n, repeats = map(int, size.split("x"))
         lines = [dict.fromkeys(["Question"], "?") | {c: str(k) for k, c in enumerate(GPQA.CHOICES)}] * n
@@ -181,25 +192,33 @@ def test_gpqa_equals_simple_evals(golden):
         if run["name"] == "cycle_texts":
             continue  # the texts themselves are not in golden/
         texts = {row["id"]: f"Answer: {row['gold'] if run['name'] == 'oracle_first_right' else 'A'}" for row in rows}
-        score = GPQA().score(rows, replies_of(texts))
+        score = make(GPQA).score(rows, replies_of(texts))
         assert score["score"] == run["score"]
         assert score["score_std"] == pytest.approx(run["metrics"]["score:std"], abs=1e-15)
 
 
 def test_best_constant_scores_what_is_known_of_the_data(published):
-    rows = EmoBench().load(published / "emobench")
+    rows = make(EmoBench).load(published / "emobench")
     for group, best in (("EA/en", 37.0), ("EU/zh", 24.5)):  # always C; A and A
-        part = [row for row in rows if row["group"] == group]
-        right = best_constant(EmoBench(), part, {})
+        part = [row for row in rows if row["part"] == group]
+        right = best_constant(make(EmoBench), part, {})
         assert 100 * benchmarks.mean(right.values()) == pytest.approx(best) and len(right) == 200
+
+
+def test_the_best_constant_may_be_a_letter_that_the_first_question_lacks():
+    rows = [tom(i=i, gold=gold, options=n) for i, (gold, n) in enumerate([("A", 2), ("D", 4), ("D", 4)])]
+    replies = {row["id"]: {0: {"map": STRAIGHT if i else {"A": "A", "B": "B"}}} for i, row in enumerate(rows)}
+    # The best is D. The first question has no D and so gets an empty reply, which ToMBench reads as A.
+    grades = best_constant(make(ToMBench), rows, replies)
+    assert list(grades.values()) == [1, 1, 1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The same rules on small cases of our own
 
-EA = [{"id": f"EA/en/{i}", "group": "EA/en", "part": "EA/en", "gold": [gold], "category": category, "keys": ["answer"],
+EA = [{"id": f"EA/en/{i}", "part": "EA/en", "gold": [gold], "category": category, "keys": ["answer"],
        "options": [["go", "stay", "wait", "ask"]]} for i, (gold, category) in enumerate(["Ax", "By", "Cx", "Dx"])]
-EU = [{"id": f"EU/zh/{i}", "group": "EU/zh", "part": "EU/zh", "gold": ["F", "B"], "category": "z",
+EU = [{"id": f"EU/zh/{i}", "part": "EU/zh", "gold": ["F", "B"], "category": "z",
        "keys": ["answer_q1", "answer_q2"], "options": [list("uvwxyz"), ["one", "two", "three", "four"]]}
       for i in range(4)]
 
@@ -210,10 +229,10 @@ EU = [{"id": f"EU/zh/{i}", "group": "EU/zh", "part": "EU/zh", "gold": ["F", "B"]
     (EU, ['{"answer_q1": "F", "answer_q2": "B"}', '{"answer_q1": "F", "answer_q2": "A"}', '{"answer_q1": "F"}',
           "Question 1: F\nQuestion 2: (B)"], [1, 0, 0, 0], [1, 0, 0, 1])])
 def test_emobench_reads_json_and_nothing_else(rows, texts, strict, lenient):
-    bench, replies = EmoBench(), replies_of({row["id"]: text for row, text in zip(rows, texts)})
+    bench, replies = make(EmoBench), replies_of({row["id"]: text for row, text in zip(rows, texts)})
     assert list(bench.grade(rows, replies).values()) == strict
     assert list(bench.grade(rows, replies, lenient=True).values()) == lenient
-    score = bench.score(rows, replies)[rows[0]["group"]]
+    score = bench.score(rows, replies)[rows[0]["part"]]
     assert (score["accuracy"], score["unparsed"], score["n"]) == (sum(strict) / 4, 1, 4)
     by_category = {"x": pytest.approx(1 / 3), "y": 1.0} if rows is EA else {"z": 0.25}
     assert score["by_category"] == by_category
@@ -221,8 +240,8 @@ def test_emobench_reads_json_and_nothing_else(rows, texts, strict, lenient):
 
 @pytest.mark.parametrize("text", ['"A"', "[1]", "```json\n{}", '{"answer": "A",}', "[" * 100000])
 def test_emobench_cannot_parse_what_is_no_json_object(text):
-    assert EmoBench().is_unparsed(EA[0], text)
-    assert EmoBench().score(EA[:1], replies_of({"EA/en/0": text}))["EA/en"]["accuracy"] == 0
+    assert make(EmoBench).is_unparsed(EA[0], text)
+    assert make(EmoBench).score(EA[:1], replies_of({"EA/en/0": text}))["EA/en"]["accuracy"] == 0
 
 
 @pytest.mark.parametrize("text, letter", [
@@ -236,12 +255,12 @@ def test_lenient_reading(text, letter):
 
 
 @pytest.mark.parametrize("bench, text, letter", [
-    *((SafetyBench(), *case) for case in [
+    *((make(SafetyBench), *case) for case in [
         ("B) No", "B"), ("x\nC)", "C"), ("I say yes, ALWAYS", "A"), ("是", "D"), ("I\n\nhm\nC)", None), ("AB", "A"),
         ("D 4", "D"), ("Dear", None), ("", None), ("(A) (B)", "A"), ("nothing", "B")]),
-    *((ToMBench(), *case) for case in [
+    *((make(ToMBench), *case) for case in [
         ("[[B]] not [[A]]", "A"), ("[C] B", "C"), ("A or D.", "D"), ("B", "B"), ("b", "A"), ("", "A")]),
-    *((GPQA(), *case) for case in [
+    *((make(GPQA), *case) for case in [
         ("Answer: B, then Answer: C", "B"), ("answer :\t$D$", "D"), ("answer: b", "b"), ("B", None)])])
 def test_letters_are_parsed_as_the_authors_do(bench, text, letter):
     row = {"options": [["Yes, always.", "No", "错", "对"]]}
@@ -252,7 +271,7 @@ def test_letters_are_parsed_as_the_authors_do(bench, text, letter):
 
 EQ_PROMPT = (" Then critique your answer your revised scores.First pass scores:\n"
              "Critique: <your critique here>[End of answer]")
-EQ = [{"id": str(i), "group": "all", "part": "EQ-Bench", "prompt": EQ_PROMPT,
+EQ = [{"id": str(i), "part": "EQ-Bench", "prompt": EQ_PROMPT,
        "reference": {"Joy": 0., "Fear": 6., "Awe": 0., "Ire": 7.}} for i in range(1, 4)]
 
 
@@ -270,7 +289,7 @@ def test_eqbench_chance_is_the_mean_over_all_replies():
     reference = EQ[0]["reference"]
     everything = [EQBench.points(dict(zip(reference, scores)), reference)
                   for scores in itertools.product(range(11), repeat=4)]
-    assert EQBench().chance(EQ[0]) == pytest.approx(10 * benchmarks.mean(everything))
+    assert make(EQBench).chance(EQ[0]) == pytest.approx(10 * benchmarks.mean(everything))
 
 
 @pytest.mark.parametrize("text, strict, lenient", [
@@ -279,23 +298,25 @@ def test_eqbench_chance_is_the_mean_over_all_replies():
     (said(0, 6, 0, 7, names=("joy", "fear", "awe", "ire")), False, True),
     ('{"Joy": 0, "Fear": 6, "Awe": 0, "Ire": 7.5}', False, True), ("Joy 0", False, False)])
 def test_eqbench_parsing(text, strict, lenient):
-    assert [EQBench().read(EQ[0], text, how)[0] is not None for how in (False, True)] == [strict, lenient]
+    assert [make(EQBench).read(EQ[0], text, how)[0] is not None for how in (False, True)] == [strict, lenient]
 
 
 def test_eqbench_scores_the_first_try_that_can_be_parsed():
     replies = {"1": {0: {"output": "no"}, 1: {"output": said(0, 6, 0, 7)}, 2: {"output": said(9, 9, 9, 9)}},
                "2": {0: {"output": said(0, 0, 0, 0)}}, "3": {0: {"output": said(6, 6, 0, 7)}}}
-    score, points = EQBench().score(EQ, replies), 10 * (10 - 0.7477 * 6)
+    score, points = make(EQBench).score(EQ, replies), 10 * (10 - 0.7477 * 6)
     assert score["score"] == round((100 + points) / 2, 2) and score["parseable"] == 2 and score["failed"] is True
     zeros = 10 * EQBench.points(dict.fromkeys(EQ[0]["reference"], 0), EQ[0]["reference"])
     assert score["lm_eval_score"] == pytest.approx((0 + zeros + points) / 3)
-    assert EQBench().score(EQ, replies_of({"1": "no"}))["score"] == 0.0
-    assert EQBench().count_unparsed(EQ, replies) == 1
+    assert make(EQBench).score(EQ, replies_of({"1": "no"}))["score"] == 0.0
+    # five sixths of the questions asked must have a reply that can be parsed, whatever the number asked
+    assert make(EQBench).score(EQ[:1], replies)["failed"] is False and make(EQBench).score(EQ[1:], {})["failed"] is True
+    assert make(EQBench).count_unparsed(EQ, replies) == 1
     # only what cannot be parsed yet is asked again, a little warmer, and at most --tries times
-    prompt, = EQBench().unanswered(EQ, replies)
+    prompt, = make(EQBench).unanswered(EQ, replies)
     assert (prompt.id, prompt.try_number, round(prompt.temperature, 2)) == ("2", 1, 0.16)
-    assert not list(EQBench(tries=1).unanswered(EQ, replies))
-    assert [p.id for p in EQBench().unanswered(EQ, {"1": replies["1"]})] == ["2", "3"]
+    assert not list(make(EQBench, tries=1).unanswered(EQ, replies))
+    assert [p.id for p in make(EQBench).unanswered(EQ, {"1": replies["1"]})] == ["2", "3"]
 
 
 def test_eqbench_takes_revised_scores_that_are_no_worse_and_not_many_fewer():
@@ -308,16 +329,16 @@ def test_eqbench_takes_revised_scores_that_are_no_worse_and_not_many_fewer():
             ([bad] * 40, [good] * 40, 100), ([good] * 40, [bad] * 40, 100), ([bad] * 40, [good] * 38 + [""] * 2, 100),
             ([bad] * 40, [good] * 37 + [""] * 3, low)):
         replies = replies_of({str(i): reply(*pair) for i, pair in enumerate(zip(firsts, seconds))})
-        assert EQBench(revise=True).score(rows, replies)["score"] == pytest.approx(taken, abs=0.005)
-    assert EQBench(revise=True).parse(EQ[0], reply(said(0, 0, 0, 0), good))[0] is not None
+        assert make(EQBench, revise=True).score(rows, replies)["score"] == pytest.approx(taken, abs=0.005)
+    assert make(EQBench, revise=True).parse(EQ[0], reply(said(0, 0, 0, 0), good))[0] is not None
     for text in (reply(said(0, 0, 0, 0), said(0, 0, 0, 0)), f"First pass scores:\n{good}"):
-        assert EQBench(revise=True).parse(EQ[0], text) == [None, None]
+        assert make(EQBench, revise=True).parse(EQ[0], text) == [None, None]
 
 
 def tom(task="Hidden Emotions", i=0, gold="A", options=4):
-    return {"id": f"{task}/{i}/en", "group": task, "part": task, "lang": "en", "gold": gold, "ability": "x",
+    return {"id": f"{task}/{i}/en", "part": task, "lang": "en", "gold": gold, "ability": "x",
             "text": "?", "options": [["red", "green", "blue", "pink"][:options]],
-            "letter_maps": ToMBench().draw_letter_maps(random.Random(42), options)}
+            "letter_maps": make(ToMBench).draw_letter_maps(random.Random(42), options)}
 
 
 STRAIGHT, TURNED = dict(zip("ABCD", "ABCD")), dict(zip("ABCD", "BCDA"))
@@ -332,41 +353,41 @@ STRAIGHT, TURNED = dict(zip("ABCD", "ABCD")), dict(zip("ABCD", "BCDA"))
 def test_tombench_votes(gold, options, tries, strict, lenient):
     row = tom(gold=gold, options=options)
     replies = {row["id"]: {n: {"output": text, "map": letter_map} for n, (text, letter_map) in enumerate(tries)}}
-    assert ToMBench().grade([row], replies) == {row["id"]: strict}
-    assert ToMBench().grade([row], replies, lenient=True) == {row["id"]: lenient}
+    assert make(ToMBench).grade([row], replies) == {row["id"]: strict}
+    assert make(ToMBench).grade([row], replies, lenient=True) == {row["id"]: lenient}
 
 
 def test_tombench_average_is_that_of_eight_files():
     eight = [tom(task, i, gold="AB"[task == "Hinting Task Test"]) for task in ToMBench.AVERAGED for i in range(2)]
     rows = [*eight, tom(i=0), tom(i=1, gold="B")]
     replies = {row["id"]: {0: {"output": "[[A]]", "map": STRAIGHT}} for row in rows}
-    score = ToMBench().score(rows, replies)
+    score = make(ToMBench).score(rows, replies)
     assert score["average"] == 7 / 8 and len(score["tasks"]) == 9 and score["tasks"]["Hidden Emotions"] == 0.5
     assert score["abilities"] == {"x": 15 / 18}
-    assert ToMBench().score(rows[2:], replies)["average"] is None  # one of the eight is missing
+    assert make(ToMBench).score(rows[2:], replies)["average"] is None  # one of the eight is missing
 
 
 def test_tombench_shows_what_its_map_says():
     row = tom(options=2)
-    for prompt in ToMBench().unanswered([row], {}):
+    for prompt in make(ToMBench).unanswered([row], {}):
         shown = dict(line.split(". ") for line in prompt.question.split("\n")[1:])
         assert {x: "AB"[row["options"][0].index(text)] for x, text in shown.items()} == {
             x: letter for x, letter in prompt.letter_map.items() if letter}
     assert len({tuple(letters.values()) for letters in row["letter_maps"]}) == 2 and len(row["letter_maps"]) == 5
     answered = {row["id"]: {0: {}, 3: {}}}
-    assert [prompt.try_number for prompt in ToMBench().unanswered([row], answered)] == [1, 2, 4]
+    assert [prompt.try_number for prompt in make(ToMBench).unanswered([row], answered)] == [1, 2, 4]
 
 
 def test_safetybench_draws_where_nothing_can_be_parsed():
-    rows = [{"id": str(i), "group": "en", "part": "Mental Health", "gold": "B", "options": [["a", "b", "c"]]}
+    rows = [{"id": str(i), "part": "Mental Health", "gold": "B", "options": [["a", "b", "c"]]}
             for i in range(6)]
     replies, rng = replies_of({str(i): "?" if i % 2 else "(B)" for i in range(5, -1, -1)}), random.Random(2023)
-    assert SafetyBench().predict(rows, replies) == {
+    assert make(SafetyBench).predict(rows, replies) == {
         str(i): rng.choice("ABC") if i % 2 else "B" for i in range(6)}  # in the order of the file
-    assert sum(SafetyBench().grade(rows, replies_of({"0": "?"}), lenient=True).values()) == 0
+    assert sum(make(SafetyBench).grade(rows, replies_of({"0": "?"}), lenient=True).values()) == 0
     del replies["0"]  # a question without a reply is wrong
-    assert SafetyBench().grade(rows, replies)["0"] == 0
-    score = SafetyBench().score(rows, replies_of({"0": "(B)", "2": "B", "4": "(A)"}))
+    assert make(SafetyBench).grade(rows, replies)["0"] == 0
+    score = make(SafetyBench).score(rows, replies_of({"0": "(B)", "2": "B", "4": "(A)"}))
     assert score["Avg."] == score["MH"] == pytest.approx(100 * 2 / 6) and score["OFF"] == 0
 
 
@@ -378,10 +399,10 @@ def test_gpqa_rows_and_score():
     assert all(row["options"][0]["ABCD".index(row["gold"])].startswith("Correct") for row in rows)
     replies = replies_of({row["id"]: f"Answer: {row['gold']}" for row in rows[:4]})
     replies["1/0"][0]["output"] = f"Answer: {rows[1]['gold'].lower()}"
-    score = GPQA().score(rows, replies)
+    score = make(GPQA).score(rows, replies)
     assert score["score"] == 0.75 and score["score_std"] == pytest.approx(0.1875 ** 0.5)
     assert score["by_domain"] == {"P": 1.0, "C": 0.5}
-    assert [len(list(GPQA(tries=n).unanswered(rows, replies))) for n in (1, 2)] == [0, 4]
+    assert [len(list(make(GPQA, tries=n).unanswered(rows, replies))) for n in (1, 2)] == [0, 4]
     double = GPQA.make_rows([lines[0] | {"Incorrect Answer 1": lines[0]["Correct Answer"]}] * 9, 1)
     for row in double:
         assert row["gold"] == "ABCD"[[option.startswith("Correct") for option in row["options"][0]].index(True)]
@@ -403,9 +424,8 @@ def test_differences_of_right_and_wrong_have_mcnemars_p():
 
 def test_differences_of_points_are_bootstrapped():
     x = np.random.default_rng(1).normal(50, 10, 60)
-    assert paired_difference(x, x)[3] == 1 and paired_difference(x, x + 3)[3] < 0.002
-    mean, low, high, p = paired_difference(x, x + np.random.default_rng(2).normal(0, 5, 60))
-    assert low < mean < high and p > 0.01
+    y = x + np.random.default_rng(2).normal(0, 5, 60)
+    assert paired_difference(x, y) == (*bootstrap(y - x, np.ones(60)), None)  # McNemar's test is for right and wrong
     mean, low, high = score_interval(x)
     assert low < mean < high and mean == pytest.approx(x.mean())
 
@@ -413,7 +433,7 @@ def test_differences_of_points_are_bootstrapped():
 def test_two_models_are_compared_on_what_both_have():
     models = {"base": {"1": said(0, 6, 0, 7), "2": said(6, 6, 0, 7), "3": "none"},
               "PersonaFuse": {"1": said(0, 6, 0, 7), "2": "none", "3": said(0, 6, 0, 7)}}
-    bench, parts = EQBench(), [("EQ-Bench", EQ)]
+    bench, parts = make(EQBench), [("EQ-Bench", EQ)]
     grades = {name: [bench.grade(EQ, replies_of(texts), lenient) for lenient in (False, True)]
               for name, texts in models.items()}
     for name, texts in models.items():
@@ -519,17 +539,17 @@ SAFETY, ANSWERS = (f"safetybench/opensource_data/test_{name}zh_subset.json" for 
 def test_what_is_not_as_published_is_refused(spoilt, name, change, words):
     change(spoilt)
     with pytest.raises(UserError) as error:
-        BENCHMARKS[name](password="not-a-secret", shots=1).load(spoilt / name)
+        make(BENCHMARKS[name], password="not-a-secret", shots=1).load(spoilt / name)
     assert all(word in str(error.value) for word in words.split("|")) and "\n" not in str(error.value)
 
 
 def test_gpqa_password(made_up):
     for password, words in ((None, "--password-env"), ("wrong", "password in the variable"), ("other", "password in")):
         with pytest.raises(UserError, match=words):
-            GPQA(password=password).load(made_up / "gpqa")
-    rows = GPQA(password="not-a-secret", subset="diamond").load(made_up / "gpqa")
+            make(GPQA, password=password).load(made_up / "gpqa")
+    rows = make(GPQA, password="not-a-secret", set="diamond").load(made_up / "gpqa")
     assert len(rows) == 10 * 198 and "\n" in rows[0]["question"]
-    assert len(GPQA(password="not-a-secret").load(made_up / "gpqa")) == 10 * 448
+    assert len(make(GPQA, password="not-a-secret").load(made_up / "gpqa")) == 10 * 448
     assert rows[5]["options"][0].count("right-5") == 2
 
 
@@ -558,15 +578,13 @@ def test_replies_are_scored_without_a_model(made_up, tmp_path):
     whole = {f"EA/en/{i}": '{"answer": "%s"}' % "CA"[i % 2] for i in range(1, 201)}
     file = write_replies(tmp_path / "r.jsonl", replies_of(whole))
     out, err = command("emobench", "--data", made_up / "emobench", "--replies", file, "--json")
-    assert err == "" and json.loads(out) == {
+    assert "600 replies are missing" in err and json.loads(out) == {
         "EA/en": {"accuracy": 0.5, "unparsed": 0, "n": 200, "by_category": {"one": 0.5}}}
-    out, _ = command("emobench", "--data", made_up / "emobench", "--replies", file, "--against", file)
-    assert "50.0 [43.1, 56.9]" in out and "+37.9 %" in out and "+0.0 [+0.0, +0.0]" in out
-    assert "100.0" in out and max(map(len, out.splitlines())) <= 80  # constant: always C
+    out, _ = command("emobench", "--data", made_up / "emobench", "--replies", file)
+    assert "50.0 [43.1, 56.9]" in out and "100.0" in out  # constant: always C
+    assert max(map(len, out.splitlines())) <= 80
     file = write_replies(file, replies_of(dict(list(whole.items())[:-3])))
-    with pytest.raises(UserError, match="3 replies are missing. --partial"):
-        command("emobench", "--data", made_up / "emobench", "--replies", file)
-    out, err = command("emobench", "--data", made_up / "emobench", "--replies", file, "--json", "--partial")
+    out, err = command("emobench", "--data", made_up / "emobench", "--replies", file, "--json", "--part", "EA/en")
     assert json.loads(out)["EA/en"]["n"] == 197 and "3 replies are missing" in err
 
 
@@ -581,7 +599,7 @@ def test_a_line_that_is_no_reply_is_refused(made_up, tmp_path, line, words):
     file = write_replies(tmp_path / "r.jsonl", replies_of({"EA/en/2": "{}"}))
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(UserError, match=re.escape(words)):
-        command("emobench", "--data", made_up / "emobench", "--replies", file, "--partial")
+        command("emobench", "--data", made_up / "emobench", "--replies", file)
 
 
 @pytest.mark.parametrize("options, letter_map, valid", [
@@ -591,7 +609,7 @@ def test_a_reply_to_tombench_needs_a_letter_for_each_option(tmp_path, options, l
     row = tom(options=options)
     file = write_replies(tmp_path / "r.jsonl", {row["id"]: {0: {"output": "A", "map": letter_map}}})
     with contextlib.nullcontext() if valid else pytest.raises(UserError, match="line 1: map is"):
-        assert list(read_replies(file, ToMBench(), [row], [row])) == [row["id"]]
+        assert list(read_replies(file, make(ToMBench), [row], [row])) == [row["id"]]
 
 
 def test_replies_in_the_other_language_are_not_scored(made_up, tmp_path):
@@ -686,7 +704,7 @@ def reply(i):
 @pytest.mark.parametrize("n", [0, 3])
 def test_a_reply_cut_off_anywhere_is_removed_and_the_others_are_not_written_again(made_up, tmp_path, monkeypatch, n):
     """A disk that is full, or a kill, would lose what is written again."""
-    bench, file, whole = EmoBench(), tmp_path / "replies.jsonl", "".join(map(reply, range(1, n + 1))).encode()
+    bench, file, whole = make(EmoBench), tmp_path / "replies.jsonl", "".join(map(reply, range(1, n + 1))).encode()
     rows, cut_off = bench.load(made_up / "emobench"), reply(n + 1).encode()
     assert open_replies(tmp_path, {}, bench, rows, rows) == {}
 
@@ -706,7 +724,7 @@ def test_a_reply_cut_off_anywhere_is_removed_and_the_others_are_not_written_agai
     (True, "some notes\n"), (True, '{"id": "r1"}\n'), (True, "[1]\n")])
 def test_a_file_of_something_else_is_left_as_it_is(made_up, tmp_path, ours, text):
     """ours: whether the program made the folder, and so wrote a config.json first."""
-    bench, file = EmoBench(), tmp_path / "replies.jsonl"
+    bench, file = make(EmoBench), tmp_path / "replies.jsonl"
     rows = bench.load(made_up / "emobench")
     if ours:
         open_replies(tmp_path, {}, bench, rows, rows)
@@ -720,89 +738,37 @@ def test_a_file_of_something_else_is_left_as_it_is(made_up, tmp_path, ours, text
 def test_logits_mode_equals_scoring_every_letter_by_itself(made_up, run_folder, monkeypatch):
     """The letter is the argmax of the plain model's log-probabilities, with a shared prefix or without. A prefix is
     shared by the questions of a category, unless each question has another gate."""
-    bench = SafetyBench(shots=2)
+    bench = make(SafetyBench, shots=2)
     rows = bench.load(made_up / "safetybench")[:9]
     models = bench_module.Models(bench_module.Bench(names=["x"], run=str(run_folder)))
+    assert models.names == ["base", "PersonaFuse"]
     prompts, model, chat = list(bench.unanswered(rows, {})), models.model, models.chat
-    learned = models.gates("PersonaFuse")
-    one = learned(prompts[:1])
-    assert torch.allclose(learned(prompts)[:1], one) and models.gates("base") is None
+    one = models.route(prompts[:1])
+    assert torch.allclose(models.route(prompts)[:1], one)
     monkeypatch.setattr(measure_module, "score_queries", None)  # each query is read once: five tries cost one reading
-    assert learned(prompts + prompts).shape == (18, 10)
-    assert set(models.routed) == {row["question"] for row in rows}  # neither options nor examples
+    assert models.route(prompts + prompts).shape == (18, 10)
+    assert set(models.gate_of_query) == {row["question"] for row in rows}  # neither options nor examples
     for layer in expert_layers(model).values():  # so strong that gates matter
         torch.nn.init.normal_(layer.B, std=0.3)
-    shared = []
-    monkeypatch.setattr(bench_module, "Prefix", lambda *args: shared.append(args) or Prefix(*args))
-    for gates, prefixes in ((None, 2), (one, 2), (learned, 0)):  # of seven categories two have two questions
+    shared, compute = [], Prefix.compute
+    monkeypatch.setattr(bench_module.Prefix, "compute", lambda *args: shared.append(args) or compute(*args))
+    # of seven categories two have two questions
+    for gate, route, prefixes in ((None, None, 2), (one, None, 2), (None, models.route, 0)):
         shared.clear()
-        batches = bench_module.answer_prompts(model, chat, prompts, gates, "logits", 0, 4096, 0)
-        found = {prompt.id: text for some, texts in batches for prompt, text in zip(some, texts)}
+        batches = bench_module.answer_prompts(model, chat, prompts, gate, route, "logits", 0, 4096, 0)
+        found = {prompt.id: text for answered, texts in batches for prompt, text in zip(answered, texts)}
         for prompt in prompts:
             ids = chat.prompt([{"role": "user", "content": prompt.text}]) + encode(chat.tokenizer, "(")
-            gate = gates([prompt]) if callable(gates) else gates
             with torch.no_grad():
-                logits = model(torch.tensor([ids]), gate)[0, -1]
+                logits = model(torch.tensor([ids]), route([prompt]) if route else gate)[0, -1]
             scores = {x: logits[encode(chat.tokenizer, x)[0]].item() for x in "ABC"}
             assert found[prompt.id] == f"({max(scores, key=scores.get)})"
         assert len(shared) == prefixes
 
 
-@pytest.fixture
-def begun():
-    """A small model with experts, the ids that three prompts begin with, and how each of them goes on."""
-    torch.manual_seed(0)
-    model = Transformer(Config(97, 64, 3, 4, 2, 32, 96, 1e-5, 1e4))
-    add_experts(model)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    begin, rest = torch.randint(97, (40,)).tolist(), [torch.randint(97, (n,)).tolist() for n in (7, 1, 30)]
-    return model, begin, rest
-
-
-def test_a_prefix_computed_once_changes_nothing(begun):
-    model, begin, rest = begun
-    for gate in (None, torch.softmax(torch.randn(1, 10), -1)):
-        prefix = Prefix(model, begin, gate)
-        for some in (rest, rest[1:2], rest[::-1]):  # one prefix serves many batches; one of them adds a single token
-            ids, lengths = pad(some)
-            with torch.no_grad():
-                hidden = model.hidden(ids, gate, prefix)
-                for i, row in enumerate(some):
-                    plain = model.hidden(torch.tensor([begin + row]), gate)[0, len(begin):]
-                    assert (hidden[i, :len(row)] - plain).abs().max() <= 1e-5
-    prompts = [begin + row for row in rest]
-    assert shared_prefix(prompts) == 40 and shared_prefix([begin, begin[:5]]) == 4
-    assert shared_prefix([[1, 2], [2, 1]]) == 0
-
-
-def test_generation_computes_a_long_beginning_once(begun, monkeypatch):
-    """The logits of every step are those of each prompt alone, to 1e-4. Prompts with different gates share nothing, and
-    a short beginning is not shared either."""
-    model, begin, rest = begun
-    gates, widths, hidden = torch.softmax(torch.randn(3, 10), -1), [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids, *more: widths.append(tuple(ids.shape)) or hidden(ids, *more))
-    for some, gate, first in ((rest, None, [(1, 40), (3, 30)]), (rest, gates[:1], [(1, 40), (3, 30)]),
-                              (rest, gates, [(3, 70)]), (rest[1:2], None, [(1, 41)]),
-                              ([[5], [6]], gates[:1], [(1, 40), (2, 1)])):
-        prompts, steps, head = [begin + row for row in some], [], model.head
-        monkeypatch.setattr(model, "head", lambda h: steps.append(head(h)) or steps[-1])
-        widths.clear()
-        found = generate(model, prompts, gate, 8)
-        monkeypatch.setattr(model, "head", head)
-        assert widths[:len(first)] == first and len(widths) == len(first) + 7
-        for i, prompt in enumerate(prompts):
-            with torch.no_grad():
-                whole = model(torch.tensor([prompt + found[i]]), None if gate is None else gate[i % len(gate)][None])[0]
-            assert (torch.stack([step[i] for step in steps]) - whole[len(prompt) - 1:-1]).abs().max() <= 1e-4
-    widths.clear()
-    generate(model, [begin[:31] + row for row in rest], None, 1)
-    assert widths == [(3, 61)]
-
-
 def test_gpqa_questions_never_reach_a_file_or_the_terminal(made_up, run_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("GPQA_PASSWORD", "not-a-secret")
-    rows = GPQA(password="not-a-secret", subset="diamond").load(made_up / "gpqa")
+    rows = make(GPQA, password="not-a-secret", set="diamond").load(made_up / "gpqa")
     told = {row["id"]: row["question"] + " Answer: " + row["gold"] for row in rows}
     told["1/0"] = "It is (B), a quagga"
     monkeypatch.setattr(bench_module, "answer_prompts", lambda model, chat, prompts, *rest: iter(
@@ -829,6 +795,9 @@ def test_all_runs_what_is_there_and_writes_one_table(made_up, run_folder, tmp_pa
     assert {line.split(" | ")[0] for line in lines} == {"| EmoBench", "| SafetyBench"}
     assert all(line.count("|") == head.count("|") for line in (rule, *lines)) and "+1.7 %" in table
     assert not json.loads((tmp_path / "safetybench" / "base" / "config.json").read_text())["mode"] == "generate"
+    out, _ = command("safetybench", "--data", made_up / "safetybench", *where, "--json", "--part", "Mental")
+    chosen = {str(3 * (7 * i + 3)) for i in (0, 42, 85, 128, 171, 214, 257)}  # every seventh question is of this part
+    assert {r["id"] for r in stored(tmp_path / "safetybench" / "base")} >= chosen
     out, _ = command("safetybench", "--data", made_up / "safetybench", *where, "--json")
     assert list(json.loads(out)["base"]) == ["Avg.", "OFF", "UB", "PH", "MH", "IA", "EM", "PP"]
 
@@ -849,10 +818,11 @@ def test_a_base_needs_no_run(made_up, run_folder, tmp_path):
     (["nothing"], "expected the name of a benchmark"), (["emobench"], "which model?"),
     (["emobench", "--replies", "x", "--run", "y"], "--replies scores"),
     (["emobench", "--base", "x", "--only", "personafuse"], "which model?"),
-    (["eqbench", "--base", "x", "--mode", "logits"], "no such file"),
+    (["eqbench", "--base", "x", "--mode", "logits"], "--mode logits chooses among letters"),
     (["emobench", "--base", "x", "--shots", "6"], "five examples"),
     (["emobench", "--base", "x", "--mode", "logits", "--cot"], "--cot asks for reasoning"),
-    (["emobench", "--base", "x", "--part", "XX"], "the first is 'EA/en/1'"),
+    (["emobench", "--base", "x", "--part", "XX"], "the first id is 'EA/en/1', the parts are EA/en, EA/zh, EU/en"),
+    (["tombench", "--base", "x", "--tries", "6"], "--tries 6: ToMBench has five orders"),
     (["emobench", "--replies", "nowhere"], "nowhere: No such file")])
 def test_what_cannot_be_is_said_in_one_line(made_up, tmp_path, words, problem):
     folder = made_up / words[0] if words[0] in BENCHMARKS else made_up
@@ -863,7 +833,7 @@ def test_what_cannot_be_is_said_in_one_line(made_up, tmp_path, words, problem):
 def test_the_published_questions_are_asked(published, run_folder, tmp_path):
     for name, options in (("emobench", {}), ("emobench", {"cot": True}), ("eqbench", {"revise": True}),
                           ("tombench", {}), ("safetybench", {"shots": 5})):
-        bench = BENCHMARKS[name](**options)
+        bench = make(BENCHMARKS[name], **options)
         prompts = list(bench.unanswered(bench.load(published / name), {}))
         assert len(prompts) == {"emobench": 800, "eqbench": 171, "tombench": 2 * 5 * 2860, "safetybench": 2100}[name]
         assert all(prompt.query.strip() and prompt.text.endswith(prompt.question) for prompt in prompts)

@@ -42,6 +42,21 @@ def test_help_shows_every_option_with_its_sentence_and_default_on_80_columns(pro
         assert "".join(sentence.split()) in "".join(shown.split()), name
 
 
+@dataclasses.dataclass
+class Percent:
+    words: list[str]
+    """100 % of them."""
+    share: float = 5.0
+    """At most 100 %."""
+
+
+def test_help_may_contain_a_percent_sign(capsys):
+    with pytest.raises(SystemExit):
+        parse(Percent, ["--help"])
+    shown = capsys.readouterr().out
+    assert "100 % of them." in shown and "At most 100 %. (default: 5.0)" in shown
+
+
 def test_options_are_the_dataclass_and_its_defaults():
     assert parse(train.Args, []) == train.Args()
     found = parse(train.Args, "--stage joint --lr 1e-3 --steps 7 --joint-gate uniform --recompute --data d".split())
@@ -63,15 +78,15 @@ def train_main(argv):
         ("--steps 1.5", "--steps: invalid int"), ("--lr fast", "--lr: invalid float"),
         ("--seed x", "--seed: invalid int"), ("--run", "--run: expected one argument"),
         ("--resume yes", "unrecognized"),
-        ("--lr nan", "--lr is nan, expected a number from"), ("--tau inf", "--tau is inf"),
-        ("--lam nan", "--lam is nan"), ("--steps 0", "--steps is 0, expected a number from 1"),
+        ("--lr nan", "--lr is nan, expected a number from"), ("--tau inf", "to 2,147,483,648"),
+        ("--lam nan", "--lam is nan"), ("--steps 0", "--steps is 0, expected a number from 1 on"),
         ("--lr-warmup 1.5", "--lr-warmup is 1.5, expected a number from 0 to 1"),
         *((f"--{option} {value}", f"--{option} is {value}") for option, value in [
             ("tau", 0), ("tau", -1), ("contrastive-tau", 0), ("batch", -2), ("rank", 0), ("tokens", 0), ("clip", 0),
             ("alpha", 0), ("lr", 0), ("lam", -0.1), ("seed", -1), ("keep", 0), ("save-every", 0), ("log-every", 0),
             ("eval-records", 0)])]),
     *((evaluation.main, argv, why) for argv, why in [
-        ("", "required: COMMAND"), ("measure", "invalid choice"), ("ask", "ask needs queries"),
+        ("", "required: COMMAND"), ("measure", "invalid choice"), ("ask", "queries"),
         ("ask --top-p 0 Hi", "--top-p is 0"), ("ask --top-p 1.1 Hi", "--top-p is 1.1"),
         ("ask --temperature -1 Hi", "--temperature is -1"), ("ask --max-new-tokens 0 Hi", "--max-new-tokens is 0"),
         ("routing --show 0", "--show is 0"), ("routing more", "unrecognized arguments: more"),

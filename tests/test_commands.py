@@ -188,12 +188,12 @@ def test_a_run_ends_with_losses_under_five_gates_and_replies_to_five_queries(run
 
 def test_the_closing_table_shows_the_mean_loss_per_reply_token_on_test_records(run_folder, monkeypatch):
     monkeypatch.chdir(trained["folder"])
-    setup = runs.resolve(command.parse(train.Args, ["--preset", "tiny"]), runs.STAGES)
+    setup = runs.make_setup(command.parse(train.Args, ["--preset", "tiny"]), runs.STAGES)
     model, chat = setup.load_base(RUN / "joint" / "experts"), Chat.from_dir(setup.base)
     test_rows, _ = rows.make_rows(setup.load_data()["test"][:8], chat)
     for rule, gate in (("base", None), ("uniform", torch.full((1, 10), 0.1))):
         losses = [train.row_losses(model, [row], gate).item() for row in test_rows]
-        mean = sum(losses) / sum(len(row.ids) - row.prompt for row in test_rows)
+        mean = sum(losses) / sum(len(row.ids) - row.n_prompt for row in test_rows)
         assert abs(float(re.search(rf"^  {rule} +(\d+\.\d+)", trained["out"], re.M)[1]) - mean) < 2e-4
 
 
@@ -250,9 +250,9 @@ def test_models_and_data_inside_the_run_folder_that_were_changed_are_refused_and
 def test_only_paths_below_the_run_folder_are_stored_relative_to_it():
     """With --run s, the base weights/b is not inside s, although its path contains "s/"."""
     setup = runs.Setup(Path("s"), "tiny", "weights/b", "s/models/encoder", "s/data", *[None] * 8)
-    stored = [setup.to_config(path) for path in (setup.base, setup.encoder, setup.data)]
+    stored = [setup.stored_path(path) for path in (setup.base, setup.encoder, setup.data)]
     assert stored == ["weights/b", "{run}/models/encoder", "{run}/data"]
-    assert [runs.Setup.from_config(path, "t/s") for path in stored] == ["weights/b", "t/s/models/encoder", "t/s/data"]
+    assert [runs.Setup.restore_path(path, "t/s") for path in stored] == ["weights/b", "t/s/models/encoder", "t/s/data"]
 
 
 def test_the_largest_numbers_that_options_take_make_a_run_that_can_be_opened(here, no_results, monkeypatch):
@@ -266,39 +266,25 @@ def test_the_largest_numbers_that_options_take_make_a_run_that_can_be_opened(her
 # ----------------------------------------------------------------------------------------------------------------------
 # Stop and resume
 
-@contextlib.contextmanager
-def signal_during(stage, step, number):
-    """Send this process a signal while this step of this stage is computed."""
-    original, count = train.Stage.step, Counter()
-
-    def unexpected(number, frame):  # if the program does not handle the signal, it must not end the tests
-        raise AssertionError(f"signal {number} was not handled")
-
-    def interrupted(self, *args):
-        count[self.name] += 1
-        if (self.name, count[self.name]) == (stage, step):
-            signal.raise_signal(number)
-        return original(self, *args)
-    before = signal.signal(number, unexpected)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.Stage, "step", interrupted)
-            yield
-        assert signal.getsignal(number) is unexpected  # the program has restored the handler
-    finally:
-        signal.signal(number, before)
-
-
 @pytest.mark.parametrize("stage, step, number", [
     ("pretrain", 2, signal.SIGTERM), ("warmup", 3, signal.SIGINT), ("joint", 1, signal.SIGTERM)])
 def test_a_stopped_run_needs_resume_or_overwrite_and_resumes_to_the_same_bits(
-        run_folder, here, no_results, capsys, stage, step, number):
+        run_folder, here, no_results, monkeypatch, capsys, stage, step, number):
     """Ctrl-C and SIGTERM let the step finish and save it. The first case starts from nothing, so it also shows that two
     runs of one seed are the same."""
     run = here / RUN if stage == "pretrain" else undone(run_folder, here, stage)
     only = ["--stage", "all" if stage == "pretrain" else stage]
-    with signal_during(stage, step, number):
+    original, steps, handler = train.Stage.step, Counter(), signal.getsignal(number)
+
+    def step_with_signal(self, *args):
+        steps[self.name] += 1
+        if (self.name, steps[self.name]) == (stage, step):
+            signal.raise_signal(number)
+        return original(self, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Stage, "step", step_with_signal)
         assert train_tiny(*only) == 130
+    assert signal.getsignal(number) == handler  # the program has restored it
     shown = capsys.readouterr()
     assert f"stopped after step {step} of {STEPS[stage]} of {stage}" in shown.err and "--resume" in shown.err
     assert (run / "config.json").exists() and not (run / stage).exists()
@@ -519,7 +505,7 @@ def test_models_and_data_that_are_there_are_taken(here, capsys, preset, folder, 
     (here / folder).mkdir(parents=True)
     (here / "mine.jsonl").write_text("")
     argv = f"--preset {preset} --stage router --data mine.jsonl".split()
-    setup = runs.resolve(command.parse(train.Args, [*argv, "--device", "cpu"]), ("router",))
+    setup = runs.make_setup(command.parse(train.Args, [*argv, "--device", "cpu"]), ("router",))
     assert (setup.base, setup.encoder, setup.data) == (None, folder, "mine.jsonl")
     shown = capsys.readouterr().out
     assert printed in shown and bool(shown) == bool(printed)

@@ -1,7 +1,10 @@
-"""Laws of eval.py and support/measure.py: metrics against examples worked by hand, gate rules, and what the commands
-print, answer and export. The commands run on the small run that test_commands.py makes.
+"""Laws of eval.py and support/measure.py: metrics against examples worked by hand, and what the commands print, answer
+and export. The commands run on two small runs: that of test_commands.py, which has hardly learned anything, and one
+made here that has learned just enough to be healthy.
 """
+import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -12,36 +15,40 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 import eval as evaluation
 import train
 from support import export as export_module
-from eval import average_precision, heat_map, recall_at_k
+from support import runs
+from support import tiny as tiny_models
+from eval import average_precision, heat_map, r_precision
 from lora import EXPERTS, SHORT_NAMES, add_experts, expert_layers, merged_tensors
 from model import Transformer, generate, pad
-from router import GATE_RULES, active_experts, gates_for_rule, oracle_gate, persona_gate, query_ids, raw_gate
+from router import GATE_RULES, active_experts, gates_for_rule, persona_gate, query_ids, raw_gate
 from support.chat import Chat, encode
 from support.files import UserError
-from support.measure import LoadedRun, bootstrap, domain_subsets
+from support.measure import LoadedRun, bootstrap, domain_subsets, load_run
 from support.records import SPLITS, read_queries, read_records, write_records
 from support.rows import make_rows
 from support.runs import fingerprint
 from support.tables import format_gate
 from synth import lab, signatures, template_records
-from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
+from test_commands import REDUCED, RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
 ROOT = Path(evaluation.__file__).resolve().parent
 printed = []  # by the fixture `ablation`
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Average precision and recall
+# Average precision and R-precision
 
 @pytest.mark.parametrize("scores, relevant, wanted", [
     ([.9, .8, .7, .6], [1, 1, 0, 0], 1.0),
@@ -78,18 +85,18 @@ def test_average_precision_is_its_definition():
             assert abs(average_precision(scores[order], relevant[order]) - np.mean(precisions)) < 1e-12
 
 
-def test_recall_takes_as_many_guesses_as_there_are_active_poles():
+def test_r_precision_takes_as_many_experts_as_there_are_active_poles():
     similarity = np.array([[.9, .8, .1, .0], [.1, .2, .3, .4], [.5, .1, .4, .3]])
     active = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]])
-    for i, wanted in enumerate((1, 0, 2 / 3)):  # the last: .5 .4 .3 are the guesses, so .1 is missed
-        assert abs(recall_at_k(similarity[i:i + 1], active[i:i + 1]) - wanted) < 1e-12
-    assert abs(recall_at_k(similarity, active) - (1 + 0 + 2 / 3) / 3) < 1e-12
+    for i, wanted in enumerate((1, 0, 2 / 3)):  # the last: .5 .4 .3 are the three highest, so .1 is missed
+        assert abs(r_precision(similarity[i:i + 1], active[i:i + 1]) - wanted) < 1e-12
+    assert abs(r_precision(similarity, active) - (1 + 0 + 2 / 3) / 3) < 1e-12
     rng = np.random.default_rng(0)
     similarity, active = rng.normal(size=(50, 10)), np.eye(10)[rng.integers(0, 10, 50)]
     active[::2, 3] = 1
     shares = [np.mean([e in np.argsort(-s)[:int(a.sum())] for e in np.flatnonzero(a)])
               for s, a in zip(similarity, active)]
-    assert abs(recall_at_k(similarity, active) - np.mean(shares)) < 1e-12
+    assert abs(r_precision(similarity, active) - np.mean(shares)) < 1e-12
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,80 +138,6 @@ def test_seen_and_held_out_domains_are_subsets_where_there_are_both():
         ("all", [0, 1, 2, 3, 4]), ("domains seen in training", [0, 3, 4]), ("domains held out", [1, 2])]
     for one_kind in (np.zeros(3, bool), np.ones(3, bool)):
         assert [(name, rows.tolist()) for name, rows in domain_subsets(one_kind)] == [("all", [0, 1, 2])]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Gate rules and gates set by hand
-
-def some_labels(n=400, seed=0):
-    """Active poles (n, 10) and similarities (n, 10)."""
-    generator = torch.Generator().manual_seed(seed)
-    active = (torch.rand(n, 10, generator=generator) < 0.2).float()
-    active[active.sum(-1) == 0, 0] = 1
-    return active, torch.rand(n, 10, generator=generator) * 2 - 1
-
-
-@pytest.mark.parametrize("tau", [0.2, 1.0])
-def test_the_gates_of_every_rule_are_distributions(tau):
-    active, similarity = some_labels()
-    assert gates_for_rule("base", active) is None
-    for rule in GATE_RULES.keys() - {"base"}:
-        gates = gates_for_rule(rule, active, similarity, tau, seed=1)
-        assert gates.shape == (400, 10) and gates.dtype == torch.float32 and (gates >= 0).all(), rule
-        assert (gates.sum(-1) - 1).abs().max() < 1e-5, rule
-
-
-def test_rules_are_their_formulas():
-    active, similarity = some_labels()
-    assert torch.equal(gates_for_rule("uniform", active), torch.full((400, 10), 0.1))
-    assert torch.equal(gates_for_rule("learned", active, similarity, 0.3), (similarity / 0.3).softmax(-1))
-    assert torch.equal(gates_for_rule("labels", active), active / active.sum(-1, keepdim=True))
-    assert torch.equal(gates_for_rule("oracle", active, tau=0.5), oracle_gate(active, 0.5))
-    with pytest.raises(ValueError, match="unknown gate rule 'best', expected one of base, uniform"):
-        gates_for_rule("best", active, similarity)
-
-
-@pytest.mark.parametrize("n", [2, 3, 400])
-def test_shuffled_gates_are_the_learned_ones_and_no_query_keeps_its_own(n):
-    active, similarity = some_labels(n)
-    learned = gates_for_rule("learned", active, similarity, 0.5)
-    for seed in range(5):
-        shuffled = gates_for_rule("shuffled", active, similarity, 0.5, seed)
-        same = (shuffled[:, None] == learned[None]).all(-1)  # (N, N): whose gate each query got
-        assert (same.sum(0) == 1).all() and (same.sum(1) == 1).all() and not same.diagonal().any()
-    if n > 3:
-        assert not torch.equal(shuffled, gates_for_rule("shuffled", active, similarity, 0.5, 0))
-        assert torch.equal(shuffled, gates_for_rule("shuffled", active, similarity, 0.5, 4))
-
-
-def test_random_gates_are_dirichlet_of_one_and_fixed_by_the_seed():
-    """Uniform on the simplex: each weight has mean 1/10 and variance 9/1100."""
-    active, _ = some_labels(20_000)
-    gates = gates_for_rule("random", active, seed=3)
-    assert torch.equal(gates, gates_for_rule("random", active, seed=3))
-    assert not torch.equal(gates, gates_for_rule("random", active, seed=4))
-    assert (gates.mean(0) - 0.1).abs().max() < 0.003 and (gates.var(0) - 9 / 1100).abs().max() < 0.0005
-
-
-@pytest.mark.parametrize("text, wanted", [
-    (",".join(["0.1"] * 10), [0.1] * 10), ("1,0,0,0,0,0,0,0,0,0", [1] + [0] * 9),
-    ("high_openness:0.7,low_neuroticism:0.3", [0.7] + [0] * 8 + [0.3]), ("low_openness", [0, 1] + [0] * 8),
-    (" low_neuroticism:0.25 , high_openness:0.75 ", [0.75] + [0] * 8 + [0.25]),
-    ("0.0999,0.1001" + ",0.1" * 8, [0.0999, 0.1001] + [0.1] * 8), ("high_openness:1", [1] + [0] * 9)])
-def test_a_raw_gate_is_ten_weights_or_names_with_weights(text, wanted):
-    gate = raw_gate(text)
-    assert gate.shape == (1, 10) and torch.allclose(gate, torch.tensor([wanted]).float(), atol=1e-6)
-
-
-@pytest.mark.parametrize("text", [
-    "", "1", "0.5,0.5", ",".join(["0.1"] * 9), ",".join(["0.1"] * 11), ",".join(["0.2"] * 10), "2,-1" + ",0" * 8,
-    "nan" + ",0" * 9, "inf" + ",0" * 9, "high_openness:0.7", "openness:1", "O+", "high_openness:x,low_openness:1",
-    "high_openness:0.5,low_openness:0.6", "high_openness:1.5,low_openness:-0.5", "high_openness:nan",
-    "a,b,c,d,e,f,g,h,i,j", "high_openness:0.4,high_openness:1"])
-def test_a_raw_gate_that_is_no_distribution_is_refused_with_what_is_expected(text):
-    with pytest.raises(UserError, match="expected ten weights from 0 up that sum to 1") as error:
-        raw_gate(text)
-    assert all(name in str(error.value) for name in EXPERTS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,6 +264,25 @@ def test_experts_or_a_router_trained_on_other_models_are_refused(run_folder, her
     assert opened(RUN, experts="elsewhere").model
 
 
+def test_experts_that_are_given_are_named_in_titles_and_belong_to_the_opened_run_alone(run_folder, here, capsys):
+    """ablate's control and its table of warm-up experts, and the variants of an experiment, have their own experts."""
+    copy(run_folder, here)
+    shutil.copytree(RUN / "joint" / "experts", "elsewhere")
+    out = output_of(capsys, f"ablate --run {RUN} --experts elsewhere --records 4 --replies 0")
+    assert "; experts: elsewhere, tau 1" in " ".join(out.split()) and "Warm-up expert (row) alone" in out
+    own = output_of(capsys, f"ablate --run {RUN} --records 4 --replies 0")
+    assert "; experts after joint, tau 1" in " ".join(own.split())
+    assert out.split("The gates")[1] == own.split("The gates")[1]  # the table of warm-up experts is the same
+    given = opened(RUN, experts="elsewhere", router="theirs")
+    assert (given.stage_of("experts"), given.origin("router")) == (None, "router: theirs")
+    for stage, folders in (("warmup", ("warmup", "router")), ("joint", ("joint", "joint"))):
+        other = load_run(given.args, RUN, stage)
+        assert [other.folder(part) for part in ("experts", "router")] == [
+            RUN / folder / part for folder, part in zip(folders, ("experts", "router"))]
+    evaluation.main(f"ask --run {RUN} --experts elsewhere --gate high_openness:1 --max-new-tokens 1 Hello?".split())
+    assert "note" not in capsys.readouterr().err  # which is about the run's joint experts
+
+
 def test_evaluation_writes_nothing_into_the_run(run_folder, capsys):
     before = {file: file.stat().st_mtime_ns for file in run_folder.rglob("*")}
     output_of(capsys, f"ask --run {run_folder} --max-new-tokens 1 Hello?")
@@ -366,7 +318,7 @@ def test_routing_reports_every_expert_on_three_subsets(run_folder, capsys):
     assert counts[1] + counts[2] == counts[0] == 60
     for expert in EXPERTS:
         assert len(re.findall(rf"^  {expert} +\d+ +(?:\d\.\d{{3}}|nan) +\d\.\d{{3}} +\d\.\d{{3}}$", out, re.M)) == 3
-    assert len(re.findall(r"^  mean ", out, re.M)) == out.count("recall at |P|") == out.count("top-1 mass") == 3
+    assert len(re.findall(r"^  mean ", out, re.M)) == out.count("R-precision") == out.count("top-1 mass") == 3
     queries = [r["query"] for r in read_records(run_folder / "data" / "test.jsonl")]
     _, *rows = out.split("\n\n")[-1].splitlines()
     assert len(rows) == 4 and all(row.startswith(f"  {query[:30]}") for row, query in zip(rows, queries))
@@ -388,9 +340,10 @@ def test_routings_numbers_are_those_of_the_saved_router(run_folder, capsys):
         found = [float(re.search(rf"^  {e} +\d+ +(\S+)", first, re.M)[1]) for e in EXPERTS]
         assert np.allclose(found, scores, atol=2e-3)
         gates = (similarity / tau).softmax(-1)
-        entropy, recall = (float(re.search(rf"{name} (\d\.\d+)", first)[1]) for name in ("entropy", r"recall at \|P\|"))
+        entropy, precision = (float(re.search(rf"{name} (\d\.\d+)", first)[1])
+                              for name in ("entropy", "R-precision"))
         assert abs(entropy - -(gates * gates.log()).sum(-1).mean()) < 2e-3
-        assert abs(recall - recall_at_k(similarity.numpy(), active.numpy())) < 0.01
+        assert abs(precision - r_precision(similarity.numpy(), active.numpy())) < 0.01
 
 
 def test_routing_needs_no_responses(run_folder, here, capsys):
@@ -398,8 +351,25 @@ def test_routing_needs_no_responses(run_folder, here, capsys):
     records = [{k: v for k, v in r.items() if k != "response"} for r in template_records("test", 8)]
     for name in SPLITS:
         write_records(here / "mine" / f"{name}.jsonl", records)
-    out = output_of(capsys, f"routing --run {RUN} --data mine")
-    assert "8 test queries, all" in out and "held out" not in out  # the training split here has the same domains
+    assert "6 test queries, all" in output_of(capsys, f"routing --run {RUN} --data mine --records 6")
+
+
+def test_domains_count_as_held_out_if_the_run_was_not_trained_on_them_whatever_the_data(run_folder, here):
+    """--data has its own training split, which the run has never seen. Without the run's own records nothing is known,
+    and a record without a domain is in none that was held out."""
+    source = copy(run_folder, here)
+    domains = {record["domain"] for record in read_records(source / "data" / "train.jsonl")}
+    records = [*template_records("test", 8), template_records("train", 1)[0] | {"domain": "never", "id": "a"}]
+    for name in SPLITS:
+        write_records(here / "mine" / f"{name}.jsonl", records)
+    records.append({**records[0], "id": "b"})
+    del records[-1]["domain"]
+    write_records(here / "mine" / "test.jsonl", records)
+    expected = [record.get("domain", "none") not in {*domains, "none"} for record in records]
+    run = LoadedRun(evaluation.Routing(run=str(RUN), data="mine"))
+    assert run.records()[1].tolist() == expected and 0 < sum(expected) < len(records)
+    shutil.rmtree(source / "data")
+    assert not run.records()[1].any() and not (source / "data").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -435,7 +405,7 @@ def test_ablates_losses_are_those_of_the_gates(run_folder, ablation):
         gates = gates_for_rule(rule, active, similarity, 1.0, seed=0)
         nats = [train.row_losses(run.model, [row], None if gates is None else gates[i:i + 1]).item()
                 for i, row in enumerate(rows)]
-        mean = sum(nats) / sum(len(row.ids) - row.prompt for row in rows)
+        mean = sum(nats) / sum(len(row.ids) - row.n_prompt for row in rows)
         assert abs(float(re.search(rf"^  {rule} +(\d\.\d+)", ablation, re.M)[1]) - mean) < 3e-4, rule
 
 
@@ -454,13 +424,13 @@ def test_ablate_ends_with_the_table_of_warm_up_experts_and_poles(run_folder, abl
         nats = np.array([train.row_losses(run.model, [row], torch.eye(10)[e:e + 1]).item() for row in rows])
         for p in range(10):
             if (poles == p).any():
-                tokens = sum(len(row.ids) - row.prompt for row, pole in zip(rows, poles) if pole == p)
+                tokens = sum(len(row.ids) - row.n_prompt for row, pole in zip(rows, poles) if pole == p)
                 assert abs(values[e, p] - nats[poles == p].sum() / tokens) < 6e-3
             else:
                 assert np.isnan(values[e, p])
     assert re.search(rf"lowest on the diagonal: \d+ of {len(set(poles))} poles", table)
     assert all(sum("*" in row[p] for row in cells) == (p in poles) for p in range(10))
-    shares = ablation.split("Share of 1 replies with the pole's signature")[1]
+    shares = ablation.split("Share of up to 1 replies with the pole's signature")[1]
     named = re.findall(r"^  (\w+_\w+) +[01]\.\d\d +[01]\.\d\d$", shares, re.M)
     assert named == [EXPERTS[p] for p in sorted(set(poles))]
 
@@ -475,8 +445,8 @@ def test_signature_shares_are_counted_in_replies(run_folder, capsys, monkeypatch
     assert signatures(words[3]) == [int(e == 3) for e in range(10)]
     args = evaluation.Ablate(run=str(run_folder), records=12, replies=3, stage="warmup")
     evaluation.expert_table(LoadedRun(args), args)
-    shares = re.findall(r"^  \w+_\w+ +(\d\.\d\d) +(\d\.\d\d)$", capsys.readouterr().out.split("Share of 3 replies")[1],
-                        re.M)
+    table = capsys.readouterr().out.split("Share of up to 3 replies")[1]
+    shares = re.findall(r"^  \w+_\w+ +(\d\.\d\d) +(\d\.\d\d)$", table, re.M)
     assert shares and set(shares) == {("0.00", "1.00")}
 
 
@@ -489,6 +459,148 @@ def test_ablate_compares_with_a_control(run_folder, here, no_table, capsys):
     shutil.rmtree(here / RUN / "joint")
     with pytest.raises(UserError, match="has no experts of stage joint yet: python train.py .*--stage joint --run"):
         evaluation.main(f"ablate --run {RUN} --control {RUN} --records 4".split())
+
+
+def test_ablate_has_one_base_in_memory_at_a_time(run_folder, capsys, monkeypatch):
+    """It measures three models: the run's, the control's and warm-up's."""
+    loaded, load_base = [], runs.Setup.load_base
+
+    def load(setup, experts=None):
+        assert not any(model() for model in loaded)
+        model = load_base(setup, experts)
+        loaded.append(weakref.ref(model))
+        return model
+    monkeypatch.setattr(runs.Setup, "load_base", load)
+    output_of(capsys, f"ablate --run {run_folder} --control {run_folder} --records 4 --replies 0")
+    assert len(loaded) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# health
+
+HEALTHY = REDUCED | dict(
+    records=(400, 40, 60), pretrain=dict(steps=10, batch=6, lr=4e-3), warmup=dict(steps=44, batch=8, lr=1e-2),
+    router=dict(steps=60, batch=16, router_lr=2e-3), joint=dict(steps=2, batch=6, lr=2e-4, router_lr=5e-4))
+healthy_folder = []
+
+
+@pytest.fixture
+def healthy(reduced, monkeypatch, tmp_path_factory):
+    """A run at tau 0.3 in which everything works. Not to be written to."""
+    monkeypatch.setitem(runs.PRESETS, "tiny", HEALTHY)
+    monkeypatch.setattr(tiny_models, "template_records",
+                        lambda split, n, seed: template_records(split, min(n, 400), seed))
+    if not healthy_folder:
+        folder = tmp_path_factory.mktemp("healthy")
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+            train.main(["--preset", "tiny", "--tau", "0.3"], show_results=False)
+        healthy_folder.append(folder)
+    return healthy_folder[0] / RUN
+
+
+def health(capsys, command):
+    """(exit status, what is printed) of the command health."""
+    capsys.readouterr()
+    status = evaluation.main(["health", *command.split()])
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_healthy_run_has_no_alarm(healthy, capsys):
+    for stage in ("warmup", "joint"):
+        status, out = health(capsys, f"--run {healthy} --stage {stage}")
+        assert status == 0 and "\nalarms: none\n" in out and "ALARM" not in out, out
+        assert len(re.findall(r"^ok     ", out, re.M)) == 7
+        assert max(map(len, out.splitlines())) <= 80 + len(str(healthy))
+
+
+def router_with(change):
+    """A disease: the joint router's expert embeddings are change(embeddings)."""
+    return lambda run: rewrite(run / "joint/router/model.safetensors", lambda name, tensor: change(tensor)
+                               if name == "expert_embeddings" else tensor)
+
+
+def opposite_to_all(embeddings, expert=3):
+    """Expert embeddings with which the router never chooses the expert."""
+    worst = -F.normalize(embeddings, dim=-1).mean(0, keepdim=True)
+    return torch.cat((embeddings[:expert], worst, embeddings[expert + 1:]))
+
+
+def experts_scaled(experts, factor):
+    """A disease: these joint experts' updates are multiplied by a factor."""
+    def change(run):
+        for e in experts:
+            rewrite(run / f"joint/experts/{EXPERTS[e]}/adapter_model.safetensors",
+                    lambda name, tensor: tensor * factor if "lora_B" in name else tensor)
+    return change
+
+
+def copied_expert(run):
+    shutil.copy(run / f"joint/experts/{EXPERTS[6]}/adapter_model.safetensors",
+                run / f"joint/experts/{EXPERTS[1]}/adapter_model.safetensors")
+
+
+def empty_vectors(run):
+    file = run / "data" / "train.jsonl"
+    records = read_records(file)
+    write_records(file, [*records, records[0] | {"id": "zero", "traits": {"openness": 0}}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disease, alarm, says, more", [
+    (router_with(lambda v: v.roll(3, 0)), "router", "reaches 0", ""),
+    (router_with(lambda v: v[:1].repeat(10, 1)), "router", r"shuffled ones -?0.0000 \[-?0.0000, -?0.0000\]", ""),
+    (lambda run: None, "collapsed gate", r"entropy 0.00\d nats", "--tau 0.001"),
+    (lambda run: None, "collapsed gate", r"entropy 2.303 nats", "--tau 100"),
+    (experts_scaled(range(10), 30), "general ability", r"is \+[1-9]\d*.\d% \[", ""),
+    (empty_vectors, "all-zero vectors", "1 of 501 records have no active trait", ""),
+    (router_with(opposite_to_all), "dead experts", "low_conscientiousness[;,].*first choices 0.000", ""),
+    (experts_scaled([7], 0), "dead experts", "low_agreeableness[;,].*smallest update 0.00 of the largest", ""),
+    (experts_scaled([4], -9), "experts that only work together", "high_extraversion[;,].*worst \\+", ""),
+    (copied_expert, "copies", r"low_openness and high_agreeableness, cosine 1.00", "")])
+def test_each_disease_raises_its_alarm(healthy, here, capsys, disease, alarm, says, more):
+    run = copy(healthy, here)
+    disease(run)
+    status, out = health(capsys, f"--run {run} --stage joint --records 30 {more}")
+    assert status == 1, out
+    found = re.search(rf"^ALARM  {alarm}: ((?:.|\n       )*)", out, re.M)
+    assert found and re.search(says, " ".join(found[1].split())), out
+    assert re.search(rf"^alarms: (.*, )?{alarm}(,|$)", out, re.M)
+    for other in {"all-zero vectors", "copies"} - {alarm}:
+        assert f"ALARM  {other}" not in out
+
+
+@pytest.mark.slow
+def test_general_ability_is_measured_on_the_text_that_is_given(healthy, here, capsys):
+    run = opened(healthy)
+    (here / "text").write_text("A first piece.\nIts second line.\n\n\nAnother piece, quite different.\n")
+    _, out = health(capsys, f"--run {healthy} --records 10 --text text")
+    rows = evaluation.plain_rows(run, ["A first piece.\nIts second line.", "\nAnother piece, quite different.\n"])
+    assert all(row.n_prompt == 1 for row in rows) and rows[0].ids[0] == run.chat.bos and rows[0].ids[-1] == run.chat.end
+    base, counts = train.evaluation_loss(run.model, rows)
+    mixed, _ = train.evaluation_loss(run.model, rows, gates_for_rule(
+        "learned", torch.ones(2, 10), train.score_queries(run.router, rows), 0.3))
+    flat = " ".join(out.split())
+    assert f"base's {base.sum() / counts.sum():.3f} nats/token" in flat
+    assert f"text is {(mixed - base).sum() / base.sum():+.1%}" in flat
+
+
+@pytest.mark.parametrize("text, why", [(None, "No such file"), ("\n \n\n\t\n", "no text in it")])
+def test_a_file_without_text_is_refused(run_folder, here, text, why):
+    if text:
+        (here / "given.txt").write_text(text)
+    with pytest.raises(UserError, match=f"given.txt: .*{why}|{why}.*given.txt") as error:
+        evaluation.main(["health", "--run", str(run_folder), "--records", "4", "--text", "given.txt"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tokens, context, limit", [(64, None, 64), (64, 48, 48), (32, 48, 32)])
+def test_plain_text_is_cut_to_the_batch_and_to_the_models_context(run_folder, tokens, context, limit):
+    run = opened(run_folder, tokens=tokens)
+    run.model.context = context
+    long, short = evaluation.plain_rows(run, ["A long text. " * 100, "Short."])
+    assert len(long.ids) == limit and short.ids[-1] == run.chat.end
+    train.evaluation_loss(run.model, [long, short], tokens=tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -561,8 +673,9 @@ def test_one_joint_expert_alone_prints_a_note(run_folder, capsys, options, note)
     (["Hello?", ""], "an empty query"), ([" \n"], "an empty query"), (["caf\udce9"], "not UTF-8"),
     (["--persona", "O+", "--gate", "high_openness:1", "Hello?"], "--persona and --gate both set the gate: choose one"),
     (["--persona", "X+", "Hello?"], "persona 'X\\+'"), (["--gate", "1", "Hello?"], "expected ten weights"),
-    (["--device", "tpu", "Hello?"], "--device 'tpu'"), ([], "ask needs queries, as words or with --file FILE"),
-    (["--file", "f.txt", "Hello?"], "and not both"), (["--file", "none.txt"], "none.txt: No such file"),
+    (["--device", "tpu", "Hello?"], "--device 'tpu'"), ([], "either as arguments or with --file"),
+    (["--file", "f.txt", "Hello?"], "either as arguments or with --file"),
+    (["--file", "none.txt"], "none.txt: No such file"),
     (["--file", "f.pdf"], "expected queries in a .txt")])
 def test_what_cannot_be_asked_is_refused_in_one_line(run_folder, argv, why):
     with pytest.raises(UserError, match=why) as error:
@@ -684,13 +797,6 @@ def test_a_reply_is_streamed_and_can_be_stopped(run_folder, monkeypatch, capsys)
     text = talk.stream({"query": "Hello"}, None)
     assert text == "Ä bé — 猫 now" == "".join(pieces) and not any("\ufffd" in piece for piece in pieces)
     assert sum(map(bool, pieces)) > 4 and capsys.readouterr().out == " [stopped]\n\n"
-
-
-def test_generate_hands_over_each_id_as_it_comes(run_folder):
-    run, seen = opened(run_folder), [[], [], []]
-    prompts = [run.chat.prompt([{"role": "user", "content": text}]) for text in ("Hi", "Help me now", "No")]
-    found = generate(run.model, prompts, None, 7, each=lambda row, token: seen[row].append(token))
-    assert seen == found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

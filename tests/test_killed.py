@@ -1,9 +1,9 @@
 """Laws of interrupted runs: a run that is killed and resumed ends as a run that was never interrupted.
 
-Runs of twelve steps are started in separate processes (small.serve) and killed at random calls and returns of Python and
-C functions. So every moment can be hit, and every failure can be repeated: in a step, between two renames, or in the
-middle of a checkpoint, which is written slowly on purpose. Each run is resumed, perhaps killed again, and must end with
-the same files, equal tensors, and a log that has each step once.
+Runs of twelve steps are started in separate processes (small.serve) and killed at random calls and returns of Python
+and C functions. So every moment can be hit, and every failure can be repeated: in a step, between two renames, or in
+the middle of a checkpoint, which is written slowly on purpose. Each run is resumed, perhaps killed again, and must end
+with the same files, equal tensors, and a log that has each step once.
 """
 import contextlib
 import errno
@@ -189,20 +189,41 @@ def test_overwrite_keeps_the_old_run_whole_under_another_name(server, whole, her
     assert train_here(*other, "--resume")[0] == 0
     assert json.loads((here / "run/config.json").read_text())["setup"]["seed"] == 5
     status, shown, _ = train_here("--overwrite")
-    assert status == 0 and "run: the run that was here is now run.replaced-2, whole" in shown
+    assert status == 0 and "run: the earlier run is now in run.replaced-2" in shown
     assert_same_run(here / "run", here / "run.replaced-1")
 
 
+@pytest.mark.parametrize("stage", ["warmup", "router"], ids=["all stages", "later stages"])
+def test_a_kill_between_the_two_renames_of_overwrite_loses_nothing(here, monkeypatch, stage):
+    """The old run is whole under its new name. The next command finds the prepared folder and goes on in it."""
+    assert train_here()[0] == 0
+    before = small.contents(here / "run")
+
+    def rename_once(source, target, replace=os.replace):
+        if target.name == "run":
+            raise KeyboardInterrupt
+        replace(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.os, "replace", rename_once)
+        assert train_here("--stage", stage, "--overwrite")[0] == 130
+    assert small.contents(here / "run.replaced-1") == before and not (here / "run").exists()
+    assert train_here("--stage", stage, "--resume")[0] == 0
+    assert (here / "run/warmup").is_dir() and not (here / "run/joint").exists()
+
+
 @needs_fork
-def test_two_processes_cannot_train_in_one_folder(here):
-    assert train_here("--stage", "warmup")[0] == 0
+@pytest.mark.parametrize("more", [None, "--resume", "--overwrite"])
+def test_two_processes_cannot_train_in_one_folder(here, more):
+    """The second process is refused, also while the first is starting and the folder is empty."""
+    if more:
+        assert train_here("--stage", "warmup")[0] == 0
+    else:
+        (here / "run").mkdir()
     before = small.contents(here / "run")
     with runs.lock(here / "run"):
-        for more in ("--resume", "--overwrite"):
-            status, _, said = train_here(more)
-            assert status == 2 and "run: another process trains here" in said and said.count("\n") == 1, said
+        status, _, said = train_here(*[more] if more else [])
+    assert status == 2 and "run: another process trains here" in said and said.count("\n") == 1, said
     assert small.contents(here / "run") == before
-    assert train_here("--resume")[0] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -392,7 +392,8 @@ def test_the_mixture_equals_the_weighted_combination_of_peft_and_the_exported_ad
 
 @torch.no_grad()
 def test_mixing_A_and_B_apart_would_be_another_model():
-    """The example of export_mixture: A = B = 1 and A = B = −1 both map x to x, and so do mixtures. The means are 0."""
+    """The example of export_mixture. Two experts, A = B = 1 and A = B = −1, both map x to x, and so does their mixture.
+    But the means of A and of B are 0."""
     layer = ExpertLinear(Linear(1, 1, bias=False), n_experts=2, rank=1, alpha=1)
     layer.weight.zero_()
     for matrix in (layer.A, layer.B):
@@ -416,13 +417,13 @@ def test_a_folder_that_peft_wrote_loads_bitwise(reference, tmp_path):
 @LOADED_AS
 def test_saved_experts_load_bitwise_and_saving_again_replaces_them(dtype, tmp_path):
     model, other = (make_base(dtype) for _ in range(2))
-    add_experts(model, rank=4, alpha=6)
-    add_experts(other, rank=4, alpha=6)
+    for one in (model, other):
+        add_experts(one, rank=7, alpha=29)  # (29/7)·7 is not 29 in floating point
     for seed in (1, 9):
         save_experts(random_B(model, seed), tmp_path / "experts", base="a base")
         load_experts(other, tmp_path / "experts")
         assert not changed(other, snapshot(model))
-    assert lora.adapter_shape(tmp_path / "experts") == (4, 6)
+    assert lora.adapter_shape(tmp_path / "experts") == (7, 29)
     assert sorted(path.name for path in (tmp_path / "experts").iterdir()) == sorted(EXPERTS)
     for expert in EXPERTS:
         config = json.loads((tmp_path / "experts" / expert / "adapter_config.json").read_text())

@@ -3,7 +3,8 @@
 - Parity: fp32 logits and gradients equal those of `transformers` on four small shapes with random parameters.
 - Mutants: each classic mistake, made on purpose, must show in the same comparison.
 - Parts: RoPE, RMSNorm, padding, recomputation, bf16, some positions only.
-- Generation: cached equals uncached, a batch equals its rows one by one, sampling follows the probabilities.
+- Generation: cached equals uncached, a batch equals its rows one by one, a shared prefix changes nothing, sampling
+  follows the probabilities.
 - Loading: both styles of config.json, shards, dtypes, memory, and one clear error for every broken folder.
 
 `transformers` is optional: without it the tests that need it are skipped.
@@ -26,11 +27,10 @@ from torch.nn import functional as F
 import model as M
 from support import chat as chat_module
 from support import compile
-from support import files as files_module
-from support import matmul
+from support import matmul, weights as weights_module
 from lora import add_experts
 from model import CONFIGS, Config, Transformer
-from support.files import UserError
+from support.files import UserError, atomic
 
 T = 512
 STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -314,7 +314,7 @@ def test_rms_norm_is_its_formula_and_keeps_the_precision_of_fp64():
 
 
 def test_rotate_pairs_the_two_halves():
-    """The worked example of its docstring: [a, b, c, d] -> [a, b, c, d] · cos + [−c, −d, a, b] · sin."""
+    """The worked example of its docstring: [x0, x1, x2, x3] · cos + [−x2, −x3, x0, x1] · sin."""
     x, cos, sin = torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20, 10, 20]), torch.tensor([100.0, 200, 100, 200])
     assert M.rotate(x, cos, sin).tolist() == [10 - 300, 40 - 800, 30 + 100, 80 + 400]
 
@@ -391,7 +391,7 @@ def test_some_positions_equal_the_same_among_all_and_the_last_mlp_computes_no_ot
             B.normal_(std=0.1)
     if with_gate:
         gate = torch.rand(1 if after == "a prefix" else 3, 10).double().requires_grad_()  # one for all, or one a row
-    cache = M.Prefix(our, [5, 6, 7], gate) if after == "a prefix" else None
+    cache = M.Prefix.compute(our, [5, 6, 7], gate) if after == "a prefix" else None
     seen = [[] for _ in our.model.layers]
     for shapes, layer in zip(seen, our.model.layers):
         layer.mlp.register_forward_pre_hook(lambda _, inputs, shapes=shapes: shapes.append(tuple(inputs[0].shape)))
@@ -511,13 +511,15 @@ def test_cached_equals_uncached(name, free, monkeypatch):
 
 @each_family
 def test_stops_end_their_own_row_and_leave_the_others_alone(name, free, monkeypatch):
-    """A reply ends with its stop id. Then its row leaves the batch, and each remaining row keeps its own gate."""
+    """A reply ends with its stop id. Then its row leaves the batch, and each remaining row keeps its own gate. `each`
+    is called with every id of every reply."""
     our, prompts, replies = free(name)
     stops = early_stops(replies)
     expected = [cut(reply, stops) for reply in replies]
     steps = watch(our, monkeypatch)
-    gate = torch.arange(len(prompts))[:, None]
-    assert M.generate(our, prompts, gate, max_new_tokens=N_NEW, stops=stops) == expected
+    gate, handed_over = torch.arange(len(prompts))[:, None], [[] for _ in prompts]
+    assert M.generate(our, prompts, gate, max_new_tokens=N_NEW, stops=stops,
+                      each=lambda row, token: handed_over[row].append(token)) == expected == handed_over
     assert len(steps) == N_NEW
     for step, (rows, used) in enumerate(steps):
         alive = [row for row, reply in enumerate(expected) if len(reply) > step]
@@ -536,6 +538,62 @@ def test_one_gate_serves_all_rows(free, monkeypatch):
     steps = watch(our, monkeypatch)
     assert M.generate(our, prompts, torch.arange(10)[None], max_new_tokens=N_NEW) == replies
     assert all(used.tolist() == [[*range(10)]] * rows for rows, used in steps)
+
+
+@pytest.fixture
+def begun():
+    """A small model with experts, the ids that three prompts begin with, and how each of them goes on."""
+    model = Transformer(Config(97, 64, 3, 4, 2, 32, 96, 1e-5, 1e4))
+    add_experts(model)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    begin, *rest = random_prompts(model.config, [40, 7, 1, 30])
+    return model, begin, rest
+
+
+@pytest.mark.parametrize("with_gate", [False, True])
+@torch.no_grad()
+def test_a_prefix_computed_once_changes_nothing(with_gate, begun):
+    """One prefix serves many batches. The second batch adds a single token."""
+    model, begin, rest = begun
+    gate = torch.softmax(torch.randn(1, 10), -1) if with_gate else None
+    prefix = M.Prefix.compute(model, begin, gate)
+    for batch in (rest, rest[1:2], rest[::-1]):
+        hidden = model.hidden(M.pad(batch)[0], gate, prefix)
+        for i, row in enumerate(batch):
+            whole = model.hidden(torch.tensor([begin + row]), gate)[0, len(begin):]
+            assert_near(hidden[i, :len(row)], whole, 1e-5, f"row {i}")
+
+
+@pytest.mark.parametrize("prompts, length", [
+    ([[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7]], 2), ([[1, 2], [2, 1]], 0), ([[1, 2, 3], [1, 2]], 1), ([[1], [1]], 0)])
+def test_a_shared_prefix_is_as_long_as_can_be_and_leaves_an_id_of_each_prompt(prompts, length):
+    assert M.shared_prefix(prompts) == length
+
+
+@torch.no_grad()
+def test_generation_computes_a_long_beginning_once(begun, monkeypatch):
+    """The logits of every step are those of each prompt alone, to 1e-4. Prompts with different gates share nothing, and
+    a short beginning is not shared either."""
+    model, begin, rest = begun
+    gates, shapes, hidden, head = torch.softmax(torch.randn(3, 10), -1), [], model.hidden, model.head
+    steps = []
+    monkeypatch.setattr(model, "hidden", lambda ids, *more: shapes.append(tuple(ids.shape)) or hidden(ids, *more))
+    monkeypatch.setattr(model, "head", lambda h: steps.append(head(h)) or steps[-1])
+    for ends, gate, first in ((rest, None, [(1, 40), (3, 30)]), (rest, gates[:1], [(1, 40), (3, 30)]),
+                              (rest, gates, [(3, 70)]), (rest[1:2], None, [(1, 41)]),
+                              ([[5], [6]], gates[:1], [(1, 40), (2, 1)])):
+        prompts = [begin + row for row in ends]
+        shapes.clear()
+        steps.clear()
+        found = M.generate(model, prompts, gate, 8)
+        assert shapes[:len(first)] == first and len(shapes) == len(first) + 7
+        for i, prompt in enumerate(prompts):
+            whole = head(hidden(torch.tensor([prompt + found[i]]), None if gate is None else gate[i % len(gate)][None]))
+            assert_near(torch.stack([step[i] for step in steps]), whole[0, len(prompt) - 1:-1], 1e-4, f"row {i}")
+    shapes.clear()
+    M.generate(model, [begin[:M.LONG_PREFIX - 1] + row for row in rest], None, 1)
+    assert shapes == [(3, 61)]
 
 
 @pytest.mark.parametrize("compiler", ["none", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(
@@ -749,10 +807,10 @@ def test_a_tied_head_may_be_stored_a_second_time(shards, tmp_path):
                                             (torch.float64, 1e308)])
 def test_values_are_finite_even_where_their_sum_is_not(dtype, largest):
     large = torch.full((3, 100), largest, dtype=dtype)
-    assert files_module.all_finite(large) and files_module.all_finite(torch.zeros(0, 3, dtype=dtype))
+    assert weights_module.all_finite(large) and weights_module.all_finite(torch.zeros(0, 3, dtype=dtype))
     for bad in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]):
         large[2, 98:98 + len(bad)] = torch.tensor(bad, dtype=dtype)
-        assert not files_module.all_finite(large) and not files_module.all_finite(large[2, 98:])
+        assert not weights_module.all_finite(large) and not weights_module.all_finite(large[2, 98:])
 
 
 FILE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00002.safetensors"
@@ -900,22 +958,22 @@ def test_loading_needs_little_more_memory_than_the_result(tmp_path):
 def test_an_atomic_write_is_all_or_nothing(tmp_path):
     file = tmp_path / "new" / "result.json"
     for text in ("first", "second"):
-        with files_module.atomic(file) as part:
+        with atomic(file) as part:
             assert part.parent == file.parent and part != file
             part.write_text(text)
         assert file.read_text() == text
-    with pytest.raises(RuntimeError), files_module.atomic(file) as part:
+    with pytest.raises(RuntimeError), atomic(file) as part:
         part.write_text("half of the th")
         raise RuntimeError
     assert file.read_text() == "second"
-    with files_module.atomic(file) as part:  # leftovers of the failure do not matter
+    with atomic(file) as part:  # leftovers of the failure do not matter
         part.write_text("third")
     assert file.read_text() == "third" and [p.name for p in file.parent.iterdir()] == [file.name]
 
 
 def test_an_atomic_write_replaces_a_whole_folder(tmp_path):
     for name in ("first", "second"):
-        with files_module.atomic(tmp_path / "folder") as part:
+        with atomic(tmp_path / "folder") as part:
             part.mkdir()
             (part / name).touch()
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "second"]

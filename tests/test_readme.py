@@ -84,7 +84,8 @@ def options(*classes):
     return {f"--{field.name.strip('_').replace('_', '-')}" for cls in classes for field in fields(cls)}
 
 
-OPTIONS = {"train.py": options(train.Args), "synth.py": options(synth.Args, *(cls for cls, _ in synth.COMMANDS.values())),
+OPTIONS = {"train.py": options(train.Args),
+           "synth.py": options(synth.Args, *(cls for cls, _ in synth.COMMANDS.values())),
            "eval.py": options(*(cls for cls, _ in eval.COMMANDS.values()))}
 
 

@@ -32,7 +32,7 @@ def small(weights, tmp_path_factory):
     for stage, steps, batch in (("warmup", 10, 6), ("router", 12, 8), ("joint", 3, 4)):
         train.main([*where, "--stage", stage, "--steps", str(steps), "--batch", str(batch)])
         shutil.rmtree(run / "state")  # 5.8 GiB each where the encoder trains
-    yield runs.resolve(command.parse(train.Args, where), runs.STAGES)
+    yield runs.make_setup(command.parse(train.Args, where), runs.STAGES)
     torch.set_num_threads(1)
     shutil.rmtree(run)
 

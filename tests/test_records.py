@@ -72,8 +72,8 @@ REFUSED = {  # a line, and what the message says about it
     "traits a list": (record(1, traits=["openness"]), "traits is .*expected an object"),
     **{f"history {value}": (record(1, history=value), "history is .*expected a list")
        for value in ("Hi", ["Hi"], [{"role": "user"}], [{"role": "bot", "content": ""}])},
-    "same id": (record(0, query="Another?"), "id 'r0' stands on line 2 already"),
-    "same id of another type": (record(1, id=7), "id 7 stands on line 3 already"),
+    "same id": (record(0, query="Another?"), "id 'r0' is on line 2 already"),
+    "same id of another type": (record(1, id=7), "id 7 is on line 3 already"),
 }
 
 
@@ -184,25 +184,29 @@ def test_a_table_may_come_from_any_spreadsheet(tmp_path, mark):
 def test_given_ids_and_other_fields_are_kept_but_not_those_that_the_teacher_writes(tmp_path):
     item = {"id": 7, "query": "Hi", "history": [{"role": "user", "content": "Oh"}], "topic": [1, {"x": None}],
             "reason": "r"}
-    (tmp_path / "q.jsonl").write_bytes(lines(item | {"response": "", "traits": "x", "cot": 3}))
+    written = {"response": "", "traits": "x", "teacher_traits": {"openness": 1}, "cot": 3, "teacher": {"name": "old"},
+               "neutral": "a", "manner": {}}
+    (tmp_path / "q.jsonl").write_bytes(lines(item | written))
     assert read_queries(tmp_path / "q.jsonl") == ([item], 0)
 
 
-def test_duplicates_are_dropped_and_counted_and_another_history_makes_another_query(tmp_path):
+def test_duplicates_are_dropped_and_counted_and_another_history_or_culture_makes_another_query(tmp_path):
     said = [{"role": "assistant", "content": "Tea?"}]
     (tmp_path / "q.jsonl").write_bytes(lines(
         {"query": "Yes  please"}, {"id": "x", "query": " yes\nPLEASE "}, {"query": "Yes please", "history": said},
-        {"query": "yes please", "history": said}, {"query": "no"}))
+        {"query": "yes please", "history": said}, {"query": "no"}, {"query": "no", "culture": "Finnish"},
+        {"query": "No", "culture": "日本"}, {"query": "NO", "culture": "Finnish", "domain": "work"}))
     items, duplicates = read_queries(tmp_path / "q.jsonl")
-    assert [item["query"] for item in items] == ["Yes  please", "Yes please", "no"] and duplicates == 2
-    assert len({item["id"] for item in items}) == 3
+    assert [(item["query"], item.get("culture")) for item in items] == [
+        ("Yes  please", None), ("Yes please", None), ("no", None), ("no", "Finnish"), ("No", "日本")]
+    assert duplicates == 3 and len({item["id"] for item in items}) == 5
 
 
 @pytest.mark.parametrize("name, text, why", [
     ("q.jsonl", '{"query": "a"}\n{"query": " "}\n', "line 2: query is ' '"),
     ("q.jsonl", '{"query": "a"}\n{"text": "b"}\n', "line 2: no 'query'"), ("q.jsonl", "[1]\n", "line 1: found a list"),
     ("q.jsonl", '{"query": "a"}\n{"que', "line 2: not JSON"), ("q.jsonl", "\n", "no queries in it"),
-    ("q.jsonl", '{"id": 1, "query": "a"}\n{"id": "1", "query": "b"}\n', "line 2: id '1' stands on line 1 already"),
+    ("q.jsonl", '{"id": 1, "query": "a"}\n{"id": "1", "query": "b"}\n', "line 2: id '1' is on line 1 already"),
     ("q.jsonl", '{"id": [1], "query": "a"}\n', "line 1: id is"),
     ("q.jsonl", '{"query": "a", "history": "b"}\n', "line 1: history"), ("q.txt", "\n \n", "no queries in it"),
     ("q.csv", "text\na\n", "0 columns named 'query'"), ("q.csv", "query,query\na,b\n", "2 columns named 'query'"),

@@ -1,4 +1,4 @@
-"""Laws of router.py: traits, the router, its loss, what it reads, gates set by hand, and its files.
+"""Laws of router.py: traits, the router, its loss, what it reads, gates set by hand or by a rule, and its files.
 
 The encoder is a small random Transformer with QKV bias and a tied head, as Qwen2.5 has them. 1e-5 allows for fp32 sums
 that another matrix shape takes in another order, 1e-6 for the rounding of a cosine or a softmax.
@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from lora import EXPERTS, TRAITS
 from model import Config, Transformer
-from router import (MAX_QUERY_TOKENS, Router, active_experts, contrastive_loss, load_router, oracle_gate, persona_gate,
-                    query_ids, save_router)
+from router import (GATE_RULES, MAX_QUERY_TOKENS, Router, active_experts, contrastive_loss, gates_for_rule, load_router,
+                    oracle_gate, persona_gate, query_ids, raw_gate, save_router)
 from support.chat import encode, load_tokenizer
 from support.files import UserError
 from test_lora import changed, cut, error, settings, snapshot, tensors
@@ -125,6 +125,27 @@ def test_a_persona_of_all_five_traits_is_the_oracle_gate_of_those_poles(signs, t
 def test_a_persona_that_is_not_understood_is_refused_by_its_part(persona, named):
     with pytest.raises(UserError, match=named):
         persona_gate(persona, 1.0)
+
+
+@pytest.mark.parametrize("text, wanted", [
+    (",".join(["0.1"] * 10), [0.1] * 10), ("1,0,0,0,0,0,0,0,0,0", [1] + [0] * 9),
+    ("high_openness:0.7,low_neuroticism:0.3", [0.7] + [0] * 8 + [0.3]), ("low_openness", [0, 1] + [0] * 8),
+    (" low_neuroticism:0.25 , high_openness:0.75 ", [0.75] + [0] * 8 + [0.25]),
+    ("0.0999,0.1001" + ",0.1" * 8, [0.0999, 0.1001] + [0.1] * 8), ("high_openness:1", [1] + [0] * 9)])
+def test_a_raw_gate_is_ten_weights_or_names_with_weights(text, wanted):
+    gate = raw_gate(text)
+    assert gate.shape == (1, 10) and torch.allclose(gate, torch.tensor([wanted]).float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("text", [
+    "", "1", "0.5,0.5", ",".join(["0.1"] * 9), ",".join(["0.1"] * 11), ",".join(["0.2"] * 10), "2,-1" + ",0" * 8,
+    "nan" + ",0" * 9, "inf" + ",0" * 9, "high_openness:0.7", "openness:1", "O+", "high_openness:x,low_openness:1",
+    "high_openness:0.5,low_openness:0.6", "high_openness:1.5,low_openness:-0.5", "high_openness:nan",
+    "a,b,c,d,e,f,g,h,i,j", "high_openness:0.4,high_openness:1"])
+def test_a_raw_gate_that_is_no_distribution_is_refused_with_what_is_expected(text):
+    with pytest.raises(UserError, match="expected ten weights from 0 up that sum to 1") as error:
+        raw_gate(text)
+    assert all(name in str(error.value) for name in EXPERTS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,6 +358,59 @@ def test_a_query_is_read_as_it_is_or_after_lines_that_say_who_speaks(tokenizer, 
 @pytest.mark.parametrize("history", [(), HISTORY], ids=["alone", "with a history"])
 def test_an_empty_query_still_gives_something_to_read(tokenizer, history):
     assert len(query_ids(tokenizer, "", history)) >= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gates for comparisons
+
+def some_labels(n=400, seed=0):
+    """Active poles (n, 10) and similarities (n, 10)."""
+    generator = torch.Generator().manual_seed(seed)
+    active = (torch.rand(n, 10, generator=generator) < 0.2).float()
+    active[active.sum(-1) == 0, 0] = 1
+    return active, torch.rand(n, 10, generator=generator) * 2 - 1
+
+
+@pytest.mark.parametrize("tau", [0.2, 1.0])
+def test_the_gates_of_every_rule_are_distributions(tau):
+    active, similarity = some_labels()
+    assert gates_for_rule("base", active) is None
+    for rule in GATE_RULES.keys() - {"base"}:
+        gates = gates_for_rule(rule, active, similarity, tau, seed=1)
+        assert gates.shape == (400, 10) and gates.dtype == torch.float32 and (gates >= 0).all(), rule
+        assert (gates.sum(-1) - 1).abs().max() < 1e-5, rule
+
+
+def test_rules_are_their_formulas():
+    active, similarity = some_labels()
+    assert torch.equal(gates_for_rule("uniform", active), torch.full((400, 10), 0.1))
+    assert torch.equal(gates_for_rule("learned", active, similarity, 0.3), (similarity / 0.3).softmax(-1))
+    assert torch.equal(gates_for_rule("labels", active), active / active.sum(-1, keepdim=True))
+    assert torch.equal(gates_for_rule("oracle", active, tau=0.5), oracle_gate(active, 0.5))
+    with pytest.raises(ValueError, match="unknown gate rule 'best', expected one of base, uniform"):
+        gates_for_rule("best", active, similarity)
+
+
+@pytest.mark.parametrize("n", [2, 3, 400])
+def test_shuffled_gates_are_the_learned_ones_and_no_query_keeps_its_own(n):
+    active, similarity = some_labels(n)
+    learned = gates_for_rule("learned", active, similarity, 0.5)
+    for seed in range(5):
+        shuffled = gates_for_rule("shuffled", active, similarity, 0.5, seed)
+        same = (shuffled[:, None] == learned[None]).all(-1)  # (N, N): whose gate each query got
+        assert (same.sum(0) == 1).all() and (same.sum(1) == 1).all() and not same.diagonal().any()
+    if n > 3:
+        assert not torch.equal(shuffled, gates_for_rule("shuffled", active, similarity, 0.5, 0))
+        assert torch.equal(shuffled, gates_for_rule("shuffled", active, similarity, 0.5, 4))
+
+
+def test_random_gates_are_dirichlet_of_one_and_fixed_by_the_seed():
+    """Uniform on the simplex: each weight has mean 1/10 and variance 9/1100."""
+    active, _ = some_labels(20_000)
+    gates = gates_for_rule("random", active, seed=3)
+    assert torch.equal(gates, gates_for_rule("random", active, seed=3))
+    assert not torch.equal(gates, gates_for_rule("random", active, seed=4))
+    assert (gates.mean(0) - 0.1).abs().max() < 0.003 and (gates.var(0) - 9 / 1100).abs().max() < 0.0005
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from support.files import UserError
 from support.records import SPLITS, check_record, load_data, normalise_query, read_records
 from support.replies import Reply, RequestFailed
 from support.tiny import make_tiny
-from synth import Synthesis, lab, signatures, template_records
+from synth import QueryRejected, Synthesis, lab, signatures, template_records
 from test_teachers import GOOD, POLED, TRAITS_OF_GOOD, asked, ids, lines, out, rejected, write  # noqa: F401
 
 
@@ -192,6 +192,8 @@ def test_a_step_that_comes_as_json_or_with_its_name_is_understood():
     assert query.outcome["cot"]["situation"] == "They wait." and query.outcome["response"] == "Wait,"
     assert separate("a", json.dumps(POLED), 'He said "wait"')[0].outcome["response"] == 'He said "wait"'
     assert "JSON" in separate('{"situation": "They')[0].outcome["reason"]
+    for other in ('{"answer": "Wait."}', '```json\n{"text": "Wait."}\n```'):  # JSON is not taken for the text itself
+        assert "no JSON object in it with the key situation" in separate(other)[0].outcome["reason"]
 
 
 @pytest.mark.parametrize("bad, why", [(("They w", True), "cut off"), ("", "empty"), (" \n", "empty"), ('""', "empty"),
@@ -224,11 +226,12 @@ def test_fields_of_a_query_cannot_pass_for_an_outcome():
     assert query.outcome["reason"] == "why" and query.outcome["teacher"]["name"] == "test"
 
 
-def test_a_query_too_long_to_be_scored_is_rejected():
-    query = Synthesis({"id": 1, "query": "What now?"}, "score", 0, "test")
+@pytest.mark.parametrize("steps", ["separate", "score"])
+def test_a_query_that_the_teacher_rejects_is_not_tried_again(steps):
+    query = Synthesis({"id": 1, "query": "What now?"}, steps, 9, "test")
     query.tell(Reply("They wait."))
-    query.tell(RequestFailed("the prompt has 9,000 tokens, more than 8,192"))
-    assert query.outcome["reason"].startswith("the prompt has") and query.outcome["teacher"]["calls"] == 2
+    query.tell(QueryRejected("the prompt has 9,000 tokens, more than 8,192"))
+    assert query.outcome["reason"].startswith("the prompt has") and query.outcome["teacher"]["calls"] == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,6 +324,7 @@ def test_noise_is_rejected_and_too_long_prompts_are_not_read(by, folder, asked, 
     queries = write(tmp_path / "long.jsonl", {"id": "long", "query": "So " * 900}, *lines(asked)[:2])
     assert not synth.main(local_command(folder, queries, out, "--max-new-tokens", 3, "--retries", 1))
     reasons = {entry["id"]: entry["reason"] for entry in rejected(out)}
+    assert {entry["id"]: entry["teacher"]["calls"] for entry in rejected(out)} == {"long": 0, "q0": 2, "q1": 2}
     assert re.fullmatch(r"the prompt has [\d,]+ tokens, more than 800", reasons.pop("long"))
     assert reasons == dict.fromkeys(("q0", "q1"), "it was cut off; be briefer") and not ids(out)
 
@@ -353,7 +357,7 @@ def test_ctrl_c_between_two_tokens_keeps_the_batches_before(folder, asked, out, 
     command = local_command(folder, asked, out, "--max-new-tokens", 2, "--retries", 0, "--batch", 2)
     assert synth.main(command) == 130 and len(rejected(out)) == 4
     assert not synth.main(command) and sorted(entry["id"] for entry in rejected(out)) == sorted(ids(asked))
-    assert "4 are done, 8 to do" in capsys.readouterr().out
+    assert "4 are done or rejected, 8 to do" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,8 +404,8 @@ def test_an_output_folder_gets_three_splits_that_training_reads(tmp_path, monkey
 @pytest.mark.parametrize("split", SPLITS)
 def test_an_output_file_gets_the_records_of_one_split(tmp_path, split):
     file = tmp_path / "new" / "some.jsonl"
-    synth.main(["--out", str(file), "--count", "30", *([] if split == "train" else ["--split", split])])
-    assert read_records(file) == template_records(split, 30, 0)
+    synth.main(["--out", str(file), "--count", "5", *([] if split == "train" else ["--split", split])])
+    assert read_records(file) == template_records(split, 5, 0)
 
 
 def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, monkeypatch):
@@ -409,10 +413,10 @@ def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path, monkeypatch)
     synth.main("--out lab --count 50".split())
     (tmp_path / "lab" / "train.jsonl").unlink()
     before = {p.name: p.read_bytes() for p in (tmp_path / "lab").iterdir()}
-    with pytest.raises(UserError, match="lab/validation.jsonl is there already; --overwrite replaces it"):
+    with pytest.raises(UserError, match="lab/validation.jsonl exists already; --overwrite replaces it"):
         synth.main("--out lab --count 60".split())
     assert {p.name: p.read_bytes() for p in (tmp_path / "lab").iterdir()} == before
     synth.main("--out lab --count 60 --overwrite".split())
     assert [len(read_records(tmp_path / "lab" / f"{name}.jsonl")) for name in SPLITS] == [48, 6, 6]
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         synth.main("--out lab/test.jsonl --count 60".split())

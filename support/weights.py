@@ -1,0 +1,170 @@
+"""Reading model folders: config.json and safetensors, checked before they are used.
+
+`Transformer.from_pretrained` calls read_model_config, weight_files, find_tensors and load_tensors, in this order. The
+experts and the router are read with read_tensors. Each problem is a UserError that names the file, what was found and
+what was expected. Pickled weights are never read, because they can run code.
+"""
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from support.files import UserError, check_settings, read_json, shorten
+
+MODEL_CONFIG = {  # what config.json may say for model.Transformer to compute the same as the published model
+    "model_type": ("llama", "qwen2"),  # Llama 3 and SmolLM2; Qwen2 and Qwen2.5
+    "vocab_size": (int,), "hidden_size": (int,), "intermediate_size": (int,), "num_hidden_layers": (int,),
+    "num_attention_heads": (int,), "num_key_value_heads": (int, None), "head_dim": (int, None),
+    "rms_norm_eps": (float,), "max_position_embeddings": (int, None), "tie_word_embeddings": (True, False, None),
+    "rope_scaling": (dict, None), "rope_parameters": (dict, None),
+    "hidden_act": ("silu", None), "mlp_bias": (False, None),  # the feed-forward layers are SwiGLU without bias
+    "use_sliding_window": (False, None)}                      # attention reaches every earlier token
+LLAMA_CONFIG = {"attention_bias": (False, None)}              # it would be on o_proj, too; Qwen2 has no such key
+ROPE = {"rope_theta": (float,), "rope_type": ("default", "llama3")}
+LLAMA_3_ROPE = dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (float,))
+
+
+def read_model_config(path):
+    """Read and check config.json of a model folder. UserError names the key, what was found and what was expected.
+
+    Both styles are read: published models have rope_theta and rope_scaling at top level, newer tools write both inside
+    rope_parameters. Returns the object in the published style, with defaults for the keys of MODEL_CONFIG that are
+    absent or null; rope_scaling is None or has rope_type "llama3" and the keys of LLAMA_3_ROPE.
+    """
+    file = Path(path) / "config.json"
+    config = read_json(file)
+    check_settings(file, config, MODEL_CONFIG)
+    if config["model_type"] == "llama":
+        check_settings(file, config, LLAMA_CONFIG)
+    rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {}),
+            **(config.get("rope_parameters") or {})}
+    rope.setdefault("rope_type", rope.get("type", "default"))  # "type" is an older name for it
+    scaled = rope["rope_type"] == "llama3"
+    check_settings(file, rope, ROPE | LLAMA_3_ROPE if scaled else ROPE)
+    if scaled and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(f"{file}: low_freq_factor is {rope['low_freq_factor']}, expected less than high_freq_factor "
+                        f"({rope['high_freq_factor']})")
+
+    dim, heads, layers = (config[key] for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or dim // heads
+    if heads % kv_heads or head_dim < 2 or head_dim % 2:
+        raise UserError(f"{file}: {heads} query heads share {kv_heads} key/value heads of width {head_dim}, expected "
+                        "the same number of query heads for each and an even width")
+    widest = max(config["vocab_size"], dim, config["intermediate_size"], heads * head_dim)
+    if layers > 1024 or widest >= 2**30:  # too much to lay out, which comes before a weight is looked for
+        raise UserError(f"{file}: {layers:,} layers with matrices of up to {widest:,} rows, expected at most 1024 "
+                        "layers and fewer than 2^30 rows")
+    return config | {
+        "num_key_value_heads": kv_heads, "head_dim": head_dim, "rope_theta": float(rope["rope_theta"]),
+        "rope_scaling": {key: rope[key] for key in ("rope_type", *LLAMA_3_ROPE)} if scaled else None,
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
+        "max_position_embeddings": config.get("max_position_embeddings")}
+
+
+def weight_files(path):
+    """Find the safetensors files of a model folder. Returns {file: names of the tensors to take from it}; the names are
+    None for all tensors."""
+    path = Path(path)
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return {single: None}
+    if not index.exists():
+        pickles = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise UserError(f"{path}: found only pickled weights ({pickles[0]}), which can run code when read. "
+                            "Download the model's safetensors files, or convert with safetensors' own script")
+        raise UserError(f"{path}: no model.safetensors and no model.safetensors.index.json")
+    files = {}
+    weight_map = read_json(index).get("weight_map")
+    for name, file in weight_map.items() if isinstance(weight_map, dict) else ():
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+            raise UserError(f"{index}: {name} is said to be in {shorten(file)}, expected the name of a file in this "
+                            "folder")
+        files.setdefault(path / file, []).append(name)
+    if not files:
+        raise UserError(f"{index}: no weight_map")
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"{file}: no such file, but {index.name} lists it: download the missing part again")
+    return files
+
+
+@contextmanager
+def open_safetensors(file, device="cpu"):
+    """Open a safetensors file. UserError if it is missing or damaged."""
+    try:
+        with safe_open(str(file), framework="pt", device=device) as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; make or download it again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); download or make it again") from None
+
+
+def find_tensors(files, shapes, hint, optional=()):
+    """Check names, shapes and dtypes of all tensors without reading their values.
+
+    files: {file: names or None}, as from `weight_files`. shapes: {name: expected shape}; a name that is also in
+    `optional` may be absent. Returns {name: file}. UserError names the tensor that is missing, unexpected, of another
+    shape or quantised; `hint` ends the message: what this suggests.
+    """
+    found = {}
+    for file, names in files.items():
+        with open_safetensors(file) as tensors:
+            stored = set(tensors.keys())
+            for name in sorted(stored) if names is None else names:
+                if name not in stored:
+                    raise UserError(f"{file}: the index says that {name} is here, but it is not")
+                if name not in shapes:
+                    raise UserError(f"{file}: unexpected tensor {name}: {hint}")
+                tensor = tensors.get_slice(name)
+                shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                if shape != tuple(shapes[name]):
+                    raise UserError(f"{file}: {name} is {shape}, expected {tuple(shapes[name])}: {hint}")
+                if dtype not in ("BF16", "F16", "F32", "F64"):
+                    raise UserError(f"{file}: {name} is {dtype}, expected floats, not quantised weights")
+                found[name] = file
+    missing = sorted(shapes.keys() - found.keys() - set(optional))
+    if missing:
+        where = file if len(files) == 1 else file.parent
+        raise UserError(f"{where}: {len(missing)} tensor(s) missing, the first is {missing[0]}: {hint}")
+    return found
+
+
+def load_tensors(found, dtype=None, device="cpu"):
+    """Load the tensors that `find_tensors` has found, {name: file}, as `dtype` (None: as stored) on `device`.
+
+    Returns {name: tensor}. UserError for values that are NaN or infinite. Files are mapped into memory, not read whole,
+    and mapped again after every 64 MiB, which frees the part that has been converted: host memory peaks at little more
+    than the result.
+    """
+    tensors, names = {}, list(found)
+    while names:
+        file, size = found[names[0]], 0
+        with open_safetensors(file, str(device)) as opened:
+            while names and found[names[0]] == file and size < 2**26:
+                name = names.pop(0)
+                stored = opened.get_tensor(name)
+                tensors[name] = stored.to(dtype or stored.dtype)
+                size += stored.nbytes
+                # whichever has fewer bytes is faster to check: a cast to a wider dtype makes no infinite values
+                if not all_finite(min(tensors[name], stored, key=torch.Tensor.element_size)):
+                    raise UserError(f"{file}: {name} has values that are NaN or infinite as "
+                                    f"{str(tensors[name].dtype)[6:]}: the training diverged, or the file is damaged")
+    return tensors
+
+
+def read_tensors(file, shapes, hint):
+    """The tensors of one safetensors file, {name: tensor}, checked as in `find_tensors` and `load_tensors`."""
+    return load_tensors(find_tensors({Path(file): None}, shapes, hint))
+
+
+def all_finite(tensor):
+    """Whether no value is NaN or infinite. Makes no copy of the tensor."""
+    tensor = tensor.detach()
+    # One NaN or infinity makes the sum NaN or infinite, and the sum takes half as long as minimum and maximum. A sum of
+    # finite values can overflow, too: then minimum and maximum decide.
+    return bool(tensor.sum().isfinite()) or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
