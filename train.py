@@ -496,8 +496,8 @@ def print_results(setup):
         [rule, f"{loss:.4f}", f"{loss - losses['base']:+.4f}", GATE_RULES[rule]] for rule, loss in losses.items()],
         f"Held-out loss on {len(rows)} records, experts after {trained}, tau {setup.tau:g}", left=(0, 3))
     if trained == "joint":
-        print("\n  Compare learned with shuffled. Joint training under the learned gate does not prepare the\n"
-              "  experts for a uniform one, so that is no fair control; see docs/results.md.")
+        print("\n  Compare learned with shuffled. Joint training under the learned gate does not\n"
+              "  prepare experts for a uniform one: it is no fair control; see docs/results.md.")
     rule = "learned" if router else "oracle"
     replies = generate_replies(model, chat, records[:5]), generate_replies(model, chat, records[:5], gates[rule][:5])
     for i, record in enumerate(records[:5]):
