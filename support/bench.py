@@ -69,7 +69,7 @@ class Bench(GateOptions):
     """Number of times that a question is asked. Default: 5 for ToMBench (at most 5), up to 3 for EQ-Bench until a reply
     can be parsed, 1 for GPQA."""
     rows: int | None = None
-    """Number of questions, evenly spread over those chosen. Default: all."""
+    """Number of questions, evenly spread over those chosen. GPQA: each repeat (--tries) counts as one. Default: all."""
     part: str | None = None
     """Take only the questions whose id or part begins with this: EA/en, "False Belief Task", "Mental Health"."""
     max_new_tokens: int | None = None
@@ -93,8 +93,10 @@ class Models:
     """
 
     def __init__(self, args):
-        if args.run is None and (args.base is None or args.only == "personafuse"):
-            raise UserError("which model? --run with a run folder, or --base with a model folder to measure it alone")
+        needs_run = args.only == "personafuse" or args.persona or args.gate or args.experts or args.router
+        if args.run is None and (args.base is None or needs_run):
+            raise UserError("which model? --run with a run folder, or --base with a model folder to measure it alone, "
+                            "without --persona, --gate, --experts and --router")
         self.args = args
         self.run = LoadedRun(replace(args, data=None)) if args.run else None  # --data is the benchmarks' folder here
         self.base = self.run.setup.base if self.run else args.base
@@ -148,7 +150,8 @@ class Models:
 def choose_letters(model, chat, prompts, ids, gate, prefix):
     """Returns a reply for each prompt. Each of its letters is the most probable one after all that precedes it.
 
-    ids: the prompts as lists of ids. gate: (B, E), (1, E) or None. prefix: a Prefix of all ids, or None.
+    ids: the prompts as lists of ids. gate: (B, E), (1, E) or None. prefix: a Prefix, the beginning that
+    all prompts share, or None.
     """
     texts = ["" for _ in prompts]
     for slot in range(len(prompts[0].slots)):
@@ -254,7 +257,8 @@ def run_bench(args, bench, rows, chosen, models, name, folder):
     settings = {"bench": bench.name, "mode": mode, "max_new_tokens": max_new_tokens, "set": args.set,
                 "revise": args.revise, "cot": args.cot, "shots": args.shots, "seed": args.seed,
                 "prompts": hashlib.sha256(all_prompts.encode()).hexdigest()[:16], **models.settings(name)}
-    replies = open_replies(folder, settings, bench, rows, chosen)
+    replies = {id: {n: reply for n, reply in tries.items() if n < bench.tries}  # an earlier command may have had more
+               for id, tries in open_replies(folder, settings, bench, rows, chosen).items()}
     by_id = {row["id"]: row for row in chosen}
     # EQ-Bench needs several rounds: what cannot be parsed is asked again.
     while prompts := list(bench.unanswered(chosen, replies)):
@@ -412,17 +416,18 @@ def print_report(bench, rows, replies, scores, seed):
             texts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                      for key, value in numbers.items()]
             print("\n  the authors' own: " + ", ".join(texts))
-    print("\n  constant: the one answer that scores best on a part, given to all of it;\n"
-          "  lenient: read as a person would; the score is the authors' strict reading")
+    print("\n  constant: the one answer that scores best, given to all of a part (in the line\n"
+          "  all, to each part its own); lenient: read as a person would; the score is the\n"
+          "  authors' strict reading")
     if len(replies) == 2:
         table = comparison_table(bench, parts, grades, seed)
-        title = f"{bench.title}, side by side; reported: the source's relative improvement at 8B"
+        title = f"{bench.title}, side by side; reported: the relative improvement in PersonaFuse's paper, at 8B"
         print_table(table[0], table[1:], title, width=80)
     return table
 
 
 def markdown(tables):
-    """Returns {title: table} with the same columns as one Markdown table."""
+    """Returns one Markdown table of several tables, {title: table}, which have the same columns."""
     head = next(iter(tables.values()))[0]
     lines = [["benchmark", "part", *head[1:]], ["---"] * (len(head) + 1)]
     lines += [[title, *row] for title, table in tables.items() for row in table[1:]]

@@ -18,7 +18,7 @@ A question is a row, a dict. Each benchmark adds keys of its own to these:
 - "gold": the right answer. EQ-Bench asks for numbers and has "reference" instead of "options" and "gold"
 - "lang": the question's language, in EmoBench and ToMBench
 
-Replies are {id: {try: {"output": text}}}.
+Replies are {id: {try: {"output": text}}}. In ToMBench each also has "map", the letter_map of its prompt.
 """
 import csv
 import io
@@ -89,7 +89,8 @@ def read_published(file, make_row, kind=dict, text=None):
 class Prompt:
     """One user message: an instruction, then the question with its options.
 
-    The router does not read this message but `query`, the scenario and the question alone.
+    The router does not read this message but `query`: the scenario and the question alone. In EQ-Bench it is the whole
+    prompt, because the data do not separate them.
     """
     id: str
     try_number: int              # from 0
@@ -129,7 +130,7 @@ class Benchmark:
         self.tries = args.tries or self.default_tries
 
     def tries_of(self, row):
-        """Returns how often a question is asked."""
+        """Returns how often a row is asked in any case. What uses `self.tries` overrides this or `unanswered`."""
         return 1
 
     def unanswered(self, rows, replies):
@@ -226,7 +227,8 @@ def lenient_letter(text, options, name=None):
 
     It is the last letter that the reply announces as its answer. Without one, it is the only letter that stands apart,
     or else the letter of the only option whose text the reply quotes. name: a pattern of the words that announce the
-    answer to this question, for replies to several questions.
+    answer to this question, for replies to several questions. A letter that stands apart is then ignored: it does not
+    say which question it answers.
     """
     matches = re.findall((rf"(?i:{name})" if name else ANNOUNCED) + LETTER_AFTER, text)[-1:]
     if not matches and name is None:
@@ -315,7 +317,7 @@ class EQBench(Benchmark):
     max_new_tokens = property(lambda self: 1000 if self.args.revise else 60)
     default_tries = 3
     scale = 1        # a grade is already out of 100; it can be negative
-    ENOUGH = 0.8333  # the authors count a model as failed if it has a parseable reply to fewer of the questions asked
+    ENOUGH = 0.8333  # for the authors a model has failed if a smaller share of the questions has a parseable reply
 
     def load(self, folder):
         return read_published(Path(folder) / "data" / "eq_bench_v2_questions_171.json", self.make_row)

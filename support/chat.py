@@ -1,7 +1,8 @@
 """Tokenizers and chat formats: from messages to ids and back.
 
 Chat knows two formats, Llama 3.1's and ChatML (Qwen2.5, SmolLM2). It recognises them by the tokenizer's special tokens.
-Ids equal those of `apply_chat_template` of transformers. Special tokens that a user types stay ordinary text.
+Ids equal those of `apply_chat_template` of transformers, with two exceptions: special tokens that a user types stay
+ordinary text, and the date is always Llama 3.1's, also where Llama 3.2's template has today's.
 """
 import re
 from pathlib import Path

@@ -108,7 +108,7 @@ def load_latest_checkpoint(run, stage):
         return load_checkpoint(files[-1], stage)
     except UserError as error:
         way_out = f"--resume goes on from {files[-2].name}" if len(files) > 1 else "--resume starts this stage again"
-        raise UserError(f"{error}; remove it, and {way_out}") from None
+        raise UserError(f"{error}; remove this file, and {way_out}; or give --overwrite") from None
 
 
 @torch.no_grad()
@@ -125,12 +125,12 @@ def load_checkpoint(file, stage):
                 shapes |= {"exp_avg": list(p.shape), "exp_avg_sq": list(p.shape), "step": []}
             if any(f"{i}.{key}" not in names or tensors.get_slice(f"{i}.{key}").get_shape() != shape
                    for key, shape in shapes.items()):
-                raise UserError(f"{file}: parameter {i} does not fit this run's models; use --overwrite to start again")
+                raise UserError(f"{file}: parameter {i} does not fit this run's models")
             state = {key: tensors.get_tensor(f"{i}.{key}") for key in shapes}
             if not all(t.is_floating_point() and all_finite(t) for t in state.values()):
                 raise UserError(f"{file}: parameter {i} has values that are no finite floats")
             values.append(state.pop("value"))
-            states.append({key: t if key == "step" else t.to(p.device) for key, t in state.items()})
+            states.append({key: t.to(p.device) for key, t in state.items()})  # fused AdamW wants "step" there, too
     for p, value, state in zip(stage.parameters(), values, states):
         p.copy_(value)
         if state:
@@ -142,7 +142,7 @@ def load_checkpoint(file, stage):
 # Room on the disk
 
 def trained_parameters(setup, stage):
-    """How many parameters a stage trains, from the models' config.json alone."""
+    """How many parameters a stage trains, from the models' config.json alone; without the ten v_e, which are few."""
     n = 0
     with torch.device("meta"):  # shapes only: takes no memory
         if stage != "router":

@@ -13,6 +13,7 @@ import os
 import sys
 import textwrap
 import typing
+from contextlib import suppress
 from dataclasses import fields, MISSING
 from functools import cache
 from pathlib import Path
@@ -121,20 +122,24 @@ def run_command(main):
         if isinstance(stream, io.TextIOWrapper):  # print a number for a character that the terminal lacks
             stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()  # here, so that a broken pipe is noticed below
+        sys.exit(status)
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the program that read our output has ended: `… | head`
-        sys.stderr.close()
+        with suppress(OSError, ValueError):  # Python's last flush would fail again, so the rest goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # the disk is full, or a folder may not be read
         fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # the CPU's allocator raises a plain RuntimeError when memory is full
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        # the CPU's allocator raises a plain RuntimeError when memory is full, and CUDA sometimes another kind
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not full and not any(words in str(error) for words in ("can't allocate memory", "out of memory")):
             raise
         fail(f"memory is full ({' '.join(str(error).split())[:150]}): lower --tokens or --batch, use --dtype bfloat16 "
              "(half the memory of float32), or choose a smaller model or a larger device")
@@ -167,6 +172,7 @@ def pick_dtype(name, device):
 
     UserError if the GPU has no bfloat16.
     """
-    if device.type == "cuda" and name != "float32" and not torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and name != "float32" and not torch.cuda.is_bf16_supported(
+            including_emulation=False):
         raise UserError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float32")
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))

@@ -381,7 +381,7 @@ def read_results(file):
     written = results.pop("sha256", None)
     if checksum(results) != written:
         raise UserError(f"{file}: changed since the experiment wrote it; python eval.py experiment {file.parent.name} "
-                        "--again measures again")
+                        f"--run {file.parents[2]} --again measures again")
     return results
 
 

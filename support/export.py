@@ -35,7 +35,7 @@ def write_merged(model, gate, base, out, shard_bytes):
     if len(shards) == 1:
         files = ["model.safetensors"]
 
-    tensors = merged_tensors(model, gate)  # a generator: nothing is computed yet
+    tensors = merged_tensors(model, gate)  # a generator, in the same order as `shards`: nothing is computed yet
     with atomic(out) as part:
         part.mkdir()
         for file, shard in zip(files, shards):
@@ -52,4 +52,5 @@ def write_merged(model, gate, base, out, shard_bytes):
                 shutil.copyfile(file, part / file.name)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         settings = read_json(Path(base) / "config.json") | {"torch_dtype": dtype}
+        settings.pop("dtype", None)  # the newer name of torch_dtype, which transformers would prefer
         (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """A problem that the user can solve. Commands print it as one line and exit with status 2."""
+    """A problem that the user can solve. Commands print it, in one line if there is one problem, and exit with status
+    2."""
 
 
 def shorten(value, length=80):
@@ -106,7 +107,7 @@ def read_table(path, columns):
         if any(cell.strip() for cell in row[len(header):]):
             raise UserError(f"{path}, row {number}: {len(row)} cells under {len(header)} names")
         if any(cell.strip() for cell in row):
-            table.append((number, dict(zip(header, row))))
+            table.append((number, dict(zip(header, row + [""] * len(header)))))  # a short row has empty cells
     return table
 
 
@@ -137,6 +138,9 @@ def atomic(path):
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         remove(part)  # it would only take room on a full disk
+        if old.exists() and not path.exists():  # the second rename failed: undo the first
+            with suppress(OSError):
+                os.replace(old, path)
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written ({why}); what was there before is kept. Is the disk full, or the "
                         "folder read-only?") from None

@@ -26,7 +26,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         # tensor cores of a GPU want rows that begin at multiples of 16 bytes.
         hidden, targets = F.pad(hidden, (0, 0, 0, -n % 16)), F.pad(targets, (0, -n % 16))
         count = max(1, round(n / chunk))
-        size = max(1, -(-len(targets) // (16 * count))) * 16  # C, the positions in a chunk; all chunks are equal
+        size = max(1, -(-len(targets) // (16 * count))) * 16  # C, the positions in a chunk; the last may have fewer
         memory = hidden.new_empty(len(weight), size)                                    # (V, C)
         for h, t in zip(hidden.split(size), targets[:, None].split(size)):              # (C, D), (C, 1)
             # (V, D) @ (D, C), then transposed; h @ weight.T would take a seventh longer
@@ -51,8 +51,8 @@ def frozen_head_loss(hidden, weight, targets, chunk=None):
     """hidden (N, D), weight (V, D), targets (N,) -> losses (N,), fp32 or wider.
 
     chunk: about how many positions have their logits in memory at once; up to half as many more, because chunks are
-    made equal. The default needs about 64 MiB for fp32 logits on a CPU and 512 MiB on a GPU. Fewer positions at a time
-    would multiply with the head less efficiently.
+    made about equal. The default needs about 64 MiB for fp32 logits on a CPU and 512 MiB on a GPU. Fewer positions at
+    a time would multiply with the head less efficiently.
     """
     chunk = chunk or max(1, (2**24 if hidden.device.type == "cpu" else 2**27) // len(weight))
     return FrozenHeadLoss.apply(hidden, weight, targets, chunk)

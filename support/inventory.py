@@ -3,7 +3,8 @@
     python eval.py inventory --run runs/tiny
 """
 import math
-from dataclasses import dataclass, replace
+import typing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from support.tables import print_table
 
 @dataclass(kw_only=True)
 class Inventory(RunOptions):
+    stage: typing.Literal["warmup", "joint"] | None = "warmup"
+    """Stage whose experts to use. Warm-up trains each expert alone, and this command asks each alone."""
     items: str | None = None
     """The statements: a .csv file with the columns text ("Like to …"), label_ocean (O, C, E, A or N, the trait) and key
     (1, or -1 if agreeing means less of the trait). Default: our own data/inventory.csv."""
@@ -58,7 +61,7 @@ def ratings(run, texts, gate):
         prompts = [run.chat.prompt([{"role": "user", "content": (
             f"How accurately does this statement describe you? \"You {text[0].lower()}{text[1:].rstrip('. ')}.\"\n"
             f"{listed}\nAnswer with one letter.")}]) for text in texts]
-        rows = [Row(i, None, np.array(ids), 0) for i, ids in enumerate(prompts)]
+        rows = [Row(i, active=None, ids=np.array(ids)) for i, ids in enumerate(prompts)]  # only id and ids are used
         for group in micro_batches(rows, run.args.tokens):
             ids, lengths = pad([row.ids for row in group], run.model.device)
             h = run.model.hidden(ids, None if gate is None else gate.expand(len(group), -1).to(ids.device))
@@ -70,7 +73,7 @@ def ratings(run, texts, gate):
 def inventory(args):
     """Ask the base and each expert alone the statements of an inventory. Print trait scores, how far the two poles of a
     trait are apart, and how far they leak into other traits."""
-    run, items = LoadedRun(replace(args, stage=args.stage or "warmup")), read_items(args.items or OUR_ITEMS)
+    run, items = LoadedRun(args), read_items(args.items or OUR_ITEMS)
     keys, letters = np.array([int(item["key"]) for item in items]), np.array([item["label_ocean"] for item in items])
     gates = {"base": None} | {name: one_hot_gate(e) for e, name in enumerate(EXPERTS)}
     agreed = np.stack([ratings(run, [item["text"].strip() for item in items], gate) for gate in gates.values()])

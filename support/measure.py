@@ -89,7 +89,8 @@ class LoadedRun:
         device = pick_device(args.device)
         self.setup = Setup(
             run=run, device=device, dtype=pick_dtype(args.dtype, device), tokens=args.tokens,
-            tau=args.tau or config["stages"].get("joint", {}).get("tau", 1.0), eval_records=0,
+            tau=args.tau or config["stages"].get("joint", {}).get("tau", 1.0),
+            eval_records=0,  # only for train.py's closing table, which is not printed here
             **(config["setup"] | in_use))
         if args.experts:
             self.setup.rank, self.setup.alpha = adapter_shape(args.experts)
@@ -242,7 +243,7 @@ def losses(run, split, rules, tau=None, seed=0, similarity=None):
 
 
 def one_pole_only(active):
-    """Returns the numbers of the records that call for one pole only, and these poles: (M,) and (M,), numpy.
+    """Returns the indices of the records that call for one pole only, and these poles: (M,) and (M,), numpy.
     active: (N, E) of 0 and 1."""
     numbers = (active.sum(-1) == 1).nonzero()[:, 0]
     return numbers.numpy(), active[numbers].argmax(-1).numpy()

@@ -1,7 +1,7 @@
 """The two files that a synthesis writes: records, and the queries that were rejected.
 
 A synthesis runs for hours. Finished queries are appended at once. After Ctrl-C or a kill the same command continues; it
-repeats only the queries that were in progress.
+repeats only the queries whose outcome was not saved yet.
 """
 import json
 from collections import Counter

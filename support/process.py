@@ -68,7 +68,7 @@ def stop_on_signal():
 
     def ask_to_stop(*_):
         stop.set()
-        if rank_and_world_size()[1] == 1:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sets it, also for one process
             restore()
 
     for number in numbers:

@@ -174,7 +174,7 @@ class Split:
     hold_out: list[str] = ()
     """Domains whose records all go into test.jsonl, so that training never sees them."""
     seed: int = 0
-    """Seed of the split. train.py --data FILE.jsonl --seed N makes the same split."""
+    """Seed of the split. Without --hold-out, train.py --data FILE.jsonl --seed N makes the same split."""
     overwrite: bool = False
     """Replace files that exist."""
 

@@ -28,10 +28,11 @@ class Row:
 
 
 def make_rows(records, chat=None, tokenizer=None, max_tokens=None):
-    """Returns (rows, number of records left out because they have more than `max_tokens` tokens).
+    """Returns (rows, number of records left out because prompt and reply have more than `max_tokens` tokens).
 
-    chat: the base's chat format, or None where the base is not needed. tokenizer: the encoder's, or None likewise.
-    Training and evaluation encode text here and nowhere else.
+    chat: the base's chat format, or None where the base is not needed; then no record is left out, since `query_ids`
+    cuts long queries. tokenizer: the encoder's, or None where the router is not needed. Training and evaluation encode
+    records with replies here and nowhere else.
     """
     rows = []
     for record in records:
@@ -64,7 +65,7 @@ POOL = 50  # batches that are drawn and sorted together: more means less padding
 
 
 def batches(lengths, batch, seed):
-    """Yield lists of row numbers for ever. The order depends on the seed and on nothing else.
+    """Yield lists of row numbers for ever. The order depends on the arguments and on nothing else.
 
     A pool of up to POOL batches is drawn at random, sorted by length and cut into batches, which come in random order.
     A pool is at most one epoch, or one batch where there are fewer rows than that.
@@ -83,8 +84,8 @@ def batches(lengths, batch, seed):
 def micro_batches(rows, max_tokens, length=n_tokens):
     """Yield groups of rows, shortest first, whose padded size is at most `max_tokens`. A longer row is a group alone.
 
-    A group that already fills an eighth of `max_tokens` also ends where one more row would make more than 5 % of it
-    padding.
+    A group also ends before a row with which it would fill more than an eighth of `max_tokens` and more than 5 % of it
+    would be padding.
     """
     group, n_real = [], 0
     for row in sorted(rows, key=length):

@@ -226,12 +226,12 @@ def read_run(run):
                         "program made the run. Give another --run")
     check_settings(file, config, CONFIG)
     check_settings(file, config["setup"], SETUP_VALUES)
-    check_settings(file, config["stages"], dict.fromkeys(STAGES, (dict, None)))
-    for settings in config["stages"].values():
-        check_settings(file, settings, {"tau": (float, None)})
     unknown = (config["setup"].keys() - SETUP_VALUES.keys()) | (config["stages"].keys() - set(STAGES))
     if unknown:
         raise UserError(f"{file}: {min(unknown)!r} is no setting or stage of a run. Was the file edited?")
+    for stage, settings in config["stages"].items():
+        check_settings(file, {stage: settings}, {stage: (dict,)})
+        check_settings(file, settings, {"tau": (float, None)})
     return config
 
 
@@ -339,8 +339,9 @@ def open_run(setup, settings, args, locks):
     run.mkdir(parents=True, exist_ok=True)
     locks.enter_context(lock(run))
 
-    # The settings to compare with: those of stages that have begun and are kept. If there is none, and no models or
-    # data have to be kept either, the run starts from nothing.
+    # The settings to compare with: those of the stages that have begun and stay. --overwrite keeps only the stages
+    # before the first one asked for; without it, all stay. If no stage stays, the old settings count only while models
+    # or data made with them are still used: --overwrite makes these again, too.
     config = read_run(run) if (run / "config.json").exists() else {}
     kept = STAGES[:STAGES.index(next(iter(settings)))] if args.overwrite else STAGES
     stages = {stage: s for stage, s in config.get("stages", {}).items() if stage in kept and has_begun(run, stage)}

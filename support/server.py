@@ -27,7 +27,7 @@ class HttpTeacher:
     """Any server that speaks OpenAI's chat completions, with `workers` requests in flight.
 
     The key goes to the host of --url and nowhere else: redirects are not followed and proxies are not used. It is
-    removed from everything that the server sends before that can be printed or written to a file.
+    removed from everything that the server sends, before any of it is printed or written to a file.
     """
 
     def __init__(self, args):

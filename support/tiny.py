@@ -81,8 +81,8 @@ def make_tiny(role, folder, records, seed, fit_base):
 
 
 def pretraining_rows(records, chat):
-    """Returns the rows that tiny's base is trained on: queries with neutral replies, and a third as many sentences in
-    the manner of a pole.
+    """Returns the rows that tiny's base is trained on: queries with neutral replies, and at most a third as many
+    sentences in the manner of a pole.
 
     Such a sentence is a row alone, without a query. So the base learns its words, but not when to use them. All tokens
     but the first are supervised, because the base has to learn the language.

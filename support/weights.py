@@ -21,7 +21,7 @@ MODEL_CONFIG = {  # what config.json may say for model.Transformer to compute th
     "rope_scaling": (dict, None), "rope_parameters": (dict, None),
     "hidden_act": ("silu", None), "mlp_bias": (False, None),  # the feed-forward layers are SwiGLU without bias
     "use_sliding_window": (False, None)}                      # attention reaches every earlier token
-LLAMA_CONFIG = {"attention_bias": (False, None)}              # it would be on o_proj, too; Qwen2 has no such key
+LLAMA_CONFIG = {"attention_bias": (False, None)}              # True would put a bias on o_proj, too
 ROPE = {"rope_theta": (float,), "rope_type": ("default", "llama3")}
 LLAMA_3_ROPE = dict.fromkeys(
     ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (float,))
@@ -31,8 +31,9 @@ def read_model_config(path):
     """Read and check config.json of a model folder. UserError names the key, what was found and what was expected.
 
     Both styles are read: published models have rope_theta and rope_scaling at top level, newer tools write both inside
-    rope_parameters. Returns the object in the published style, with defaults for the keys of MODEL_CONFIG that are
-    absent or null; rope_scaling is None or has rope_type "llama3" and the keys of LLAMA_3_ROPE.
+    rope_parameters. Returns the object with rope_theta and rope_scaling at top level; rope_scaling is None or has
+    rope_type "llama3" and the keys of LLAMA_3_ROPE. num_key_value_heads, head_dim and tie_word_embeddings get their
+    defaults if they are absent or null; max_position_embeddings is then None.
     """
     file = Path(path) / "config.json"
     config = read_json(file)

@@ -293,7 +293,7 @@ BROKEN = {  # (program, arguments, file or folder): {how it is broken: (damage, 
     "checkpoint": (train, [*RESUME, "--stage", "joint"], "run/joint", {
         "cut": (checkpoint(cut(.5)), f"{STATE}: not a whole", "goes on from joint-0000002"),
         "no step": (checkpoint(header(lambda h: h.pop("__metadata__"))), f"{STATE}: step is ''"),
-        "NaN": (checkpoint(tensor("3.exp_avg", number(torch.nan))), f"{STATE}: parameter 3 has values", "remove it"),
+        "NaN": (checkpoint(tensor("3.exp_avg", number(torch.nan))), f"{STATE}: parameter 3 has values", "remove this file"),
         "another shape": (checkpoint(tensor("2.exp_avg", lambda t: t[:1].clone())),
                           f"{STATE}: parameter 2 does not fit")}),
     "overwrite, records": (train, OVERWRITE, DATA, {"torn": (torn, f"{DATA}, line 40: not JSON", "torn")}),
