@@ -1,12 +1,16 @@
 """Laws of the command line that synth.py, train.py and eval.py share: options, help, one-line errors."""
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 import eval as evaluation
 import synth
 import train
+from conftest import ROOT
 from support import command, review
 from support.command import parse
 from support.files import UserError
@@ -109,3 +113,15 @@ def test_a_users_error_is_one_line_and_status_two_and_other_statuses_are_kept(ca
     found = capsys.readouterr()
     assert found.out == "" and found.err.count("\n") == 1
     assert found.err.endswith("error: no such thing; look there\n")
+
+
+def test_a_reader_that_has_ended_is_no_error():
+    """`… | head`: also where all of the output is still in the buffer when main() returns."""
+    read, write = os.pipe()
+    os.close(read)
+    program = "from support.command import run_command; run_command(lambda: print('x'))"
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60,
+                           env=buffered)
+    os.close(write)
+    assert (found.returncode, found.stderr) == (141, b"")

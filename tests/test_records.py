@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lora import TRAITS
-from support.files import UserError
+from support.files import UserError, read_table
 from support.records import SPLITS, check_record, load_data, normalise_query, read_queries, read_records, \
     split_records, write_records
 
@@ -219,3 +219,10 @@ def test_a_file_that_holds_no_queries_is_refused_in_one_line(tmp_path, name, tex
     with pytest.raises(UserError, match=re.escape(why)) as error:
         read_queries(tmp_path / name)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_short_row_of_a_table_has_empty_cells(tmp_path):
+    """So that a column that was asked for is there in every row, wherever it stands."""
+    (tmp_path / "t.csv").write_text("query,id\nWhat now?\nWhy?,7\n")
+    assert read_table(tmp_path / "t.csv", ["id"]) == [(2, {"query": "What now?", "id": ""}),
+                                                      (3, {"query": "Why?", "id": "7"})]
