@@ -134,7 +134,7 @@ class Ablate(RecordOptions):
     uniform)."""
     replies: int = 10
     """Number of replies, for each expert, in which to look for its pole's signature: words that the template teacher
-    uses for this pole and for no other. 0 skips this."""
+    uses for this pole and for no other. Ten times as many for each gate. 0 skips this."""
 
 
 def ablate(args):
@@ -144,6 +144,7 @@ def ablate(args):
     test = load_split(run, limit=args.records)
     nats = losses(run, test, GATE_RULES, seed=args.seed)
     meaning = dict(GATE_RULES)
+    replies = signature_table(run, test, args)
     del run.model  # so that only one base at a time is in memory
     if args.control:
         control = load_run(args, args.control, "joint")
@@ -163,8 +164,26 @@ def ablate(args):
     print("\nThe gates\n")
     for rule in nats:
         print(f"  {rule:<10}{meaning[rule]}")
+    if replies:
+        print_table(["gate", "called for", "another"], replies, f"Share of {min(10 * args.replies, len(test.records))} "
+                    "replies with the signature of a pole that the query calls for, and of another pole")
     if (run.setup.run / "warmup").is_dir():  # missing where --experts gave the experts
         expert_table(load_run(args, args.run, "warmup"), args)
+
+
+def signature_table(run, test, args):
+    """Returns rows [gate rule, share of replies with the signature of a pole that the query calls for, of another pole].
+    Only the template teacher's records have the field "manner", and only their replies have signatures: [] for others.
+    """
+    records, called = test.records[:10 * args.replies], test.active[:10 * args.replies]
+    if not any("manner" in record for record in records):
+        return []
+    similarity, rows = score_queries(run.router, test.rows[:len(records)], args.tokens), []
+    for rule in GATE_RULES:
+        gates = gates_for_rule(rule, called, similarity, run.setup.tau, args.seed)
+        shown = torch.tensor([signatures(text) for text in generate_replies(run.model, run.chat, records, gates)])
+        rows.append([rule, *(f"{(shown * poles).any(1).float().mean():.2f}" for poles in (called, 1 - called))])
+    return rows
 
 
 def expert_table(run, args):
@@ -182,7 +201,6 @@ def expert_table(run, args):
                 "nats/token; * is the best of a column")
     print(f"\n  lowest on the diagonal: {sum(p == e for p, e in best.items())} of {len(best)} poles")
 
-    # Only the template teacher's records have the field "manner", and only their replies have signatures.
     if not args.replies or not any("manner" in record for record in records):
         return
     rows = []

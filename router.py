@@ -6,7 +6,8 @@ v_e is a learned embedding of expert e. The theory behind it is Trait Activation
 certain traits, here for poles of the Big Five.
 
 What is notable:
-- the encoder is model.Transformer; h is the hidden state of the query's last token (this pooling is our choice)
+- the encoder is model.Transformer; h is the mean of the hidden states of the query's tokens. This pooling is our
+  choice: with it the router finds the poles of a stranger's messages far better than with the last token's state
 - cosine, softmax and contrastive loss run in fp32, under bf16 autocast too
 - a persona, and the oracle's gate made from labels, are similarity vectors that go through the same softmax at the
   same τ. Such gates resemble those that the experts were trained with. `--gate` (raw_gate) and the
@@ -26,7 +27,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora import EXPERTS, SHORT_NAMES, TRAITS
-from model import last_positions
 from support.chat import encode
 from support.files import UserError, atomic, read_json, shorten
 from support.weights import read_tensors
@@ -82,14 +82,19 @@ class Router(nn.Module):
     def __init__(self, encoder, temperature=1.0):
         super().__init__()
         self.encoder, self.temperature = encoder, temperature
-        self.expert_embeddings = nn.Parameter(torch.randn(len(EXPERTS), encoder.config.dim).to(encoder.device))
+        # Only their directions matter. Short vectors turn faster, since AdamW's steps do not depend on their length.
+        start = 0.02 * torch.randn(len(EXPERTS), encoder.config.dim)
+        self.expert_embeddings = nn.Parameter(start.to(encoder.device))
 
     def embed(self, ids, lengths):
-        """Returns h (B, D), the hidden state of each row's last token. ids: (B, T), padded on the right; lengths: (B,).
+        """Returns h (B, D), the mean of the hidden states of each row's tokens. ids: (B, T), padded on the right;
+        lengths: (B,).
 
         The encoder is causal, so no token sees the padding after it, and the padding may be any ids.
         """
-        return self.encoder.hidden(ids, positions=last_positions(ids, lengths))
+        states = self.encoder.hidden(ids)                                                  # (B, T, D)
+        is_token = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]        # (B, T)
+        return ((states.float() * is_token[..., None]).sum(1) / lengths[:, None]).to(states.dtype)
 
     def similarity(self, h):
         """Returns the cosines of h (B, D) with the expert embeddings, (B, E), fp32."""

@@ -2,7 +2,8 @@
 
     warmup   every expert alone: language-model loss on the replies of the records in which its pole is active
     router   the encoder and the expert embeddings: contrastive loss. The base model is not loaded
-    joint    experts and router together: language-model loss through the mixture, plus λ times the contrastive loss
+    joint    experts and router together: language-model loss through the mixture, plus λ times the contrastive loss;
+             a share of the rows trains one expert alone, as in warm-up (--rehearse, ours)
 
 What is notable:
 - data flow one way: record -> row -> batch -> gate -> loss -> step. `Stage` is what one stage trains and its loss;
@@ -50,10 +51,10 @@ from support.head_loss import frozen_head_loss
 from support.process import (all_reduce_sum, any_process_wants_to_stop, join_process_group, keep_freed_memory,
                              rank_and_world_size, stop_on_signal)
 from support.records import messages_of
-from support.rows import batches, make_rows, micro_batches, n_tokens, rows_per_pole
+from support.rows import batches, make_rows, micro_batches, n_tokens, rehearsed, rows_per_pole
 from support.runs import (STAGES, check_fingerprints, complete_setup, make_setup, open_run, stage_settings,
                           unfinished_stages)
-from support.tables import format_gate, print_table
+from support.tables import print_table
 from support.tiny import make_missing_models
 
 
@@ -67,8 +68,9 @@ class Args:
     run: str | None = None
     """Folder for results, log and checkpoints; runs/PRESET if not given."""
     data: str | None = None
-    """Records: a .jsonl file, split 80/10/10 by query, or a folder with train, validation and test.jsonl. Without it,
-    tiny and small make records from templates (synth.py)."""
+    """Records: a .jsonl file, split 80/10/10 by query or by each record's field split, or a folder with train,
+    validation and test.jsonl. "template" makes records from templates (synth.py). Default: data/personacot.jsonl; for
+    tiny, template."""
     base: str | None = None
     """Model folder of the frozen base."""
     encoder: str | None = None
@@ -93,6 +95,9 @@ class Args:
     """Learning rate of the experts."""
     router_lr: float | None = None
     """Learning rate of encoder and expert embeddings."""
+    frozen_layers: int | None = None
+    """Leave the encoder's token embedding and its first N layers as they are (ours). With 0, the whole encoder trains,
+    as in the paper."""
     lr_warmup: float = 0.1
     """Share of the steps in which the learning rate rises; after it, a cosine to 0."""
     clip: float = 1.0
@@ -107,6 +112,9 @@ class Args:
     """Temperature of the contrastive loss (ours)."""
     joint_gate: typing.Literal["learned", "uniform"] = "learned"
     """Gate of the joint stage; uniform trains the fair control, in which routing plays no part."""
+    rehearse: float = 0.1
+    """Share of the joint stage's rows that train one active pole's expert alone, as in warm-up, so that single experts
+    go on working (ours). 0 is the paper's."""
     recompute: bool = False
     """Gradient checkpointing: keep only each layer's input for the backward pass and compute the rest again. It takes
     less memory and more time."""
@@ -161,11 +169,27 @@ def row_losses(model, rows, gate=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # A stage: what it trains, and its loss
 
+def freeze_first_layers(router, n):
+    """Let everything in the router train but the encoder's token embedding and first n layers; all of it for n = 0.
+
+    With few queries, a frozen lower part keeps the router from learning them by heart, and it needs no backward pass.
+    UserError for more layers than there are.
+    """
+    router.requires_grad_(True)
+    decoder = router.encoder.model
+    if n > len(decoder.layers):
+        raise UserError(f"--frozen-layers is {n}, and the encoder has {len(decoder.layers)} layers")
+    if n:
+        decoder.embed_tokens.requires_grad_(False)
+        decoder.layers[:n].requires_grad_(False)
+
+
+
 class Stage:
     """One stage's parameters, loss and optimiser step.
 
     name: warmup, router or joint; "pretrain" makes tiny's base from nothing, on plain text. settings: lr, router_lr,
-    tokens, clip, lam, contrastive_tau, joint_gate.
+    tokens, clip, lam, contrastive_tau, joint_gate. A row with an expert trains that expert alone.
     """
 
     def __init__(self, name, model=None, router=None, settings=None):
@@ -186,8 +210,8 @@ class Stage:
                           for whole in self.expert_tensors() for expert in range(len(whole))]
             groups.append({"params": [view for _, _, view in self.views], "lr": settings.lr})
         if name in ("router", "joint"):
-            router.requires_grad_(True)
-            groups.append({"params": list(router.parameters()), "lr": settings.router_lr})
+            freeze_first_layers(router, settings.frozen_layers)
+            groups.append({"params": [p for p in router.parameters() if p.requires_grad], "lr": settings.router_lr})
         # The betas and weight_decay=0 are our choice. The fused kernel is much faster for warm-up's thousands of views.
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.peak_lrs = [group["lr"] for group in groups]
@@ -196,7 +220,7 @@ class Stage:
         self.autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext()
 
     def expert_tensors(self):
-        """A and B of every layer."""
+        """A and B of every expert layer."""
         return [tensor for layer in expert_layers(self.model).values() for tensor in (layer.A, layer.B)]
 
     def parameters(self):
@@ -205,9 +229,9 @@ class Stage:
     def losses(self, rows, n_supervised):
         """A micro-batch's losses: (lm_loss, contrastive, router_gate). What a stage does not have is None.
 
-        n_supervised: {expert: supervised tokens in the whole step}; outside warm-up the only key is None. lm_loss is
-        this micro-batch's share of the step's mean over tokens (in warm-up: of the sum of ten such means, one for each
-        expert). contrastive is summed over the rows. router_gate (B, E) is what the router says, whatever gate is used.
+        n_supervised: {self.loss_group(row): supervised tokens in the whole step}. lm_loss is this micro-batch's share
+        of the step's mean over tokens (in warm-up: of the sum of ten such means, one for each expert). contrastive is
+        summed over the rows. router_gate (B, E) is what the router says, whatever gate is used.
         """
         lm_loss = contrastive = router_gate = None
         if self.router is not None:
@@ -218,13 +242,19 @@ class Stage:
             contrastive = contrastive_loss(similarity, active, self.settings.contrastive_tau) * len(rows)
         if self.model is not None:
             gate = router_gate  # joint's; None in pretrain, which has no experts, and in warm-up, which sets its own
-            if self.name == "warmup":  # each row's expert alone
-                gate = F.one_hot(torch.tensor([row.expert for row in rows]), len(EXPERTS)).float().to(self.device)
-            elif self.name == "joint" and self.settings.joint_gate == "uniform":
+            if self.name == "joint" and self.settings.joint_gate == "uniform":
                 gate = torch.full_like(router_gate, 1 / len(EXPERTS))
-            weights = to_device([1 / n_supervised[row.expert] for row in rows], self.device)  # (B,)
+            one_hot = torch.tensor([[float(expert == row.expert) for expert in range(len(EXPERTS))] for row in rows])
+            if one_hot.any():  # every row of warm-up, and those that joint rehearses: one expert alone
+                one_hot = to_device(one_hot, self.device)                                        # (B, E)
+                gate = one_hot if gate is None else torch.where(one_hot.any(-1, keepdim=True), one_hot, gate)
+            weights = to_device([1 / n_supervised[self.loss_group(row)] for row in rows], self.device)  # (B,)
             lm_loss = (row_losses(self.model, rows, gate) * weights).sum()
         return lm_loss, contrastive, router_gate
+
+    def loss_group(self, row):
+        """Rows of one group share a mean over tokens: in warm-up those of one expert, else all rows."""
+        return row.expert if self.name == "warmup" else None
 
     def step(self, rows, lr_factor=1.0):
         """One optimiser step. Returns metrics: loss and grad_norm as tensors, and lr; in joint also contrastive; in
@@ -235,7 +265,7 @@ class Stage:
         """
         n_supervised = Counter()
         for row in rows:
-            n_supervised[row.expert] += row.n_supervised
+            n_supervised[self.loss_group(row)] += row.n_supervised
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, contrastive loss
         gates = []
         weight = self.settings.lam if self.name == "joint" else 1.0     # of the contrastive loss
@@ -320,7 +350,8 @@ def fit(stage, rows, s, run, stop=lambda: False):
     infinite, and for a GPU whose memory is full.
     """
     # the stage's name is part of the seed, so that each stage has an order of its own
-    order = batches([n_tokens(row) for row in rows], s.batch, [s.seed, *stage.name.encode()])
+    rng = np.random.default_rng([s.seed, *stage.name.encode()])
+    order = batches([n_tokens(row) for row in rows], s.batch, rng)
     done, first = load_latest_checkpoint(run, stage), stage.rank == 0  # only the first process writes
     log = open_log(run, stage.name, done) if first else None
     pending, n_real, began = [], 0, time.perf_counter()
@@ -328,6 +359,8 @@ def fit(stage, rows, s, run, stop=lambda: False):
                disable=not (first and sys.stderr.isatty()))
     for step in range(1, s.steps + 1):
         batch = [rows[i] for i in next(order)]
+        if stage.name == "joint":
+            batch = rehearsed(batch, s.rehearse, rng)
         if step <= done:  # a resumed run draws the same order and skips what is done
             continue
         try:
@@ -383,11 +416,12 @@ def check_args(args):
     """UserError for arguments that contradict each other."""
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what is there, --overwrite starts again: choose one")
-    for key, stages in (("lr", "warmup joint"), ("router_lr", "router joint")):
+    for key, stages in (("lr", "warmup joint"), ("router_lr", "router joint"), ("frozen_layers", "router joint")):
         if getattr(args, key) is not None and args.stage != "all" and args.stage not in stages.split():
             raise UserError(f"--{key.replace('_', '-')} has no meaning for --stage {args.stage}")
-    if args.joint_gate != "learned" and args.stage not in ("joint", "all"):
-        raise UserError("--joint-gate is for --stage joint")
+    for key in ("joint_gate", "rehearse"):
+        if getattr(args, key) != getattr(Args, key) and args.stage not in ("joint", "all"):
+            raise UserError(f"--{key.replace('_', '-')} is for --stage joint")
 
 
 def train_stage(name, setup, settings, stop):
@@ -469,7 +503,7 @@ def generate_replies(model, chat, records, gates=None, max_new_tokens=80, **samp
 
 
 def print_results(setup):
-    """Held-out loss under each gate rule, and five test queries with gate and replies."""
+    """Held-out loss under each gate rule, and five test queries with the poles they call for, gate and replies."""
     experts, routers = setup.stage_folder("experts"), setup.stage_folder("router")
     records = setup.load_data(need_response=experts is not None)["test"][:setup.eval_records]
     chat = Chat.from_dir(setup.base) if experts else None
@@ -500,9 +534,12 @@ def print_results(setup):
               "  prepare experts for a uniform one: it is no fair control; see docs/results.md.")
     rule = "learned" if router else "oracle"
     replies = generate_replies(model, chat, records[:5]), generate_replies(model, chat, records[:5], gates[rule][:5])
+    names = [expert.replace("_", " ") for expert in EXPERTS]
     for i, record in enumerate(records[:5]):
-        print(f"\nQuery {i + 1}: {record['query']}\n{format_gate(gates[rule][i])}\n  base:        {replies[0][i]}\n"
-              f"  PersonaFuse: {replies[1][i]}")
+        poles = ", ".join(names[e] for e in active[i].nonzero()[:, 0])
+        largest = ", ".join(f"{names[e]} {gates[rule][i, e]:.2f}" for e in gates[rule][i].topk(3).indices)
+        print(f"\nQuery {i + 1}: {record['query']}\n  calls for:   {poles}\n  gate:        {largest}, …\n"
+              f"  base:        {replies[0][i]}\n  PersonaFuse: {replies[1][i]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

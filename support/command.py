@@ -89,8 +89,9 @@ def add_fields(parser, cls):
         parser.add_argument("--" + field.name.rstrip("_").replace("_", "-"), dest=field.name, **option)
 
 
-LOWEST = dict.fromkeys(("seed", "lam", "lr_warmup", "temperature", "replies", "retries"), 0)  # others: 1, or above 0
-HIGHEST = {"lr_warmup": 1, "top_p": 1, "batch": 2**16, "rank": 2**16, "workers": 2**12}
+MAY_BE_0 = "seed", "lam", "rehearse", "frozen_layers", "lr_warmup", "temperature", "replies", "retries"
+LOWEST = dict.fromkeys(MAY_BE_0, 0)  # of the others: 1, or above 0
+HIGHEST = {"rehearse": 1, "lr_warmup": 1, "top_p": 1, "batch": 2**16, "rank": 2**16, "workers": 2**12}
 LARGEST = 2**31  # of the other numbers, so that sizes computed from them do not overflow
 
 

@@ -1,6 +1,6 @@
-"""The command experiment: is it the method that helps, and which part of it? Six questions, one function for each.
+"""The command experiment: is it the method that helps, and which part of it? Seven questions, one function for each.
 
-    python eval.py experiment routing --run runs/tiny        # or temperature, rank, domain, stages, baselines
+    python eval.py experiment routing --run runs/tiny        # or temperature, rank, domain, stages, baselines, cues
 
 - An experiment trains variants of a run, measures their loss under gate rules and compares them.
 - A variant is a run folder in RUN/experiments/. It differs from the run in a few settings and links to everything else.
@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora import EXPERTS, SHORT_NAMES, expert_layers, save_experts
-from router import gate_statistics, persona_gate, save_router, softmax_gate
+from lora import EXPERTS, SHORT_NAMES, TRAITS, expert_layers, save_experts
+from router import active_experts, gate_statistics, persona_gate, save_router, softmax_gate
 from support.baselines import base_alone, warmup_experts
 from support.checkpoints import read_log
-from support.files import UserError, atomic, read_json
+from support.files import UserError, atomic, read_json, read_lines
 from support.measure import (RunOptions, LoadedRun, bootstrap, domain_subsets, load_run, load_split, losses,
                              one_hot_gate, one_pole_only, update_gram)
-from support.records import write_records
+from support.records import read_records, write_records
 from support.runs import STAGES, Setup, read_run, write_config
 from support.tables import print_table
 import train
@@ -36,10 +36,10 @@ from train import evaluation_loss, score_queries
 @dataclass(kw_only=True)
 class Experiment(RunOptions):
     names: list[str]
-    """One or several of routing, temperature, rank, domain, stages and baselines."""
+    """One or several of routing, temperature, rank, domain, stages, baselines and cues."""
     seeds: int | None = None
     """Number of seeds: the run's own, and others with another order of the data and other initial values. Default: 3
-    for routing and temperature, 1 for rank and stages. domain and baselines take the run alone."""
+    for routing and temperature, 1 for rank and stages. domain, baselines and cues take the run alone."""
     records: int | None = None
     """Number of test records, and of validation records. Default: all."""
     again: bool = False
@@ -151,7 +151,7 @@ def over_seeds(n):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The six experiments. Their docstrings are printed above the tables.
+# The seven experiments. Their docstrings are printed above the tables.
 
 def routing_tables(args, run):
     """Is the router's gate worth more than other gates, on the experts before and after joint training?"""
@@ -317,7 +317,9 @@ def stages_tables(args, run):
     """What is each stage worth, and what does λ change?"""
     test, nats = load_split(run, "test", args.records), defaultdict(list)
     plans = {"no warm-up": dict(untrained=["warmup"]), "no router stage": dict(untrained=["router"]),
-             "lambda 0": dict(lam=0.0), "lambda 0.1": dict(lam=0.1), "lambda 1": dict(lam=1.0)}
+             "no rehearsal": dict(rehearse=0.0), "rehearse 0.1": dict(rehearse=0.1),
+             "rehearse 0.5": dict(rehearse=0.5), "lambda 0": dict(lam=0.0), "lambda 0.1": dict(lam=0.1),
+             "lambda 1": dict(lam=1.0)}
     for seed, source in seeded(args):
         nats["all stages"].append(loss_of(args, source, "joint", test))
         nats["no joint stage"].append(loss_of(args, source, "warmup", test))
@@ -342,7 +344,7 @@ def one_lora(args, run, splits):
     rows = sum(stages[stage]["steps"] * stages[stage]["batch"] for stage in ("warmup", "joint"))
     for lr in sorted({stages["warmup"]["lr"], stages["joint"]["lr"]}):
         folder = variant(args, Path(args.run), f"baselines/lora-lr-{lr:g}", ["joint"], untrained=["warmup"],
-                         alpha=run.setup.alpha * len(EXPERTS), joint_gate="uniform",
+                         alpha=run.setup.alpha * len(EXPERTS), joint_gate="uniform", rehearse=0.0,
                          steps=rows // stages["joint"]["batch"], lr=lr)
         nats[lr] = {split: loss_of(args, folder, "joint", splits[split], "uniform") for split in ("validation", "test")}
     best = min(nats, key=lambda lr: nats[lr]["validation"].sum())
@@ -364,8 +366,86 @@ def baselines_tables(args, run):
                               seed=args.seed)}]
 
 
+PAIRS = Path(__file__).parent.parent / "data" / "pairs.jsonl"        # messages, and the same without one pole's cue
+CONTRAST = Path(__file__).parent.parent / "data" / "contrast.jsonl"  # messages that call for nothing in particular
+
+
+def without_cues(records):
+    """Returns (pairs, queries without any cue), to compare with the records' queries.
+
+    A pair is {"query", "without", "removed": the pole whose cue `without` lacks, "kept": the other poles called for}.
+    The template teacher's queries are made of sentences, so that a cue can be taken out of them. For others, people
+    would have to rewrite them: then these are the messages of data/pairs.jsonl and data/contrast.jsonl.
+    """
+    pairs, neutral = [], []
+    if "manner" not in records[0]:
+        for number, pair in read_lines(PAIRS):
+            poles = {key: active_experts(pair[key]).nonzero()[:, 0].tolist() for key in ("removed", "kept")}
+            pairs.append({"query": pair["query"], "without": pair["without"], "removed": poles["removed"][0],
+                          "kept": poles["kept"]})
+        return pairs, sorted({record["query"] for record in read_records(CONTRAST)})
+    for record in records:
+        rest, poles = record["query"], active_experts(record["traits"]).nonzero()[:, 0].tolist()
+        for pole in poles:
+            cue = record["cot"]["traits"][TRAITS[pole // 2]]["cue"]
+            pairs.append({"query": record["query"], "without": record["query"].replace(cue + " ", ""), "removed": pole,
+                          "kept": [other for other in poles if other != pole]})
+            rest = rest.replace(cue + " ", "")
+        neutral.append(rest)
+    return pairs, neutral
+
+
+def cues_tables(args, run):
+    """What does the gate do where cues are clear, several, absent, or taken out?"""
+    test = load_split(run, "test", args.records)
+    pairs, neutral = without_cues(test.records)
+
+    def cosines(queries):
+        return score_queries(run.router, run.rows([{"id": 0, "query": query, "traits": {}} for query in queries]),
+                             args.tokens)
+
+    with_cue, without = (cosines([pair[key] for pair in pairs]) for key in ("query", "without"))
+    measures = {"similarity": (with_cue.numpy(), without.numpy()),
+                "weight": tuple(softmax_gate(s, run.setup.tau).numpy() for s in (with_cue, without))}
+    removed, numbers = np.array([pair["removed"] for pair in pairs]), np.arange(len(pairs))
+    keeps = np.array([bool(pair["kept"]) for pair in pairs])
+
+    stayed = [(i, pole) for i, pair in enumerate(pairs) for pole in pair["kept"]]
+    parts = {"removed, others kept": (numbers[keeps], removed[keeps]),  # {name: (pairs (M,), poles to look at (M,))}
+             "removed, none kept": (numbers[~keeps], removed[~keeps]),
+             "the poles kept": tuple(np.array(stayed, dtype=int).reshape(-1, 2).T)}
+    parts |= {f"removed: {name}": (numbers[removed == e], removed[removed == e]) for e, name in enumerate(SHORT_NAMES)}
+
+    def changes(measure):
+        before, after = measures[measure]
+        return [[name, len(part), float(before[part, poles].mean()), [*map(float, bootstrap(
+            after[part, poles] - before[part, poles], np.ones(len(part)), args.seed))]]
+            for name, (part, poles) in parts.items() if len(part)]
+
+    n_poles = test.active.sum(-1).int().numpy()
+    similarity = score_queries(run.router, test.rows, args.tokens)
+    groups = {"none": cosines(neutral)} | {str(n): similarity[n_poles == n] for n in sorted({*n_poles})}
+    statistics = {name: gate_statistics(softmax_gate(s, run.setup.tau)) for name, s in groups.items()}
+    nats = losses(run, test, ["base", "uniform", "shuffled", "learned"], seed=args.seed, similarity=similarity)
+    worth = []
+    for n in sorted({*n_poles}):
+        part = np.flatnonzero(n_poles == n)
+        counts = test.counts[part]
+        worth += [[str(n), len(part), rule, float(nats[rule][part].sum() / counts.sum()), "" if rule == "learned" else
+                   [*map(float, bootstrap((nats[rule] - nats["learned"])[part], counts, args.seed))]] for rule in nats]
+    return [*({"title": f"{len(pairs)} pairs of messages: a pole's {measure} with its cue, and how it changes (95 % "
+                        f"interval) when the cue is taken out; tau {run.setup.tau:g}",
+               "head": ["pole", "pairs", measure, "change"], "rows": changes(measure)} for measure in measures),
+            {"title": f"The gate by the number of poles that a message calls for, tau {run.setup.tau:g}",
+             "head": ["poles", "messages", "entropy", "top-1"],
+             "rows": [[name, len(groups[name]), s["entropy"], s["top1"]] for name, s in statistics.items()]},
+            {"title": "Loss in nats/token by the number of poles, and its difference to the learned gate's with a 95 % "
+                      "interval", "head": ["poles", "records", "gate", "loss", "against learned"], "rows": worth,
+             "left": (0, 2)}]
+
+
 EXPERIMENTS = {"routing": routing_tables, "temperature": temperature_tables, "rank": rank_tables,
-               "domain": domain_tables, "stages": stages_tables, "baselines": baselines_tables}
+               "domain": domain_tables, "stages": stages_tables, "baselines": baselines_tables, "cues": cues_tables}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""The command inventory: the base and each expert alone answer a personality inventory.
+"""The command inventory: the base and each expert alone answer a personality inventory, or statements with Yes or No.
 
     python eval.py inventory --run runs/tiny
+    python eval.py inventory --run runs/small --items DIR    # a folder with openness.jsonl, …, agreeableness.jsonl, …
 """
 import math
+import textwrap
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora import EXPERTS, TRAITS
-from model import pad
+from lora import EXPERTS, SHORT_NAMES, TRAITS
+from model import last_positions, pad
 from support.chat import encode
-from support.files import UserError, read_table
-from support.measure import RunOptions, LoadedRun, one_hot_gate
+from support.files import UserError, read_lines, read_table
+from support.measure import RunOptions, LoadedRun, bootstrap, one_hot_gate
 from support.rows import Row, micro_batches
 from support.tables import print_table
 
@@ -25,7 +27,11 @@ class Inventory(RunOptions):
     """Stage whose experts to use. Warm-up trains each expert alone, and this command asks each alone."""
     items: str | None = None
     """The statements: a .csv file with the columns text ("Like to …"), label_ocean (O, C, E, A or N, the trait) and key
-    (1, or -1 if agreeing means less of the trait). Default: our own data/inventory.csv."""
+    (1, or -1 if agreeing means less of the trait). Default: our own data/inventory.csv. Or a folder with a file
+    TRAIT.jsonl for each trait, whose lines have a question and, as answer_matching_behavior, what someone high in the
+    trait would answer, Yes or No."""
+    statements: int = 200
+    """With a folder: number of statements a trait, drawn by --seed."""
 
 
 OUR_ITEMS = Path(__file__).parent.parent / "data" / "inventory.csv"
@@ -48,6 +54,21 @@ def read_items(path):
 
 
 @torch.no_grad()
+def first_token_logits(run, questions, words, gate):
+    """Returns the logits of `words` as a reply's first token, (len(questions), len(words)), fp32, on the CPU. gate:
+    (1, E), or None for the base."""
+    tokens = [encode(run.chat.tokenizer, word)[0] for word in words]
+    prompts = [run.chat.prompt([{"role": "user", "content": question}]) for question in questions]
+    rows = [Row(i, active=None, ids=np.array(ids)) for i, ids in enumerate(prompts)]  # only id and ids are used
+    found = torch.zeros(len(questions), len(words))
+    for group in micro_batches(rows, run.args.tokens):
+        ids, lengths = pad([row.ids for row in group], run.model.device)
+        h = run.model.hidden(ids, None if gate is None else gate.expand(len(group), -1).to(ids.device),
+                             positions=last_positions(ids, lengths))                      # (B, D)
+        found[[row.id for row in group]] = run.model.head(h)[:, tokens].float().cpu()
+    return found
+
+
 def ratings(run, texts, gate):
     """Returns how strongly each of I statements is agreed to, from 1 to 5: (2, I), numpy.
 
@@ -55,25 +76,22 @@ def ratings(run, texts, gate):
     rating is the expected value under the probabilities of the five letters as the reply's first token, so no reply has
     to be parsed. gate: (1, E), or None for the base.
     """
-    letters, expected = [encode(run.chat.tokenizer, letter)[0] for letter in "ABCDE"], torch.zeros(2, len(texts))
-    for order, values in enumerate(((5.0, 4.0, 3.0, 2.0, 1.0), (1.0, 2.0, 3.0, 4.0, 5.0))):
+    expected = []
+    for values in ((5.0, 4.0, 3.0, 2.0, 1.0), (1.0, 2.0, 3.0, 4.0, 5.0)):
         listed = "\n".join(f"{letter}. {ANSWERS[5 - int(value)]}" for letter, value in zip("ABCDE", values))
-        prompts = [run.chat.prompt([{"role": "user", "content": (
-            f"How accurately does this statement describe you? \"You {text[0].lower()}{text[1:].rstrip('. ')}.\"\n"
-            f"{listed}\nAnswer with one letter.")}]) for text in texts]
-        rows = [Row(i, active=None, ids=np.array(ids)) for i, ids in enumerate(prompts)]  # only id and ids are used
-        for group in micro_batches(rows, run.args.tokens):
-            ids, lengths = pad([row.ids for row in group], run.model.device)
-            h = run.model.hidden(ids, None if gate is None else gate.expand(len(group), -1).to(ids.device))
-            logits = run.model.head(h[torch.arange(len(group), device=h.device), lengths - 1])[:, letters]  # (B, 5)
-            expected[order, [row.id for row in group]] = logits.float().softmax(-1).cpu() @ torch.tensor(values)
-    return expected.numpy()
+        questions = [f"How accurately does this statement describe you? \"You {text[0].lower()}"
+                     f"{text[1:].rstrip('. ')}.\"\n{listed}\nAnswer with one letter." for text in texts]
+        expected.append(first_token_logits(run, questions, "ABCDE", gate).softmax(-1) @ torch.tensor(values))
+    return torch.stack(expected).numpy()
 
 
 def inventory(args):
     """Ask the base and each expert alone the statements of an inventory. Print trait scores, how far the two poles of a
     trait are apart, and how far they leak into other traits."""
-    run, items = LoadedRun(args), read_items(args.items or OUR_ITEMS)
+    run = LoadedRun(args)
+    if args.items and Path(args.items).is_dir():
+        return yes_or_no(run, args)
+    items = read_items(args.items or OUR_ITEMS)
     keys, letters = np.array([int(item["key"]) for item in items]), np.array([item["label_ocean"] for item in items])
     gates = {"base": None} | {name: one_hot_gate(e) for e, name in enumerate(EXPERTS)}
     agreed = np.stack([ratings(run, [item["text"].strip() for item in items], gate) for gate in gates.values()])
@@ -101,3 +119,49 @@ def inventory(args):
     own = np.array([[initial == t for t in traits] for initial in INITIALS])
     print(f"\n  pole separation (own trait) {apart[own].mean():+.2f}, leakage to other traits (mean size) "
           f"{np.abs(apart[~own]).mean():.2f}")
+
+
+def read_statements(folder, trait, n, seed):
+    """Returns (questions, answers (n,)) of n statements of TRAIT.jsonl: 1 where someone high in the trait says Yes."""
+    file, questions, answers = Path(folder) / f"{trait}.jsonl", [], []
+    for number, statement in read_lines(file):
+        statement = statement if isinstance(statement, dict) else {}
+        question, answer = (statement.get(key) for key in ("question", "answer_matching_behavior"))
+        if not isinstance(question, str) or str(answer).strip() not in ("Yes", "No"):
+            raise UserError(f"{file}, line {number}: expected a question and an answer_matching_behavior, Yes or No")
+        questions.append(question)
+        answers.append(answer.strip() == "Yes")
+    if not questions:
+        raise UserError(f"{file}: no statements in it")
+    drawn = np.random.default_rng(seed).permutation(len(questions))[:n]
+    return [questions[i] for i in drawn], np.array(answers)[drawn]
+
+
+def yes_or_no(run, args):
+    """Ask the base and each expert alone whether they would say a statement. Print, for each trait, the share answered
+    as someone high in it would. The answer is the likelier of Yes and No as the reply's first token."""
+    gates = {"base": None} | {name: one_hot_gate(e) for e, name in enumerate(EXPERTS)}
+    shares, own, tossed = [[name] for name in ("base", *SHORT_NAMES)], [], []
+    for trait in TRAITS:
+        questions, high_says_yes = read_statements(args.items, trait, args.statements, args.seed)
+        as_high, log_odds = {}, {}
+        for name, gate in gates.items():
+            yes, no = first_token_logits(run, questions, ["Yes", "No"], gate).numpy().T
+            log_odds[name] = (yes - no).mean()
+            as_high[name] = ((yes > no) == high_says_yes).astype(float)
+        for row, name in zip(shares, gates):
+            row.append(f"{as_high[name].mean():.3f} ({log_odds[name]:+.1f})")
+        ones, pair = np.ones(len(questions)), (f"high_{trait}", f"low_{trait}")
+        own += [[name, float(as_high["base"].mean()), float(as_high[name].mean()),
+                 [*map(float, bootstrap(as_high[name] - as_high["base"], ones, args.seed))]] for name in pair]
+        own.append([f"high minus low {trait}", "", "",
+                    [*map(float, bootstrap(as_high[pair[0]] - as_high[pair[1]], ones, args.seed))]])
+        _, low, high = bootstrap(as_high["base"], ones, args.seed)
+        tossed += [trait] if low <= 0.5 <= high else []
+    print_table(["", *INITIALS], shares, f"Share of statements answered as someone high in the trait would "
+                f"(and mean log-odds of Yes over No); {run.origin('experts')}, each alone")
+    print_table(["expert", "base", "expert", "difference"], own, f"The same share on {args.statements} statements of the "
+                "expert's own trait, with a 95 % interval of the difference, over statements")
+    if tossed:
+        print("\n" + textwrap.fill("Where the base's own interval holds 0.5, it answers like a coin toss: "
+                                    f"{', '.join(tossed)}", 80))

@@ -168,7 +168,7 @@ class LoadedRun:
         A domain is held out if the run was not trained on any record of it. With --data, this takes the training
         records that the run's config.json names; if they are gone, no domain counts as held out.
         """
-        splits = self.setup.load_data(need_response)
+        splits = self.setup.load_data(need_response, needed=[split])
         records = splits[split][:limit]
         training = splits["train"]
         if getattr(self.args, "data", None):

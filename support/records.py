@@ -33,6 +33,7 @@ FIELDS = {  # field: (whether a value is valid, what is expected)
     "traits": (lambda value: isinstance(value, dict), 'an object such as {"openness": 1}'),
     "teacher_traits": (lambda value: value is None or isinstance(value, dict), "an object as in traits"),
     "history": (is_history, 'a list of {"role": "system" | "user" | "assistant", "content": text}'),
+    "split": (lambda value: value in (*SPLITS, None), f"one of {', '.join(SPLITS)}"),
 }
 
 
@@ -104,18 +105,20 @@ def normalise_query(text):
 
 
 def split_records(records, seed=0):
-    """Returns {split: records}, 80 / 10 / 10. A hash of the query decides, so records of one query stay together."""
+    """Returns {split: records}. The field "split" of a record decides, where there is one. Others are split 80/10/10 by
+    a hash of the query, so that records of one query stay together."""
     splits = {name: [] for name in SPLITS}
     for record in records:
         tenth = hashlib.sha256(f"{seed}:{normalise_query(record['query'])}".encode()).digest()[0] * 10 // 256
-        splits[SPLITS[max(0, tenth - 7)]].append(record)
+        splits[record.get("split") or SPLITS[max(0, tenth - 7)]].append(record)
     return splits
 
 
-def load_data(path, seed=0, need_response=True):
-    """Read `--data`: a .jsonl file, which is split by query, or a folder with train, validation and test.jsonl.
+def load_data(path, seed=0, need_response=True, needed=SPLITS):
+    """Read `--data`: a .jsonl file, which `split_records` divides, or a folder with train, validation and test.jsonl.
 
-    Returns {split: records} and how many records were left out because all their traits are zero.
+    Returns {split: records} and how many records were left out because all their traits are zero. UserError if one of
+    the splits `needed` has no records.
     """
     path = Path(path)
     if path.is_dir():
@@ -123,10 +126,10 @@ def load_data(path, seed=0, need_response=True):
     else:
         splits = split_records(read_records(path, need_response), seed)
     active = {name: [r for r in records if any(r["traits"].values())] for name, records in splits.items()}
-    for name, records in active.items():
-        if not records:
+    for name in needed:
+        if not active[name]:
             raise UserError(f"{path}: no records with an active trait for {name}; expected at least one in each of "
-                            f"{', '.join(SPLITS)}")
+                            f"{', '.join(needed)}")
     return active, sum(map(len, splits.values())) - sum(map(len, active.values()))
 
 

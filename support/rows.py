@@ -3,7 +3,7 @@
 Rows of similar length go together, so that little of a batch is padding. Batches come in random order, so that lengths
 do not grow during training. A batch is split into micro-batches whose padded size stays within a token limit.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ class Row:
     ids: np.ndarray | None = None   # prompt and reply, in the base's tokens
     n_prompt: int = 0               # ids[:n_prompt] are the prompt, ids[n_prompt:] the supervised reply
     query: np.ndarray | None = None  # the query, in the encoder's tokens
-    expert: int | None = None       # warm-up: the one expert that this row trains
+    expert: int | None = None       # the one expert that this row trains, in warm-up and where joint rehearses it
 
     @property
     def n_supervised(self):
@@ -52,8 +52,16 @@ def make_rows(records, chat=None, tokenizer=None, max_tokens=None):
 
 def rows_per_pole(rows):
     """Warm-up's rows: a copy of each row for each of its active poles, assigned to that pole's expert."""
-    return [Row(row.id, row.active, row.ids, row.n_prompt, row.query, expert)
-            for row in rows for expert in row.active.nonzero()[:, 0].tolist()]
+    return [replace(row, expert=expert) for row in rows for expert in row.active.nonzero()[:, 0].tolist()]
+
+
+def rehearsed(rows, share, rng):
+    """Returns the rows of a joint step, of which each is, with probability `share`, assigned to one of its active
+    poles' experts, drawn at random. rng: the generator of the data's order; with a share of 0, nothing is drawn."""
+    if not share:
+        return rows
+    return [replace(row, expert=int(rng.choice(row.active.nonzero()[:, 0]))) if rng.random() < share else row
+            for row in rows]
 
 
 def n_tokens(row):
@@ -65,7 +73,8 @@ POOL = 50  # batches that are drawn and sorted together: more means less padding
 
 
 def batches(lengths, batch, seed):
-    """Yield lists of row numbers for ever. The order depends on the arguments and on nothing else.
+    """Yield lists of row numbers for ever. The order depends on the arguments and on nothing else. seed: a seed, or a
+    NumPy generator.
 
     A pool of up to POOL batches is drawn at random, sorted by length and cut into batches, which come in random order.
     A pool is at most one epoch, or one batch where there are fewer rows than that.

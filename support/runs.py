@@ -37,20 +37,21 @@ STAGES = ("warmup", "router", "joint")
 PRESETS = {
     "paper": dict(
         device="cuda", base=("weights/Llama-3.1-8B-Instruct",), encoder=("weights/Qwen2.5-0.5B",),
-        data="data/personafuse.jsonl", tokens=8192, eval_records=500,
-        warmup=dict(steps=3000, batch=64, lr=2e-4), router=dict(steps=2300, batch=128, router_lr=2e-5),
-        joint=dict(steps=1500, batch=64, lr=1e-4, router_lr=1e-5)),
+        data=("data/personafuse.jsonl", "data/personacot.jsonl"), records=(20000, 1000, 1000), tokens=8192,
+        eval_records=500,
+        warmup=dict(steps=3000, batch=64, lr=2e-4), router=dict(steps=2300, batch=128, router_lr=2e-5, frozen_layers=0),
+        joint=dict(steps=1500, batch=64, lr=1e-4, router_lr=1e-5, frozen_layers=0)),
     "small": dict(
         device=None, base=("weights/SmolLM2-135M-Instruct",),
-        encoder=("weights/Qwen2.5-0.5B", "weights/Qwen2.5-Coder-0.5B-Instruct"), data=None, records=(8000, 400, 400),
-        tokens=2048, eval_records=100,
-        warmup=dict(steps=100, batch=20, lr=1e-3), router=dict(steps=60, batch=16, router_lr=5e-5),
-        joint=dict(steps=40, batch=16, lr=5e-4, router_lr=2e-5)),
+        encoder=("weights/Qwen2.5-0.5B", "weights/Qwen2.5-Coder-0.5B-Instruct"),
+        data=("data/personacot.jsonl",), records=(8000, 400, 400), tokens=2048, eval_records=100,
+        warmup=dict(steps=100, batch=20, lr=1e-3), router=dict(steps=200, batch=16, router_lr=1e-4, frozen_layers=12),
+        joint=dict(steps=40, batch=16, lr=5e-4, router_lr=2e-5, frozen_layers=12)),
     "tiny": dict(
-        device="cpu", base=(), encoder=(), data=None, records=(8000, 400, 600), tokens=4096, eval_records=200,
-        pretrain=dict(steps=200, batch=20, lr=4e-3),
-        warmup=dict(steps=100, batch=16, lr=1e-2), router=dict(steps=100, batch=40, router_lr=2e-3),
-        joint=dict(steps=60, batch=16, lr=5e-3, router_lr=5e-4)),
+        device="cpu", base=(), encoder=(), data=(), records=(8000, 400, 600), tokens=4096, eval_records=200,
+        pretrain=dict(steps=450, batch=20, lr=4e-3),
+        warmup=dict(steps=100, batch=16, lr=1e-2), router=dict(steps=300, batch=40, router_lr=2e-3, frozen_layers=0),
+        joint=dict(steps=100, batch=16, lr=5e-3, router_lr=5e-4, frozen_layers=0)),
 }
 DOWNLOADS = {
     "Llama-3.1-8B-Instruct": "hf auth login && hf download meta-llama/Llama-3.1-8B-Instruct --exclude \"original/*\"",
@@ -117,17 +118,17 @@ class Setup:
             load_router(router, folder)
         return router
 
-    def load_data(self, need_response=True):
-        """{split: records} that have an active trait."""
+    def load_data(self, need_response=True, needed=SPLITS):
+        """{split: records} that have an active trait. UserError if a split that is `needed` has none."""
         self.write_template_data()
-        splits, zero = load_data(self.data, self.seed, need_response)
+        splits, zero = load_data(self.data, self.seed, need_response, needed)
         if zero:
             print(f"{self.data}: left out {zero} records whose traits are all zero")
         return splits
 
     def write_template_data(self):
         """Write the template teacher's records, if the run takes these and they are missing or incomplete."""
-        if Path(self.data) != self.run / "data" or "records" not in PRESETS[self.preset]:
+        if Path(self.data) != self.run / "data":
             return
         counts = PRESETS[self.preset]["records"]
         try:
@@ -171,9 +172,15 @@ def make_setup(args, stages):
 
     base = model_folder(args.base, preset["base"], "base") if set(stages) & {"warmup", "joint"} else None
     encoder = model_folder(args.encoder, preset["encoder"], "encoder") if set(stages) & {"router", "joint"} else None
-    data = args.data or preset["data"] or str(run / "data")
-    if not Path(data).exists() and data != str(run / "data"):
-        problems.append(f"{data}, the training records: python synth.py --teacher template --out {data} --count 20000")
+    choices = (args.data,) if args.data else preset["data"]
+    if args.data == "template" or not choices:
+        data = str(run / "data")  # the template teacher's records; write_template_data writes them
+    else:
+        data = next((file for file in choices if Path(file).exists()), choices[0])
+        if not Path(data).exists():
+            problems.append(f"{data}, the training records; --data template takes the template teacher's")
+        elif data != choices[0]:
+            print(f"{choices[0]} is not here; the records are {data}")
     device = dtype = None
     try:
         device = pick_device(args.device or preset["device"])
@@ -191,7 +198,7 @@ def make_setup(args, stages):
 def stage_settings(args, stage, dtype=None):
     """The settings of one stage: the command line's values, else the preset's. dtype: the base's."""
     s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"]}
-    for key in ("steps", "batch", "lr", "router_lr", "tokens"):
+    for key in ("steps", "batch", "lr", "router_lr", "tokens", "frozen_layers"):
         if key in s and getattr(args, key) is not None:
             s[key] = getattr(args, key)
     for key in ("seed", "clip", "lr_warmup", "save_every", "keep", "log_every", "recompute", "compile"):
@@ -201,7 +208,7 @@ def stage_settings(args, stage, dtype=None):
     if stage in ("router", "joint"):
         s["contrastive_tau"] = args.contrastive_tau
     if stage == "joint":
-        s |= {"lam": args.lam, "tau": args.tau, "joint_gate": args.joint_gate}
+        s |= {"lam": args.lam, "tau": args.tau, "joint_gate": args.joint_gate, "rehearse": args.rehearse}
     return s
 
 

@@ -81,17 +81,16 @@ def make_tiny(role, folder, records, seed, fit_base):
 
 
 def pretraining_rows(records, chat):
-    """Returns the rows that tiny's base is trained on: queries with neutral replies, and at most a third as many
-    sentences in the manner of a pole.
+    """Returns the rows that tiny's base is trained on: each record's query with its neutral reply, and its reply in the
+    poles' manner without the query.
 
-    Such a sentence is a row alone, without a query. So the base learns its words, but not when to use them. All tokens
-    but the first are supervised, because the base has to learn the language.
+    So the base learns the words of every manner, but not when to use them. All tokens but the first are supervised,
+    because the base has to learn the language.
     """
     rows, _ = make_rows([{**r, "response": r["neutral"]} for r in records], chat)
     for row in rows:
         row.n_prompt = 1
-    sentences = sorted({text for record in records for text in record["manner"].values()})
-    plain = [Row(f"plain-{i}", torch.zeros(len(EXPERTS)),
-                 np.array([chat.bos, *encode(chat.tokenizer, text), chat.end], dtype=np.int32), 1)
-             for i, text in enumerate(sentences[:len(rows) // 3])]
-    return rows + plain
+    alone = [Row(f"plain-{r['id']}", torch.zeros(len(EXPERTS)),
+                 np.array([chat.bos, *encode(chat.tokenizer, r["response"]), chat.end], dtype=np.int32), 1)
+             for r in records]
+    return rows + alone

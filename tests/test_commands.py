@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 
 import eval as evaluation
-import synth
+import small
 import train
 from lora import EXPERTS
+from router import active_experts
 from support import checkpoints, command, rows, runs
 from support import tiny as tiny_models
 from support.chat import Chat
@@ -35,8 +36,8 @@ RUN = Path("runs/tiny")  # where the run is if no --run is given
 STEPS = {"pretrain": 4, "warmup": 5, "router": 8, "joint": 3}
 REDUCED = runs.PRESETS["tiny"] | dict(
     records=(300, 40, 60), eval_records=8, pretrain=dict(steps=4, batch=6, lr=4e-3),
-    warmup=dict(steps=5, batch=4, lr=1e-2), router=dict(steps=8, batch=8, router_lr=2e-3),
-    joint=dict(steps=3, batch=4, lr=5e-3, router_lr=5e-4))
+    warmup=dict(steps=5, batch=4, lr=1e-2), router=dict(steps=8, batch=8, router_lr=2e-3, frozen_layers=0),
+    joint=dict(steps=3, batch=4, lr=5e-3, router_lr=5e-4, frozen_layers=0))
 RESULTS, EVERYTHING = ("warmup", "router", "joint"), ("warmup", "router", "joint", "models", "data", "state")
 trained = {}  # the shared run's folder and what was printed, once it is trained; other test files share it too
 
@@ -150,7 +151,7 @@ def test_config_json_has_all_settings_of_the_run(run_folder):
     for stage, settings in found["stages"].items():
         assert settings.items() >= REDUCED[stage].items() and settings["seed"] == 0 and settings["clip"] == 1.0
     assert found["stages"]["joint"].items() >= {"lam": 0.1, "tau": 1.0, "contrastive_tau": 0.07,
-                                                "joint_gate": "learned"}.items()
+                                                "joint_gate": "learned", "rehearse": 0.1}.items()
 
 
 def test_the_log_has_every_step_once_and_in_order_and_the_printed_lines_agree_with_it(run_folder):
@@ -180,8 +181,11 @@ def test_a_run_ends_with_losses_under_five_gates_and_replies_to_five_queries(run
     for i, record in enumerate(read_records(run_folder / "data" / "test.jsonl")[:5], 1):
         part = shown.split(f"\nQuery {i}: ")[1].split("\nQuery ")[0].splitlines()
         assert part[0] == record["query"]
-        assert [line.split()[0] for line in part[1:6]] == [e.split("_")[1] for e in EXPERTS[::2]]
-        assert part[6].startswith("  base:        ") and part[7].startswith("  PersonaFuse: ")
+        poles = [EXPERTS[e].replace("_", " ") for e in active_experts(record["traits"]).nonzero()[:, 0]]
+        assert part[1] == f"  calls for:   {', '.join(poles)}"
+        weights = [float(weight) for weight in re.findall(r" (0\.\d\d),", part[2])]
+        assert part[2].startswith("  gate:        ") and weights == sorted(weights, reverse=True) and len(weights) == 3
+        assert part[3].startswith("  base:        ") and part[4].startswith("  PersonaFuse: ")
     assert "Query 6" not in shown and "Router on 8 held-out queries, tau 1" in shown and "no fair" in shown
     assert f"python eval.py ask --run {RUN}" in shown.rstrip().splitlines()[-1]
 
@@ -219,7 +223,8 @@ def test_a_complete_run_prints_its_results_again_and_writes_nothing(run_folder, 
     ("--contrastive-tau 1", "contrastive_tau was 0.07 and is now 1.0"),
     ("--seed 1 --resume", "seed was 0 and is now 1"),
     ("--tau 0.2", "tau was 1.0 and is now 0.2"), ("--lam 1", "lam was 0.1 and is now 1.0"),
-    ("--joint-gate uniform", "joint_gate was 'learned' and is now 'uniform'"), ("--seed 1", "seed was 0 and is now 1"),
+    ("--joint-gate uniform", "joint_gate was 'learned' and is now 'uniform'"),
+    ("--rehearse 0", "rehearse was 0.1 and is now 0.0"), ("--seed 1", "seed was 0 and is now 1"),
     ("--rank 4", "rank was 8 and is now 4"), ("--alpha 8", "alpha was 16.0 and is now 8.0"),
     (f"--preset small --run {RUN} --data . --base . --encoder .", "preset was 'tiny' and is now 'small'"),
     ("--base .", "base was '.*models/base' and is now '.'"), ("--data .", "data was '.*data' and is now '.'")])
@@ -467,7 +472,7 @@ def test_the_options_of_a_stage_do_not_change_the_tiny_models(run_folder, here, 
 QWEN = "hf download Qwen/Qwen2.5-0.5B --local-dir weights/Qwen2.5-0.5B"
 LLAMA = ("hf auth login && hf download meta-llama/Llama-3.1-8B-Instruct --exclude \"original/*\" --local-dir "
          "weights/Llama-3.1-8B-Instruct")
-RECORDS = "data/personafuse.jsonl, the training records: python synth.py --teacher template --out "
+RECORDS = "data/personafuse.jsonl, the training records; --data template takes the template teacher's\n"
 
 
 @pytest.mark.parametrize("argv, named, absent", [
@@ -486,8 +491,25 @@ def test_one_message_names_all_that_a_stage_lacks_and_how_to_get_it(here, argv, 
     assert all(words in said for words in named) and not any(words in said for words in absent), said
     assert said.splitlines()[-1] == "python train.py --preset tiny --stage all runs without any of it"
     assert not any(here.iterdir())
-    for _, *words in (words for words in commands_in(said) if words[0] == "synth.py"):
-        assert command.parse(synth.Args, words).out in ("data/personafuse.jsonl", "d.jsonl")  # the command works
+
+
+def test_the_presets_records_are_the_first_that_are_there(here, capsys):
+    """small and paper take data/personacot.jsonl; paper's own come first. "template" takes the template teacher's."""
+    for name in ("base", "encoder"):
+        small.write_model(here / name, "llama" if name == "base" else "qwen2")
+
+    def data_of(*argv):
+        args = command.parse(train.Args, ["--base", "base", "--encoder", "encoder", "--device", "cpu", *argv])
+        return runs.make_setup(args, runs.STAGES).data
+    (here / "data").mkdir()
+    (here / "data" / "personacot.jsonl").write_text("")
+    assert data_of("--preset", "small") == "data/personacot.jsonl" and not capsys.readouterr().out
+    assert data_of() == "data/personacot.jsonl"
+    assert capsys.readouterr().out == "data/personafuse.jsonl is not here; the records are data/personacot.jsonl\n"
+    (here / "data" / "personafuse.jsonl").write_text("")
+    assert data_of() == "data/personafuse.jsonl" and not capsys.readouterr().out
+    for preset in ("tiny", "small", "paper"):
+        assert data_of("--preset", preset, "--data", "template") == f"runs/{preset}/data"
 
 
 def test_the_command_prints_this_message_and_nothing_else(here):

@@ -35,7 +35,7 @@ from model import Transformer, generate, pad
 from router import GATE_RULES, active_experts, gates_for_rule, persona_gate, query_ids, raw_gate
 from support.chat import Chat, encode
 from support.files import UserError
-from support.measure import LoadedRun, bootstrap, domain_subsets, load_run
+from support.measure import LoadedRun, bootstrap, domain_subsets, load_run, load_split
 from support.records import SPLITS, read_queries, read_records, write_records
 from support.rows import make_rows
 from support.runs import fingerprint
@@ -435,6 +435,25 @@ def test_ablate_ends_with_the_table_of_warm_up_experts_and_poles(run_folder, abl
     assert named == [EXPERTS[p] for p in sorted(set(poles))]
 
 
+def test_signatures_are_counted_by_whether_the_query_calls_for_their_pole(run_folder, monkeypatch):
+    """Each reply shows the pole with the largest weight: the oracle's is called for; a shuffled gate's is another's."""
+    words = [pole["signature"][0] for pole in lab()["poles"].values()]
+
+    def replies(model, chat, records, gates=None, **_):
+        return ["nothing"] * len(records) if gates is None else [words[int(gate.argmax())] for gate in gates]
+    monkeypatch.setattr(evaluation, "generate_replies", replies)
+    args = evaluation.Ablate(run=str(run_folder), replies=2)
+    run = LoadedRun(args)
+    test = load_split(run, limit=30)
+    rows = {name: shares for name, *shares in evaluation.signature_table(run, test, args)}
+    assert rows["base"] == ["0.00", "0.00"] and rows["oracle"] == ["1.00", "0.00"]
+    gates = gates_for_rule("shuffled", test.active[:20], train.score_queries(run.router, test.rows[:20]), seed=0)
+    right = np.mean([test.active[i, gates[i].argmax()].item() for i in range(20)])
+    assert rows["shuffled"] == [f"{right:.2f}", f"{1 - right:.2f}"]
+    test.records = [{k: v for k, v in record.items() if k != "manner"} for record in test.records]
+    assert evaluation.signature_table(run, test, args) == []
+
+
 def test_signature_shares_are_counted_in_replies(run_folder, capsys, monkeypatch):
     """An expert whose every reply has its signature has a share of 1; a base that never writes one has 0."""
     words = [pole["signature"][0] for pole in lab()["poles"].values()]
@@ -480,7 +499,8 @@ def test_ablate_has_one_base_in_memory_at_a_time(run_folder, capsys, monkeypatch
 
 HEALTHY = REDUCED | dict(
     records=(400, 40, 60), pretrain=dict(steps=10, batch=6, lr=4e-3), warmup=dict(steps=44, batch=8, lr=1e-2),
-    router=dict(steps=60, batch=16, router_lr=2e-3), joint=dict(steps=2, batch=6, lr=2e-4, router_lr=5e-4))
+    router=dict(steps=60, batch=16, router_lr=2e-3, frozen_layers=0),
+    joint=dict(steps=2, batch=6, lr=2e-4, router_lr=5e-4, frozen_layers=0))
 healthy_folder = []
 
 

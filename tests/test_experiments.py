@@ -17,17 +17,18 @@ import eval as evaluation
 import train
 from support import experiments
 from support import inventory
-from lora import SHORT_NAMES, add_experts, expert_layers, merged_tensors
+from lora import SHORT_NAMES, TRAITS, add_experts, expert_layers, merged_tensors
 from model import Config, Transformer
-from router import persona_gate
+from router import active_experts, persona_gate
 from support.baselines import reply_states, steered
-from support.experiments import compared, variant
+from support.experiments import compared, variant, without_cues
 from support.files import UserError
 from support.inventory import ratings, read_items
 from support.measure import LoadedRun, bootstrap, load_split, losses, one_hot_gate, update_gram
 from support.records import SPLITS, read_records, write_records
 from support.tables import print_table
 from support.rows import Row
+from synth import template_records
 from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
 
@@ -390,6 +391,56 @@ def test_gates_of_chance_depend_on_the_seed(run_folder, monkeypatch):  # noqa: F
     assert set(seeds) == {7}
 
 
+def test_a_pair_differs_by_one_cue():
+    """Of the template teacher's records, and of those in real language that data/pairs.jsonl rewrites."""
+    records = template_records("test", 40)
+    pairs, neutral = without_cues(records)
+    assert len(pairs) == sum(sum(map(abs, r["traits"].values())) for r in records) and len(neutral) == 40
+    for record, rest in zip(records, neutral):
+        cues = [trait["cue"] for trait in record["cot"]["traits"].values()]
+        mine = [pair for pair in pairs if pair["query"] == record["query"]]
+        assert not any(cue in rest for cue in cues) and len(mine) == len(cues)
+        for pair in mine:
+            left, shorter = [cue in pair["without"] for cue in cues], len(pair["query"]) - len(pair["without"])
+            assert left.count(False) == 1 and shorter == len(cues[left.index(False)]) + 1
+            assert active_experts(record["traits"]).nonzero()[:, 0].tolist() == sorted([pair["removed"], *pair["kept"]])
+            cue_of_removed = record["cot"]["traits"][TRAITS[pair["removed"] // 2]]["cue"]
+            assert cue_of_removed not in pair["without"]
+    pairs, neutral = without_cues([{"query": "Real.", "traits": {"openness": 1}}])
+    assert len(pairs) == 120 and Counter(pair["removed"] for pair in pairs) == dict.fromkeys(range(10), 12)
+    assert len(neutral) == 40 and all(pair["query"] != pair["without"] for pair in pairs)
+
+
+def test_cues_compares_each_pair(run_folder):  # noqa: F811
+    args = asked(run_folder, records=12)
+    run = LoadedRun(args)
+    *of_pairs, by_poles, worth = experiments.cues_tables(args, run)
+    expected, split = without_cues(run.records(limit=12)[0])[0], load_split(run, limit=12)
+    cosines = [train.score_queries(run.router, run.rows([{"id": 0, "query": pair[key], "traits": {}}
+                                                         for pair in expected])) for key in ("query", "without")]
+    assert [table["head"][2] for table in of_pairs] == ["similarity", "weight"]
+    for table, measured in zip(of_pairs, (cosines, [x.softmax(-1) for x in cosines])):
+        rows = {row[0]: row[1:] for row in table["rows"]}
+        assert sum(rows.get(f"removed: {name}", [0])[0] for name in SHORT_NAMES) == len(expected)
+        for name, (n, mean, change) in rows.items():
+            looked_at = [(i, pole) for i, pair in enumerate(expected) for pole in (
+                pair["kept"] if name == "the poles kept" else [pair["removed"]])
+                if name in ("the poles kept", "removed, others kept" if pair["kept"] else "removed, none kept",
+                            f"removed: {SHORT_NAMES[pole]}")]
+            before, after = (np.array([x[i, pole] for i, pole in looked_at]) for x in measured)
+            assert n == len(looked_at) and mean == pytest.approx(before.mean(), abs=1e-6)
+            assert np.allclose(change, bootstrap(after - before, np.ones(n)), atol=1e-6)
+    nats, n_poles = losses(run, split, ["learned", "uniform"]), split.active.sum(-1).int().numpy()
+    assert [row[1] for row in by_poles["rows"]] == [12, *(int((n_poles == n).sum()) for n in sorted({*n_poles}))]
+    rows = {(row[0], row[2]): row for row in worth["rows"]}
+    assert len(rows) == 4 * len({*n_poles})
+    for n in sorted({*n_poles}):
+        part = n_poles == n
+        assert rows[str(n), "learned"][3] == pytest.approx(nats["learned"][part].sum() / split.counts[part].sum())
+        assert np.allclose(rows[str(n), "uniform"][4], bootstrap((nats["uniform"] - nats["learned"])[part],
+                                                                 split.counts[part]), atol=1e-5)
+
+
 @pytest.mark.parametrize("argv, why", [
     ("experiment nonsense --run X", "no experiment 'nonsense', expected some of routing, temperature, rank, domain"),
     ("experiment routing --run X --stage joint", "leave out --stage, --experts and --router"),
@@ -528,6 +579,57 @@ def test_ratings_are_expected_values_of_the_five_letters_in_both_orders(run_fold
             p = np.exp(-nats) / np.exp(-nats).sum()
             value = [5, 4, 3, 2, 1] if order == 0 else [1, 2, 3, 4, 5]
             assert abs(found[order, i] - p @ value) < 1e-4
+
+
+def write_statements(folder, *lines):
+    folder.mkdir()
+    for trait in TRAITS:
+        (folder / f"{trait}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_statements_are_answered_by_the_likelier_of_yes_and_no(run_folder, here, capsys, monkeypatch):  # noqa: F811
+    """Experts that say what someone high, or low, in their trait would say; a base that always says Yes."""
+    write_statements(here / "said", *({"question": f"{i}?", "answer_matching_behavior": " No" if i % 4 == 0 else " Yes"}
+                                      for i in range(40)))
+
+    def say(run, questions, words, gate):
+        assert words == ["Yes", "No"]
+        high = torch.tensor([int(q[:-1]) % 4 > 0 for q in questions])
+        e = None if gate is None else int(gate.argmax())
+        yes = torch.ones(len(questions)) if e is None else torch.where(high == (e % 2 == 0), 2.0, -2.0)
+        return torch.stack((yes, torch.zeros(len(questions))), 1)
+    monkeypatch.setattr(inventory, "first_token_logits", say)
+    _, out = shown(capsys, f"inventory --run {run_folder} --items said --statements 20 --seed 3")
+    drawn = np.random.default_rng(3).permutation(40)[:20]
+    share = np.mean(drawn % 4 > 0)
+    assert re.search(rf"base( +{share:.3f} \(\+1.0\)){{5}}$", out, re.M)
+    assert re.search(r"O\+( +1.000 \([+-]\d.\d\)){5}$", out, re.M)
+    assert re.search(r"O-( +0.000 \([+-]\d.\d\)){5}$", out, re.M)
+    assert max(map(len, out.splitlines())) <= 80 and "like a coin toss: openness, consc" in " ".join(out.split())
+    for name, value in (("high_openness", 1), ("low_openness", 0)):
+        assert re.search(rf"  {name} +{share:.3f} +{value}.000 +[+-]{abs(value - share):.4f} \[", out)
+    assert re.search(r"  high minus low openness +\+1.0000 \[\+1.0000, \+1.0000\]", out)
+
+
+def test_the_first_tokens_logits_are_the_models(run_folder):  # noqa: F811
+    run, gate = LoadedRun(asked(run_folder, stage="warmup")), one_hot_gate(3)
+    questions = ["Would you say \"I am loud\"?", "And \"I count my steps\", would you?"]
+    found = inventory.first_token_logits(run, questions, ["Yes", "No"], gate)
+    for question, logits in zip(questions, found):
+        ids = run.chat.prompt([{"role": "user", "content": question}])
+        tokens = [run.chat.tokenizer.encode(word, add_special_tokens=False).ids[0] for word in ("Yes", "No")]
+        assert torch.allclose(run.model(torch.tensor([ids]), gate)[0, -1, tokens], logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("line", [{"question": "A?"}, {"question": 3, "answer_matching_behavior": "Yes"}, [1],
+                                  {"question": "A?", "answer_matching_behavior": "Maybe"}])
+def test_a_folder_that_holds_no_statements_is_refused_with_its_line(run_folder, here, line):  # noqa: F811
+    write_statements(here / "said", {"question": "A?", "answer_matching_behavior": "No"}, line)
+    with pytest.raises(UserError, match="openness.jsonl, line 2: expected a question and an answer_matching_behavior"):
+        evaluation.main(f"inventory --run {run_folder} --items said".split())
+    (here / "said" / "openness.jsonl").unlink()
+    with pytest.raises(UserError, match="openness.jsonl: No such file"):
+        evaluation.main(f"inventory --run {run_folder} --items said".split())
 
 
 def test_the_inventory_scores_what_is_agreed_to(run_folder, here, capsys, monkeypatch):  # noqa: F811

@@ -137,6 +137,20 @@ def test_data_are_a_folder_of_three_files_or_one_file_split_by_query(tmp_path):
     assert load_data(tmp_path / "all.jsonl", 5) == (split_records(many, 5), 0)
 
 
+def test_a_record_that_names_its_split_is_in_it(tmp_path):
+    many = [record(i) | ({"split": SPLITS[i % 3]} if i < 30 else {}) for i in range(200)]
+    splits, free = split_records(many), split_records([{k: v for k, v in r.items() if k != "split"} for r in many])
+    for i, name in enumerate(SPLITS):
+        assert [r["id"] for r in splits[name]] == [
+            r["id"] for r in many if (r["split"] if "split" in r else None) == name
+            or "split" not in r and r["id"] in {other["id"] for other in free[name]}]
+    assert "split is 'dev', expected one of train, validation, test" in check_record(record(split="dev"))
+    write_records(tmp_path / "test_only.jsonl", [record(i, split="test") for i in range(3)])
+    assert len(load_data(tmp_path / "test_only.jsonl", needed=["test"])[0]["test"]) == 3  # enough to measure on
+    with pytest.raises(UserError, match="no records with an active trait for train"):
+        load_data(tmp_path / "test_only.jsonl")
+
+
 def test_records_whose_traits_are_all_zero_are_left_out_and_counted(tmp_path):
     zeros = [record(1000, traits={}), record(1001, traits={"openness": 0}),
              record(1002, traits=dict.fromkeys(TRAITS, 0))]

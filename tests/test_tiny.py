@@ -1,12 +1,19 @@
 """Laws of the tiny models: model folders like any published one, made on the spot and fixed by the seed."""
+import re
+
+import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
+import train
 from model import Transformer
+from router import active_experts
 from support.chat import Chat
 from support.checkpoints import Stopped
+from support.measure import LoadedRun, RecordOptions, one_hot_gate
 from support.tiny import make_tiny
-from synth import template_records
+from synth import signatures, template_records
 
 RECORDS = template_records("train", 300)
 
@@ -75,3 +82,36 @@ def test_transformers_reads_the_tiny_tokenizers_alike(tiny):
     assert theirs.eos_token_id == ours.end
     assert theirs.encode("My boss is furious.", add_special_tokens=False) == ours.tokenizer.encode(
         "My boss is furious.", add_special_tokens=False).ids
+
+
+def pieces(text):
+    """The four-word pieces of a text; a punctuation mark is a word."""
+    words = re.findall(r"[\w']+|[^\w\s]", text.lower())
+    return [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+
+
+@pytest.mark.slow
+def test_tiny_talks_its_experts_show_their_poles_and_health_raises_no_alarm(tmp_path, capsys):
+    """The first command's run, whole. Most four-word pieces of its replies stand somewhere in its training text, so that
+    they are sentences. After warm-up each expert writes its pole's signature, and after joint the mixture writes one of
+    a pole that the query calls for."""
+    assert train.main(["--preset", "tiny", "--run", str(tmp_path / "run")], show_results=False) is None
+    run, warmup = (LoadedRun(RecordOptions(run=str(tmp_path / "run"), stage=stage)) for stage in ("joint", "warmup"))
+    records = run.records(limit=100)[0]
+    known = {piece for record in run.setup.load_data()["train"]
+             for text in (record["query"], record["neutral"], record["response"]) for piece in pieces(text)}
+
+    def share_known(replies):
+        return np.mean([piece in known for reply in replies for piece in pieces(reply)])
+    gates = run.gates(records)
+    replies = train.generate_replies(run.model, run.chat, records, gates)
+    assert share_known(train.generate_replies(run.model, run.chat, records[:50])) >= 0.97
+    assert share_known(replies[:50]) >= 0.93
+    shown = np.array([signatures(reply) for reply in replies])
+    called = np.array([active_experts(record["traits"]).numpy() for record in records])
+    assert (shown * called).any(1).mean() >= 0.6
+    for e in range(10):
+        calling = [record for record in run.records()[0] if active_experts(record["traits"])[e]][:10]
+        alone = train.generate_replies(warmup.model, run.chat, calling, one_hot_gate(e).expand(len(calling), -1))
+        assert np.mean([signatures(reply)[e] for reply in alone]) >= 0.8, e
+    assert not evaluation.main(["health", "--run", str(tmp_path / "run")]), capsys.readouterr().out

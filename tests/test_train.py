@@ -17,7 +17,7 @@ from support import checkpoints, compile
 from support.chat import Chat
 from support.files import UserError
 from support.records import messages_of
-from support.rows import Row, batches, make_rows, micro_batches, n_tokens
+from support.rows import Row, batches, make_rows, micro_batches, n_tokens, rehearsed
 from test_chat import TEMPLATES, make_folder
 from train import Stage, evaluation_loss, learning_rate_factor, row_losses, token_losses
 
@@ -27,7 +27,8 @@ STAGES = pytest.mark.parametrize("name", ["warmup", "router", "joint"])
 
 def settings(**changes):
     s = dict(steps=6, batch=6, lr=1e-2, router_lr=1e-2, tokens=64, clip=0.5, lam=0.1, contrastive_tau=0.07, seed=0,
-             joint_gate="learned", lr_warmup=0.2, save_every=100, keep=2, log_every=1, recompute=False)
+             joint_gate="learned", rehearse=0.5, frozen_layers=0,
+             lr_warmup=0.2, save_every=100, keep=2, log_every=1, recompute=False)
     return SimpleNamespace(**s | changes)
 
 
@@ -188,6 +189,39 @@ def test_with_a_uniform_joint_gate_the_language_loss_does_not_depend_on_the_rout
     assert not torch.equal(before, r.expert_embeddings)
 
 
+def test_a_rehearsed_row_of_the_joint_stage_goes_through_one_expert_alone():
+    rows, stage = mixed_rows(6), new_stage("joint", random_B=True)
+    rows[1].expert, rows[4].expert = 3, 8
+    gates = new_stage("joint", random_B=True).losses(rows, {None: 10})[2].detach().clone()
+    gates[1], gates[4] = torch.eye(10)[3], torch.eye(10)[8]
+    language, _, routed = stage.losses(rows, {None: supervised_tokens(rows)})
+    expected = row_losses(stage.model, rows, gates).sum() / supervised_tokens(rows)  # one mean over all rows' tokens
+    assert torch.allclose(language, expected, atol=1e-5) and not torch.allclose(routed, gates)
+    for row, expert in zip(rows, range(6)):
+        row.expert = expert
+    stage.losses(rows, {None: 10})[0].backward()
+    assert not stage.router.expert_embeddings.grad.any()  # these rows teach the router by its own loss only
+
+
+def test_more_frozen_layers_than_the_encoder_has_are_refused():
+    with pytest.raises(UserError, match="--frozen-layers is 3, and the encoder has 2 layers"):
+        new_stage("router", settings(frozen_layers=3))
+
+
+def test_rehearsal_draws_its_share_of_rows_and_one_of_their_poles_from_the_generator():
+    rows = mixed_rows(2000)
+    for row in rows:
+        row.active = torch.zeros(10).scatter(0, torch.tensor([2, 7]), 1.0)
+    found, again = (rehearsed(rows, 0.25, np.random.default_rng(0)) for _ in range(2))
+    experts = [row.expert for row in found]
+    assert experts == [row.expert for row in again] != [row.expert for row in rehearsed(rows, 0.25,
+                                                                                        np.random.default_rng(1))]
+    assert all(abs(experts.count(pole) - 250) < 60 for pole in (2, 7)) and set(experts) == {None, 2, 7}
+    assert all(row.expert is None for row in rows)
+    rng, untouched = np.random.default_rng(0), np.random.default_rng(0)
+    assert rehearsed(rows, 0, rng) is rows and rng.random() == untouched.random()  # the order stays the source's
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a step changes
 
@@ -235,10 +269,13 @@ def test_warm_up_clips_the_gradient_of_each_expert_by_its_own_norm():
 
 
 @STAGES
-def test_a_step_changes_what_its_stage_trains_and_leaves_everything_else_bitwise(name):
-    stage = new_stage(name, random_B=True)
+@pytest.mark.parametrize("frozen_layers", [0, 1, 2])
+def test_a_step_changes_what_its_stage_trains_and_leaves_everything_else_bitwise(name, frozen_layers):
+    stage = new_stage(name, settings(frozen_layers=frozen_layers), random_B=True)
     trained = {id(t) for t in (stage.expert_tensors() if stage.model else [])}
-    trained |= {id(p) for p in (stage.router.parameters() if stage.router else [])}
+    frozen = [f"layers.{i}." for i in range(frozen_layers)] + ["embed_tokens"] * (frozen_layers > 0)
+    trained |= {id(p) for key, p in (stage.router.named_parameters() if stage.router else [])
+                if not any(part in key for part in frozen)}
     parameters = [(key, p) for part in (stage.model, stage.router) if part for key, p in part.named_parameters()]
     before = snapshot(p for _, p in parameters)
     stage.step(some_rows(40))
