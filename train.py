@@ -69,8 +69,8 @@ class Args:
     """Folder for results, log and checkpoints; runs/PRESET if not given."""
     data: str | None = None
     """Records: a .jsonl file, split 80/10/10 by query or by each record's field split, or a folder with train,
-    validation and test.jsonl. "template" makes records from templates (synth.py). Default: data/personacot.jsonl; for
-    tiny, template."""
+    validation and test.jsonl. "template" makes records from templates (synth.py). Default: for tiny, template; for
+    small, data/personacot.jsonl; for paper, data/personafuse.jsonl, or that of small where it is missing."""
     base: str | None = None
     """Model folder of the frozen base."""
     encoder: str | None = None

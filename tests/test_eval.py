@@ -499,7 +499,7 @@ def test_ablate_has_one_base_in_memory_at_a_time(run_folder, capsys, monkeypatch
 
 HEALTHY = REDUCED | dict(
     records=(400, 40, 60), pretrain=dict(steps=10, batch=6, lr=4e-3), warmup=dict(steps=44, batch=8, lr=1e-2),
-    router=dict(steps=60, batch=16, router_lr=2e-3, frozen_layers=0),
+    router=dict(steps=200, batch=16, router_lr=2e-3, frozen_layers=0),
     joint=dict(steps=2, batch=6, lr=2e-4, router_lr=5e-4, frozen_layers=0))
 healthy_folder = []
 

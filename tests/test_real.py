@@ -28,7 +28,8 @@ def small(weights, tmp_path_factory):
         pytest.skip(f"needs 12 GiB of disk; {run.parent} has {free / 2**30:.1f}")
     torch.set_num_threads(2)
     where = ["--preset", "small", "--run", str(run), "--base", str(weights / "SmolLM2-135M-Instruct"),
-             "--encoder", str(weights / "Qwen2.5-Coder-0.5B-Instruct"), "--device", "cpu", "--eval-records", "6"]
+             "--encoder", str(weights / "Qwen2.5-Coder-0.5B-Instruct"), "--device", "cpu", "--eval-records", "6",
+             "--data", "template"]
     for stage, steps, batch in (("warmup", 10, 6), ("router", 12, 8), ("joint", 3, 4)):
         train.main([*where, "--stage", stage, "--steps", str(steps), "--batch", str(batch)])
         shutil.rmtree(run / "state")  # 5.8 GiB each where the encoder trains
