@@ -241,7 +241,7 @@ def save_router(router, folder, **more_settings):
     """Write the router to `folder`, atomically. `more_settings` (JSON values) are added to its config.json."""
     state = {name: tensor.cpu().contiguous() for name, tensor in tensors_to_save(router).items()}
     settings = {"temperature": router.temperature, "experts": EXPERTS, "dim": router.encoder.config.dim,
-                **more_settings}
+                "pooling": "mean", **more_settings}
     with atomic(folder) as part:
         part.mkdir()
         (part / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -255,9 +255,11 @@ def load_router(router, folder):
     UserError names the file and what differs in it: the experts, or a tensor's name or shape.
     """
     folder, own = Path(folder), tensors_to_save(router)
-    experts = read_json(folder / "config.json").get("experts")
-    if experts != list(EXPERTS):
-        raise UserError(f"{folder / 'config.json'}: experts is {shorten(experts, 300)}, expected {list(EXPERTS)}")
+    settings = read_json(folder / "config.json")
+    for key, expected in (("experts", list(EXPERTS)), ("pooling", "mean")):
+        if settings.get(key) != expected:
+            raise UserError(f"{folder / 'config.json'}: {key} is {shorten(settings.get(key), 300)}, expected {expected}: "
+                            "another version of this program trained the router")
     state = read_tensors(folder / "model.safetensors", {name: tensor.shape for name, tensor in own.items()},
                          "was this router made for another encoder?")
     for name, tensor in own.items():

@@ -184,12 +184,11 @@ def freeze_first_layers(router, n):
         decoder.layers[:n].requires_grad_(False)
 
 
-
 class Stage:
     """One stage's parameters, loss and optimiser step.
 
     name: warmup, router or joint; "pretrain" makes tiny's base from nothing, on plain text. settings: lr, router_lr,
-    tokens, clip, lam, contrastive_tau, joint_gate. A row with an expert trains that expert alone.
+    tokens, clip, lam, contrastive_tau, joint_gate, frozen_layers. A row with an expert trains that expert alone.
     """
 
     def __init__(self, name, model=None, router=None, settings=None):

@@ -160,7 +160,7 @@ def yes_or_no(run, args):
         tossed += [trait] if low <= 0.5 <= high else []
     print_table(["", *INITIALS], shares, f"Share of statements answered as someone high in the trait would "
                 f"(and mean log-odds of Yes over No); {run.origin('experts')}, each alone")
-    print_table(["expert", "base", "expert", "difference"], own, f"The same share on {args.statements} statements of the "
+    print_table(["expert", "base", "expert", "difference"], own, "The same share on statements of the "
                 "expert's own trait, with a 95 % interval of the difference, over statements")
     if tossed:
         print("\n" + textwrap.fill("Where the base's own interval holds 0.5, it answers like a coin toss: "

@@ -173,7 +173,7 @@ class LoadedRun:
         training = splits["train"]
         if getattr(self.args, "data", None):
             try:
-                training = load_data(self.training_data, self.setup.seed, need_response=False)[0]["train"]
+                training = load_data(self.training_data, self.setup.seed, False, ["train"])[0]["train"]
             except UserError:
                 return records, np.zeros(len(records), dtype=bool)
         seen = {None} | {record.get("domain") for record in training}  # a record may have no domain

@@ -128,7 +128,7 @@ def load_data(path, seed=0, need_response=True, needed=SPLITS):
     active = {name: [r for r in records if any(r["traits"].values())] for name, records in splits.items()}
     for name in needed:
         if not active[name]:
-            raise UserError(f"{path}: no records with an active trait for {name}; expected at least one in each of "
+            raise UserError(f"{path}: no records with an active trait for {name}; expected at least one for "
                             f"{', '.join(needed)}")
     return active, sum(map(len, splits.values())) - sum(map(len, active.values()))
 

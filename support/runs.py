@@ -29,7 +29,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-VERSION = 3  # of the run folder's format
+VERSION = 4  # of the run folder's format
 STAGES = ("warmup", "router", "joint")
 
 # What each preset is made of, and each stage's sizes: optimiser steps, rows a step, learning rates (all ours). "tokens"

@@ -264,14 +264,14 @@ BROKEN = {  # (program, arguments, file or folder): {how it is broken: (damage, 
         "a folder": (lambda path: (path.mkdir(), (path / "x").touch()), "o.jsonl is a folder, expected a file")}),
     "run to measure": (evaluation, ASK, RUN, {
         "none": (gone, "run: no config.json"),
-        "another version's": (config(version=99), f"{RUN}: version is 99, expected 3"),
+        "another version's": (config(version=99), f"{RUN}: version is 99, expected 4"),
         "setup incomplete": (config(setup={"preset": "tiny"}), f"{RUN}: data is None, expected "),
         "a stage that is a list": (config(stages={"joint": []}), f"{RUN}: joint is [], expected "),
         "a stage that is null": (config(stages={"warmup": None}), f"{RUN}: warmup is None, expected "),
         "a stage of no run": (config(stages={"polish": 1}), f"{RUN}: 'polish' is no setting or stage")}),
     "run to resume": (train, RESUME, RUN, {
         "cut": (cut(.5), f"{RUN}: not readable as JSON"),
-        "another version's": (config(version=99), f"{RUN}: version is 99, expected 3"),
+        "another version's": (config(version=99), f"{RUN}: version is 99, expected 4"),
         "without a version": (content(b"{}"), f"{RUN}: not a run's")}),
     "no run to resume": (train, [*RESUME, "--run", "none"], "none", {
         "no folder": (nothing, "none: no config.json, so there is no run to resume"),

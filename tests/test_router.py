@@ -444,6 +444,7 @@ TENSOR = "model.layers.1.mlp.up_proj.weight"
 REFUSALS = {  # what is wrong: how it comes about, and what the message names
     "another order of experts": (settings(CONFIG, experts=EXPERTS[::-1]), [CONFIG, "experts", EXPERTS[-1]]),
     "no experts named": (settings(CONFIG, experts=None), [CONFIG, "experts", "None"]),
+    "of a version that read the last token": (settings(CONFIG, pooling=None), [CONFIG, "pooling", "expected mean"]),
     "a missing tensor": (tensors(WEIGHTS, lambda state: state.pop(TENSOR)), [WEIGHTS, "missing", TENSOR]),
     "no embeddings": (tensors(WEIGHTS, lambda state: state.pop("expert_embeddings")),
                       [WEIGHTS, "missing", "expert_embeddings"]),
