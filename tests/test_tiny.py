@@ -111,7 +111,8 @@ def test_tiny_talks_its_experts_show_their_poles_and_health_raises_no_alarm(tmp_
     called = np.array([active_experts(record["traits"]).numpy() for record in records])
     assert (shown * called).any(1).mean() >= 0.6
     for e in range(10):
-        calling = [record for record in run.records()[0] if active_experts(record["traits"])[e]][:10]
+        calling = [record for record in run.records()[0] if active_experts(record["traits"]).tolist() == [
+            float(pole == e) for pole in range(10)]][:20]
         alone = train.generate_replies(warmup.model, run.chat, calling, one_hot_gate(e).expand(len(calling), -1))
         assert np.mean([signatures(reply)[e] for reply in alone]) >= 0.8, e
     assert not evaluation.main(["health", "--run", str(tmp_path / "run")]), capsys.readouterr().out
