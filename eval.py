@@ -48,7 +48,7 @@ from support.plots import Plot, plot
 from support.records import load_data, messages_of, read_queries, write_records
 from support.rows import Row
 from support.tables import format_gate, print_table
-from synth import signatures
+from synth import from_templates, signatures
 from train import evaluation_loss, generate_replies, score_queries
 
 try:
@@ -139,12 +139,13 @@ class Ablate(RecordOptions):
 
 def ablate(args):
     """Measure the held-out loss under each gate rule, compared with the learned gate, and the loss of each expert alone
-    on the records of each pole."""
+    on the records of each pole. On the template teacher's records, also count whose manner the replies show."""
     run = LoadedRun(args)
     test = load_split(run, limit=args.records)
-    nats = losses(run, test, GATE_RULES, seed=args.seed)
+    similarity = score_queries(run.router, test.rows, args.tokens)
+    nats = losses(run, test, GATE_RULES, seed=args.seed, similarity=similarity)
     meaning = dict(GATE_RULES)
-    replies = signature_table(run, test, args)
+    shares = signature_table(run, test, similarity, args)
     del run.model  # so that only one base at a time is in memory
     if args.control:
         control = load_run(args, args.control, "joint")
@@ -164,23 +165,26 @@ def ablate(args):
     print("\nThe gates\n")
     for rule in nats:
         print(f"  {rule:<10}{meaning[rule]}")
-    if replies:
-        print_table(["gate", "called for", "another"], replies, f"Share of {min(10 * args.replies, len(test.records))} "
-                    "replies with the signature of a pole that the query calls for, and of another pole")
+    if shares:
+        print_table(["gate", "called for", "not called for"], shares,
+                    f"Share of {min(10 * args.replies, len(test.records))} replies with the signature of a pole that "
+                    "the query calls for, and of one that it does not call for")
     if (run.setup.run / "warmup").is_dir():  # missing where --experts gave the experts
         expert_table(load_run(args, args.run, "warmup"), args)
 
 
-def signature_table(run, test, args):
-    """Returns rows [gate rule, share of replies with the signature of a pole that the query calls for, of another pole].
-    Only the template teacher's records have the field "manner", and only their replies have signatures: [] for others.
+def signature_table(run, test, similarity, args):
+    """Returns a row for each gate rule: its name, the share of replies with the signature of a pole that the query
+    calls for, and the share with the signature of another pole. [] for records without signatures.
+
+    similarity: (N, E), the router's cosines. The first 10 · --replies queries are answered under each rule.
     """
-    records, called = test.records[:10 * args.replies], test.active[:10 * args.replies]
-    if not any("manner" in record for record in records):
+    n, rows = min(10 * args.replies, len(test.records)), []
+    if not n or not from_templates(test.records):
         return []
-    similarity, rows = score_queries(run.router, test.rows[:len(records)], args.tokens), []
+    records, called = test.records[:n], test.active[:n]
     for rule in GATE_RULES:
-        gates = gates_for_rule(rule, called, similarity, run.setup.tau, args.seed)
+        gates = gates_for_rule(rule, called, similarity[:n], run.setup.tau, args.seed)
         shown = torch.tensor([signatures(text) for text in generate_replies(run.model, run.chat, records, gates)])
         rows.append([rule, *(f"{(shown * poles).any(1).float().mean():.2f}" for poles in (called, 1 - called))])
     return rows
@@ -201,7 +205,7 @@ def expert_table(run, args):
                 "nats/token; * is the best of a column")
     print(f"\n  lowest on the diagonal: {sum(p == e for p, e in best.items())} of {len(best)} poles")
 
-    if not args.replies or not any("manner" in record for record in records):
+    if not args.replies or not from_templates(records):
         return
     rows = []
     for e in best:

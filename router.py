@@ -252,14 +252,14 @@ def save_router(router, folder, **more_settings):
 def load_router(router, folder):
     """Fill a Router from `folder`, but keep its temperature. Everything is checked before the router is changed.
 
-    UserError names the file and what differs in it: the experts, or a tensor's name or shape.
+    UserError names the file and what differs in it: the experts, the pooling, or a tensor's name or shape.
     """
     folder, own = Path(folder), tensors_to_save(router)
     settings = read_json(folder / "config.json")
     for key, expected in (("experts", list(EXPERTS)), ("pooling", "mean")):
         if settings.get(key) != expected:
-            raise UserError(f"{folder / 'config.json'}: {key} is {shorten(settings.get(key), 300)}, expected {expected}: "
-                            "another version of this program trained the router")
+            raise UserError(f"{folder / 'config.json'}: {key} is {shorten(settings.get(key), 300)}, expected "
+                            f"{expected}: another version of this program trained the router")
     state = read_tensors(folder / "model.safetensors", {name: tensor.shape for name, tensor in own.items()},
                          "was this router made for another encoder?")
     for name, tensor in own.items():

@@ -127,6 +127,11 @@ def template_records(split, count, seed=0):
     raise UserError(f"{LAB.name} is too small for {count} different queries for {split}: it gave {len(records)}")
 
 
+def from_templates(records):
+    """Returns whether the template teacher wrote all records: only its have the field "manner"."""
+    return all("manner" in record for record in records)
+
+
 @cache
 def signature_patterns():
     return [re.compile(r"\b(?:" + "|".join(map(re.escape, lab()["poles"][expert]["signature"])) + r")\b")

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lora import EXPERTS, expert_layers, save_experts
-from model import generate, pad, to_device
+from model import Config, generate, pad, to_device
 from router import GATE_RULES, contrastive_loss, gate_statistics, gates_for_rule, save_router
 from support.chat import Chat, load_tokenizer
 from support.checkpoints import (Stopped, append_to_log, check_disk_space, check_finite, load_latest_checkpoint,
@@ -172,16 +172,12 @@ def row_losses(model, rows, gate=None):
 def freeze_first_layers(router, n):
     """Let everything in the router train but the encoder's token embedding and first n layers; all of it for n = 0.
 
-    With few queries, a frozen lower part keeps the router from learning them by heart, and it needs no backward pass.
-    UserError for more layers than there are.
+    Frozen first layers need no backward pass: half of all layers are a third of the work.
     """
     router.requires_grad_(True)
-    decoder = router.encoder.model
-    if n > len(decoder.layers):
-        raise UserError(f"--frozen-layers is {n}, and the encoder has {len(decoder.layers)} layers")
     if n:
-        decoder.embed_tokens.requires_grad_(False)
-        decoder.layers[:n].requires_grad_(False)
+        router.encoder.model.embed_tokens.requires_grad_(False)
+        router.encoder.model.layers[:n].requires_grad_(False)
 
 
 class Stage:
@@ -240,11 +236,13 @@ class Stage:
             active = torch.stack([row.active for row in rows])                    # (B, E), on the CPU
             contrastive = contrastive_loss(similarity, active, self.settings.contrastive_tau) * len(rows)
         if self.model is not None:
-            gate = router_gate  # joint's; None in pretrain, which has no experts, and in warm-up, which sets its own
+            # A row with an expert (all of warm-up's, and those that joint rehearses) goes through that expert alone,
+            # the others of joint under its gate. Pretraining has no gate.
+            gate = router_gate
             if self.name == "joint" and self.settings.joint_gate == "uniform":
                 gate = torch.full_like(router_gate, 1 / len(EXPERTS))
             one_hot = torch.tensor([[float(expert == row.expert) for expert in range(len(EXPERTS))] for row in rows])
-            if one_hot.any():  # every row of warm-up, and those that joint rehearses: one expert alone
+            if one_hot.any():
                 one_hot = to_device(one_hot, self.device)                                        # (B, E)
                 gate = one_hot if gate is None else torch.where(one_hot.any(-1, keepdim=True), one_hot, gate)
             weights = to_device([1 / n_supervised[self.loss_group(row)] for row in rows], self.device)  # (B,)
@@ -423,6 +421,15 @@ def check_args(args):
             raise UserError(f"--{key.replace('_', '-')} is for --stage joint")
 
 
+def check_frozen_layers(setup, settings):
+    """UserError if one of these stages, {stage: settings}, is to freeze more layers than the encoder has."""
+    for stage in settings.keys() & {"router", "joint"}:
+        n_frozen, n_layers = settings[stage]["frozen_layers"], Config.from_dir(setup.encoder).n_layers
+        if n_frozen > n_layers:
+            raise UserError(f"--frozen-layers is {n_frozen}, expected at most {n_layers}, the layers of "
+                            f"{setup.encoder}")
+
+
 def train_stage(name, setup, settings, stop):
     """Load what one stage needs, train it, write its result to the run folder.
 
@@ -570,6 +577,7 @@ def main(argv=None, show_results=True):
                 to_do = open_run(setup, settings, args, locks)
                 make_missing_models(setup, fit_base)
                 setup.write_template_data()
+                check_frozen_layers(setup, settings)
                 check_fingerprints(setup)
             if world_size > 1:  # the first process makes models and data before the others look for them
                 dist.barrier()

@@ -29,6 +29,7 @@ from support.measure import (RunOptions, LoadedRun, bootstrap, domain_subsets, l
 from support.records import read_records, write_records
 from support.runs import STAGES, Setup, read_run, write_config
 from support.tables import print_table
+from synth import from_templates
 import train
 from train import evaluation_loss, score_queries
 
@@ -378,7 +379,7 @@ def without_cues(records):
     would have to rewrite them: then these are the messages of data/pairs.jsonl and data/contrast.jsonl.
     """
     pairs, neutral = [], []
-    if "manner" not in records[0]:
+    if not from_templates(records):
         for number, pair in read_lines(PAIRS):
             poles = {key: active_experts(pair[key]).nonzero()[:, 0].tolist() for key in ("removed", "kept")}
             pairs.append({"query": pair["query"], "without": pair["without"], "removed": poles["removed"][0],
@@ -395,6 +396,26 @@ def without_cues(records):
     return pairs, neutral
 
 
+def changes_without_cues(pairs, before, after, seed):
+    """Returns rows [whose value, number of pairs, mean value with the cue, its change without the cue, with interval].
+
+    before, after: (M, E), what the router says of each pair's `query` and `without`: similarities or weights.
+    """
+    whose = {"removed, others kept": [(i, pair["removed"]) for i, pair in enumerate(pairs) if pair["kept"]],
+             "removed, none kept": [(i, pair["removed"]) for i, pair in enumerate(pairs) if not pair["kept"]],
+             "the poles kept": [(i, pole) for i, pair in enumerate(pairs) for pole in pair["kept"]]}
+    for e, name in enumerate(SHORT_NAMES):
+        whose[f"removed: {name}"] = [(i, e) for i, pair in enumerate(pairs) if pair["removed"] == e]
+    rows = []
+    for name, looked_at in whose.items():
+        if looked_at:
+            numbers, poles = zip(*looked_at)
+            with_cue, without = before[numbers, poles].numpy(), after[numbers, poles].numpy()
+            rows.append([name, len(numbers), float(with_cue.mean()),
+                         [*map(float, bootstrap(without - with_cue, np.ones(len(numbers)), seed))]])
+    return rows
+
+
 def cues_tables(args, run):
     """What does the gate do where cues are clear, several, absent, or taken out?"""
     test = load_split(run, "test", args.records)
@@ -404,44 +425,30 @@ def cues_tables(args, run):
         return score_queries(run.router, run.rows([{"id": 0, "query": query, "traits": {}} for query in queries]),
                              args.tokens)
 
-    with_cue, without = (cosines([pair[key] for pair in pairs]) for key in ("query", "without"))
-    measures = {"similarity": (with_cue.numpy(), without.numpy()),
-                "weight": tuple(softmax_gate(s, run.setup.tau).numpy() for s in (with_cue, without))}
-    removed, numbers = np.array([pair["removed"] for pair in pairs]), np.arange(len(pairs))
-    keeps = np.array([bool(pair["kept"]) for pair in pairs])
+    of_pairs = [cosines([pair[key] for pair in pairs]) for key in ("query", "without")]
+    tables = [{"title": f"{len(pairs)} pairs of messages: a pole's {measure} with its cue, and how it changes (95 % "
+                        f"interval) when the cue is taken out; tau {run.setup.tau:g}",
+               "head": ["pole", "pairs", measure, "change"],
+               "rows": changes_without_cues(pairs, *values, args.seed)} for measure, values in (
+        ("similarity", of_pairs), ("weight", [softmax_gate(s, run.setup.tau) for s in of_pairs]))]
 
-    stayed = [(i, pole) for i, pair in enumerate(pairs) for pole in pair["kept"]]
-    parts = {"removed, others kept": (numbers[keeps], removed[keeps]),  # {name: (pairs (M,), poles to look at (M,))}
-             "removed, none kept": (numbers[~keeps], removed[~keeps]),
-             "the poles kept": tuple(np.array(stayed, dtype=int).reshape(-1, 2).T)}
-    parts |= {f"removed: {name}": (numbers[removed == e], removed[removed == e]) for e, name in enumerate(SHORT_NAMES)}
-
-    def changes(measure):
-        before, after = measures[measure]
-        return [[name, len(part), float(before[part, poles].mean()), [*map(float, bootstrap(
-            after[part, poles] - before[part, poles], np.ones(len(part)), args.seed))]]
-            for name, (part, poles) in parts.items() if len(part)]
-
-    n_poles = test.active.sum(-1).int().numpy()
-    similarity = score_queries(run.router, test.rows, args.tokens)
+    n_poles, similarity = test.active.sum(-1).int().numpy(), score_queries(run.router, test.rows, args.tokens)
     groups = {"none": cosines(neutral)} | {str(n): similarity[n_poles == n] for n in sorted({*n_poles})}
     statistics = {name: gate_statistics(softmax_gate(s, run.setup.tau)) for name, s in groups.items()}
+    tables.append({"title": f"The gate by the number of poles that a message calls for, tau {run.setup.tau:g}",
+                   "head": ["poles", "messages", "entropy", "top-1"],
+                   "rows": [[name, len(groups[name]), s["entropy"], s["top1"]] for name, s in statistics.items()]})
+
     nats = losses(run, test, ["base", "uniform", "shuffled", "learned"], seed=args.seed, similarity=similarity)
-    worth = []
+    rows = []
     for n in sorted({*n_poles}):
-        part = np.flatnonzero(n_poles == n)
-        counts = test.counts[part]
-        worth += [[str(n), len(part), rule, float(nats[rule][part].sum() / counts.sum()), "" if rule == "learned" else
-                   [*map(float, bootstrap((nats[rule] - nats["learned"])[part], counts, args.seed))]] for rule in nats]
-    return [*({"title": f"{len(pairs)} pairs of messages: a pole's {measure} with its cue, and how it changes (95 % "
-                        f"interval) when the cue is taken out; tau {run.setup.tau:g}",
-               "head": ["pole", "pairs", measure, "change"], "rows": changes(measure)} for measure in measures),
-            {"title": f"The gate by the number of poles that a message calls for, tau {run.setup.tau:g}",
-             "head": ["poles", "messages", "entropy", "top-1"],
-             "rows": [[name, len(groups[name]), s["entropy"], s["top1"]] for name, s in statistics.items()]},
-            {"title": "Loss in nats/token by the number of poles, and its difference to the learned gate's with a 95 % "
-                      "interval", "head": ["poles", "records", "gate", "loss", "against learned"], "rows": worth,
-             "left": (0, 2)}]
+        of_gates = compared({rule: [values] for rule, values in nats.items()}, test, "learned",
+                            np.flatnonzero(n_poles == n), args.seed)
+        rows += [[str(n), int((n_poles == n).sum()), *row] for row in of_gates]
+    tables.append({"title": "Loss in nats/token by the number of poles, and its difference to the learned gate's with "
+                            "a 95 % interval", "head": ["poles", "records", "gate", "loss", "against learned"],
+                   "rows": rows, "left": (0, 2)})
+    return tables
 
 
 EXPERIMENTS = {"routing": routing_tables, "temperature": temperature_tables, "rank": rank_tables,

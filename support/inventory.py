@@ -55,15 +55,15 @@ def read_items(path):
 
 @torch.no_grad()
 def first_token_logits(run, questions, words, gate):
-    """Returns the logits of `words` as a reply's first token, (len(questions), len(words)), fp32, on the CPU. gate:
-    (1, E), or None for the base."""
+    """Returns the logits, as a reply's first token, of each word's first token: (len(questions), len(words)), fp32, on
+    the CPU. gate: (1, E), or None for the base."""
     tokens = [encode(run.chat.tokenizer, word)[0] for word in words]
     prompts = [run.chat.prompt([{"role": "user", "content": question}]) for question in questions]
     rows = [Row(i, active=None, ids=np.array(ids)) for i, ids in enumerate(prompts)]  # only id and ids are used
     found = torch.zeros(len(questions), len(words))
     for group in micro_batches(rows, run.args.tokens):
         ids, lengths = pad([row.ids for row in group], run.model.device)
-        h = run.model.hidden(ids, None if gate is None else gate.expand(len(group), -1).to(ids.device),
+        h = run.model.hidden(ids, None if gate is None else gate.to(ids.device),
                              positions=last_positions(ids, lengths))                      # (B, D)
         found[[row.id for row in group]] = run.model.head(h)[:, tokens].float().cpu()
     return found
@@ -138,10 +138,10 @@ def read_statements(folder, trait, n, seed):
 
 
 def yes_or_no(run, args):
-    """Ask the base and each expert alone whether they would say a statement. Print, for each trait, the share answered
-    as someone high in it would. The answer is the likelier of Yes and No as the reply's first token."""
+    """Ask the base and each expert alone whether a statement is something they would say. Print, for each trait, the
+    share answered as someone high in it would. The answer is the likelier of Yes and No as the reply's first token."""
     gates = {"base": None} | {name: one_hot_gate(e) for e, name in enumerate(EXPERTS)}
-    shares, own, tossed = [[name] for name in ("base", *SHORT_NAMES)], [], []
+    shares, own, undecided = [[name] for name in ("base", *SHORT_NAMES)], [], []
     for trait in TRAITS:
         questions, high_says_yes = read_statements(args.items, trait, args.statements, args.seed)
         as_high, log_odds = {}, {}
@@ -157,11 +157,12 @@ def yes_or_no(run, args):
         own.append([f"high minus low {trait}", "", "",
                     [*map(float, bootstrap(as_high[pair[0]] - as_high[pair[1]], ones, args.seed))]])
         _, low, high = bootstrap(as_high["base"], ones, args.seed)
-        tossed += [trait] if low <= 0.5 <= high else []
+        if low <= 0.5 <= high:
+            undecided.append(trait)
     print_table(["", *INITIALS], shares, f"Share of statements answered as someone high in the trait would "
                 f"(and mean log-odds of Yes over No); {run.origin('experts')}, each alone")
     print_table(["expert", "base", "expert", "difference"], own, "The same share on statements of the "
                 "expert's own trait, with a 95 % interval of the difference, over statements")
-    if tossed:
+    if undecided:
         print("\n" + textwrap.fill("Where the base's own interval holds 0.5, it answers like a coin toss: "
-                                    f"{', '.join(tossed)}", 80))
+                                    f"{', '.join(undecided)}", 80))

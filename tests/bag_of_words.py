@@ -33,7 +33,7 @@ def main(path):
     def mean_precision(scores, labels):
         return float(np.nanmean([average_precision(scores[:, e], labels[:, e]) for e in range(len(EXPERTS))]))
 
-    best, scores = 0, None
+    best = chosen = scores = 0
     for C in (1, 3, 10, 30):
         models = [LogisticRegression(C=C, max_iter=500).fit(features["train"], active["train"][:, e])
                   for e in range(len(EXPERTS))]
@@ -41,7 +41,7 @@ def main(path):
                             for name in ("validation", "test"))
         if (found := mean_precision(validation, active["validation"])) > best:
             best, scores, chosen = found, test, C
-    seen = {record.get("domain") for record in splits["train"]}
+    seen = {None} | {record.get("domain") for record in splits["train"]}  # as in support/measure.py
     new_domain = np.array([record.get("domain") not in seen for record in splits["test"]])
     print_table(["test messages", "number", "mean AP", "R-precision", "by chance"], [
         [name, len(part), mean_precision(scores[part], active["test"][part]),
@@ -51,4 +51,6 @@ def main(path):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/bag_of_words.py RECORDS.jsonl")
     main(sys.argv[1])

@@ -261,7 +261,7 @@ def test_only_paths_below_the_run_folder_are_stored_relative_to_it():
 
 
 def test_the_largest_numbers_that_options_take_make_a_run_that_can_be_opened(here, no_results, monkeypatch):
-    for name in ("train_stage", "make_missing_models", "check_disk_space"):
+    for name in ("train_stage", "make_missing_models", "check_disk_space", "check_frozen_layers"):
         monkeypatch.setattr(train, name, lambda *_: None)
     largest = str(2**31)
     assert train_tiny("--seed", largest, "--alpha", largest, "--tau", largest) is None
@@ -491,6 +491,15 @@ def test_one_message_names_all_that_a_stage_lacks_and_how_to_get_it(here, argv, 
     assert all(words in said for words in named) and not any(words in said for words in absent), said
     assert said.splitlines()[-1] == "python train.py --preset tiny --stage all runs without any of it"
     assert not any(here.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["all", "router"])
+def test_more_frozen_layers_than_the_encoder_has_are_refused_before_training(here, stage):
+    small.make(here)
+    argv = [*small.TRAIN, "--stage", stage, "--frozen-layers", "2"]
+    with pytest.raises(UserError, match="--frozen-layers is 2, expected at most 1, the layers of encoder"):
+        train.main(argv)
+    assert not (here / "run" / "warmup").exists() and not checkpoints.checkpoint_files(here / "run", "warmup")
 
 
 def test_the_presets_records_are_the_first_that_are_there(here, capsys):

@@ -445,13 +445,14 @@ def test_signatures_are_counted_by_whether_the_query_calls_for_their_pole(run_fo
     args = evaluation.Ablate(run=str(run_folder), replies=2)
     run = LoadedRun(args)
     test = load_split(run, limit=30)
-    rows = {name: shares for name, *shares in evaluation.signature_table(run, test, args)}
+    similarity = train.score_queries(run.router, test.rows)
+    rows = {name: shares for name, *shares in evaluation.signature_table(run, test, similarity, args)}
     assert rows["base"] == ["0.00", "0.00"] and rows["oracle"] == ["1.00", "0.00"]
-    gates = gates_for_rule("shuffled", test.active[:20], train.score_queries(run.router, test.rows[:20]), seed=0)
+    gates = gates_for_rule("shuffled", test.active[:20], similarity[:20], seed=0)
     right = np.mean([test.active[i, gates[i].argmax()].item() for i in range(20)])
     assert rows["shuffled"] == [f"{right:.2f}", f"{1 - right:.2f}"]
     test.records = [{k: v for k, v in record.items() if k != "manner"} for record in test.records]
-    assert evaluation.signature_table(run, test, args) == []
+    assert evaluation.signature_table(run, test, similarity, args) == []
 
 
 def test_signature_shares_are_counted_in_replies(run_folder, capsys, monkeypatch):

@@ -436,7 +436,7 @@ def test_cues_compares_each_pair(run_folder):  # noqa: F811
     assert len(rows) == 4 * len({*n_poles})
     for n in sorted({*n_poles}):
         part = n_poles == n
-        assert rows[str(n), "learned"][3] == pytest.approx(nats["learned"][part].sum() / split.counts[part].sum())
+        assert rows[str(n), "learned"][3][0] == pytest.approx(nats["learned"][part].sum() / split.counts[part].sum())
         assert np.allclose(rows[str(n), "uniform"][4], bootstrap((nats["uniform"] - nats["learned"])[part],
                                                                  split.counts[part]), atol=1e-5)
 

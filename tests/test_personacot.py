@@ -11,7 +11,8 @@ from router import active_experts
 from support.records import load_data, normalise_query, read_records
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-NAMES_A_TRAIT = re.compile(r"(?i)\b(openness|conscientious\w*|extr[ao]ver[st]\w*|introver[st]\w*|agreeable\w*|neurotic\w*)\b")
+NAMES_A_TRAIT = re.compile(
+    r"(?i)\b(openness|conscientious\w*|extr[ao]ver[st]\w*|introver[st]\w*|agreeable\w*|neurotic\w*)\b")
 
 
 @pytest.fixture(scope="module")

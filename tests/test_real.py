@@ -30,7 +30,7 @@ def small(weights, tmp_path_factory):
     where = ["--preset", "small", "--run", str(run), "--base", str(weights / "SmolLM2-135M-Instruct"),
              "--encoder", str(weights / "Qwen2.5-Coder-0.5B-Instruct"), "--device", "cpu", "--eval-records", "6",
              "--data", "template"]
-    for stage, steps, batch in (("warmup", 10, 6), ("router", 12, 8), ("joint", 3, 4)):
+    for stage, steps, batch in (("warmup", 10, 6), ("router", 24, 8), ("joint", 3, 4)):
         train.main([*where, "--stage", stage, "--steps", str(steps), "--batch", str(batch)])
         shutil.rmtree(run / "state")  # 5.8 GiB each where the encoder trains
     yield runs.make_setup(command.parse(train.Args, where), runs.STAGES)
@@ -60,7 +60,7 @@ def test_the_router_stage_lowers_the_contrastive_loss_of_held_out_queries(small,
     rows, active = held_out
     before, after = (contrastive_loss(score_queries(small.load_router(folder), rows), active)
                      for folder in (None, small.run / "router" / "router"))
-    assert after < before - 0.02 and after.isfinite()  # twelve steps at small's learning rate
+    assert after < before - 0.1 and after.isfinite()
 
 
 def test_joint_training_lowers_held_out_loss_under_the_learned_gate(small, held_out):

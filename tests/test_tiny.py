@@ -92,9 +92,9 @@ def pieces(text):
 
 @pytest.mark.slow
 def test_tiny_talks_its_experts_show_their_poles_and_health_raises_no_alarm(tmp_path, capsys):
-    """The first command's run, whole. Most four-word pieces of its replies stand somewhere in its training text, so that
-    they are sentences. After warm-up each expert writes its pole's signature, and after joint the mixture writes one of
-    a pole that the query calls for."""
+    """The first command's run, whole. Most four-word pieces of its replies stand somewhere in its training text, so
+    that they are sentences. After warm-up each expert writes its pole's signature, and after joint the mixture writes
+    one of a pole that the query calls for."""
     assert train.main(["--preset", "tiny", "--run", str(tmp_path / "run")], show_results=False) is None
     run, warmup = (LoadedRun(RecordOptions(run=str(tmp_path / "run"), stage=stage)) for stage in ("joint", "warmup"))
     records = run.records(limit=100)[0]

@@ -203,11 +203,6 @@ def test_a_rehearsed_row_of_the_joint_stage_goes_through_one_expert_alone():
     assert not stage.router.expert_embeddings.grad.any()  # these rows teach the router by its own loss only
 
 
-def test_more_frozen_layers_than_the_encoder_has_are_refused():
-    with pytest.raises(UserError, match="--frozen-layers is 3, and the encoder has 2 layers"):
-        new_stage("router", settings(frozen_layers=3))
-
-
 def test_rehearsal_draws_its_share_of_rows_and_one_of_their_poles_from_the_generator():
     rows = mixed_rows(2000)
     for row in rows:
