@@ -133,8 +133,8 @@ class Ablate(RecordOptions):
     """Run folder of the fair control to compare with: joint training under a uniform gate (train.py --joint-gate
     uniform)."""
     replies: int = 10
-    """Number of replies, for each expert, in which to look for its pole's signature: words that the template teacher
-    uses for this pole and for no other. Ten times as many for each gate. 0 skips this."""
+    """Number of replies to write for each expert, and ten times as many for each gate, in which to look for signatures:
+    words that the template teacher uses for one pole and for no other. 0 skips this."""
 
 
 def ablate(args):
@@ -169,13 +169,13 @@ def ablate(args):
         print_table(["gate", "called for", "not called for"], shares,
                     f"Share of {min(10 * args.replies, len(test.records))} replies with the signature of a pole that "
                     "the query calls for, and of one that it does not call for")
-    if (run.setup.run / "warmup").is_dir():  # missing where --experts gave the experts
+    if (run.setup.run / "warmup").is_dir():  # the run's own, even where --experts gave others
         expert_table(load_run(args, args.run, "warmup"), args)
 
 
 def signature_table(run, test, similarity, args):
     """Returns a row for each gate rule: its name, the share of replies with the signature of a pole that the query
-    calls for, and the share with the signature of another pole. [] for records without signatures.
+    calls for, and the share with the signature of another pole. [] for records without signatures, and for no replies.
 
     similarity: (N, E), the router's cosines. The first 10 · --replies queries are answered under each rule.
     """
@@ -191,8 +191,8 @@ def signature_table(run, test, similarity, args):
 
 
 def expert_table(run, args):
-    """Print two tables: the loss of warm-up expert e alone on the records that call for pole p only, and the share of
-    its replies that have its pole's signature."""
+    """Print the loss of warm-up expert e alone on the records that call for pole p only and, for the template teacher's
+    records, the share of the base's and the expert's replies that have its pole's signature."""
     records, poles, table = pole_losses(run, args)
     if not records:
         print("\nNo test record has exactly one active pole, so there is no table of experts and poles")

@@ -6,12 +6,12 @@ v_e is a learned embedding of expert e. The theory behind it is Trait Activation
 certain traits, here for poles of the Big Five.
 
 What is notable:
-- the encoder is model.Transformer; h is the mean of the hidden states of the query's tokens. This pooling is our
+- the encoder is model.Transformer; h is the mean of the hidden states of the tokens that it reads. This pooling is our
   choice: with it the router finds the poles of a stranger's messages far better than with the last token's state
 - cosine, softmax and contrastive loss run in fp32, under bf16 autocast too
 - a persona, and the oracle's gate made from labels, are similarity vectors that go through the same softmax at the
-  same τ. Such gates resemble those that the experts were trained with. `--gate` (raw_gate) and the
-  rules "labels", "uniform" and "random" of GATE_RULES give the weights themselves, without a softmax
+  same τ. Such gates resemble those of the joint stage. `--gate` (raw_gate) and the rules "labels", "uniform" and
+  "random" of GATE_RULES give the weights themselves, without a softmax
 
 Read it from the top: traits, the router and its loss, gates that do not come from the router, files.
 

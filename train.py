@@ -8,10 +8,10 @@
 What is notable:
 - data flow one way: record -> row -> batch -> gate -> loss -> step. `Stage` is what one stage trains and its loss;
   `fit` is the loop that all stages share
-- a step is cut into micro-batches under a budget of tokens; its loss is the mean over the tokens of the whole step, not
-  a mean of means
-- the order of the data depends only on the rows, the batch size, the seed, the stage and the step, so that a resumed
-  run goes on where it stopped, bit for bit
+- a step is cut into micro-batches under a budget of tokens, which does not change its loss: a language-model loss is a
+  mean over the tokens of the whole step (in warm-up one for each expert, summed), a contrastive loss over its rows
+- the order of the data depends only on the rows, the batch size, the seed, the stage, the step and, in joint, on
+  --rehearse. So a resumed run goes on where it stopped, on the same CPU bit for bit
 - under torchrun, process r of n takes rows r, r + n, … of a step, sorted by length; gradients and logged numbers are
   summed over the processes
 
@@ -111,7 +111,8 @@ class Args:
     contrastive_tau: float = 0.07
     """Temperature of the contrastive loss (ours)."""
     joint_gate: typing.Literal["learned", "uniform"] = "learned"
-    """Gate of the joint stage; uniform trains the fair control, in which routing plays no part."""
+    """Gate of the joint stage's rows, but for those that --rehearse draws. uniform trains the fair control: the
+    router's gate plays no part in it."""
     rehearse: float = 0.1
     """Share of the joint stage's rows that train one active pole's expert alone, as in warm-up, so that single experts
     go on working (ours). 0 is the paper's."""
@@ -172,7 +173,7 @@ def row_losses(model, rows, gate=None):
 def freeze_first_layers(router, n):
     """Let everything in the router train but the encoder's token embedding and first n layers; all of it for n = 0.
 
-    Frozen first layers need no backward pass: half of all layers are a third of the work.
+    Frozen first layers need no backward pass: freezing half of all layers saves about a third of a step's work.
     """
     router.requires_grad_(True)
     if n:
@@ -184,7 +185,8 @@ class Stage:
     """One stage's parameters, loss and optimiser step.
 
     name: warmup, router or joint; "pretrain" makes tiny's base from nothing, on plain text. settings: lr, router_lr,
-    tokens, clip, lam, contrastive_tau, joint_gate, frozen_layers. A row with an expert trains that expert alone.
+    tokens, clip, lam, contrastive_tau, joint_gate, frozen_layers. Of the experts, a row with `expert` set
+    trains that one only; in joint, the router's contrastive loss still counts the row.
     """
 
     def __init__(self, name, model=None, router=None, settings=None):
@@ -225,8 +227,8 @@ class Stage:
         """A micro-batch's losses: (lm_loss, contrastive, router_gate). What a stage does not have is None.
 
         n_supervised: {self.loss_group(row): supervised tokens in the whole step}. lm_loss is this micro-batch's share
-        of the step's mean over tokens (in warm-up: of the sum of ten such means, one for each expert). contrastive is
-        summed over the rows. router_gate (B, E) is what the router says, whatever gate is used.
+        of the step's mean over tokens (in warm-up: of the sum of such means, one for each expert that has rows).
+        contrastive is summed over the rows. router_gate (B, E) is what the router says, whatever gate is used.
         """
         lm_loss = contrastive = router_gate = None
         if self.router is not None:
@@ -349,11 +351,12 @@ def fit(stage, rows, s, run, stop=lambda: False):
     # the stage's name is part of the seed, so that each stage has an order of its own
     rng = np.random.default_rng([s.seed, *stage.name.encode()])
     order = batches([n_tokens(row) for row in rows], s.batch, rng)
-    done, first = load_latest_checkpoint(run, stage), stage.rank == 0  # only the first process writes
-    log = open_log(run, stage.name, done) if first else None
+    done = load_latest_checkpoint(run, stage)
+    is_writer = stage.rank == 0  # only the first process writes
+    log = open_log(run, stage.name, done) if is_writer else None
     pending, n_real, began = [], 0, time.perf_counter()
     bar = tqdm(total=s.steps, initial=done, desc=stage.name, unit="step", dynamic_ncols=True,
-               disable=not (first and sys.stderr.isatty()))
+               disable=not (is_writer and sys.stderr.isatty()))
     for step in range(1, s.steps + 1):
         batch = [rows[i] for i in next(order)]
         if stage.name == "joint":
@@ -381,22 +384,22 @@ def fit(stage, rows, s, run, stop=lambda: False):
                 entry = {"step": past_step, "stage": stage.name, **metrics_to_floats(past_metrics),
                          "tokens_per_s": rate}
                 check_finite(entry, [row.id for row in past_batch], run)
-                if first:
+                if is_writer:
                     append_to_log(log, entry)
             pending, n_real, began = [], 0, time.perf_counter()
             bar.set_postfix_str(f"loss {entry['loss']:.3f}", refresh=False)  # the last entry is this step's
         bar.update()
-        if print_line and first:
+        if print_line and is_writer:
             bar.write(log_line(entry, s.steps), file=sys.stdout)
             sys.stdout.flush()
-        if save and first:
+        if save and is_writer:
             os.fsync(log.fileno())  # the log is on disk before the checkpoint that relies on it
             save_checkpoint(run, stage, step, s.keep)
         if stopping and step < s.steps:
             bar.close()
             raise Stopped(f"stopped after step {step} of {s.steps} of {stage.name}; everything is saved")
     bar.close()
-    if first:
+    if is_writer:
         log.close()
 
 

@@ -100,7 +100,7 @@ def variant(args, source, name, stages, untrained=(), data=None, **changes):
     for stage in stages:
         print(f"{'done' if (folder / stage).is_dir() else 'training'}: {folder}, {stage}", flush=True)
         options = config["stages"].get(stage, {}) | {k: getattr(setup, k) for k in (*Setup.SHARED, "device")} | changes
-        options |= {"run": folder, "stage": stage, "resume": True, "log_every": 2**30}
+        options |= {"run": folder, "stage": stage, "resume": True, "log_every": 2**30}  # prints only the last step
         if args.dtype:
             options["dtype"] = args.dtype
         command = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in options.items()
@@ -315,7 +315,7 @@ def domain_tables(args, run):
 
 
 def stages_tables(args, run):
-    """What is each stage worth, and what does λ change?"""
+    """What is each stage worth, and what do λ, the contrastive loss's weight, and rehearsal change in joint?"""
     test, nats = load_split(run, "test", args.records), defaultdict(list)
     plans = {"no warm-up": dict(untrained=["warmup"]), "no router stage": dict(untrained=["router"]),
              "no rehearsal": dict(rehearse=0.0), "rehearse 0.1": dict(rehearse=0.1),

@@ -164,5 +164,5 @@ def yes_or_no(run, args):
     print_table(["expert", "base", "expert", "difference"], own, "The same share on statements of the "
                 "expert's own trait, with a 95 % interval of the difference, over statements")
     if undecided:
-        print("\n" + textwrap.fill("Where the base's own interval holds 0.5, it answers like a coin toss: "
-                                    f"{', '.join(undecided)}", 80))
+        print("\n" + textwrap.fill("The base is no better than a coin toss, or always gives the same answer (see the "
+                                    f"log-odds), where its interval holds 0.5: {', '.join(undecided)}", 80))

@@ -233,7 +233,7 @@ def losses(run, split, rules, tau=None, seed=0, similarity=None):
 
     split: what load_split returns. similarity: the router's cosines (N, E), if they are known already.
     """
-    if similarity is None:
+    if similarity is None and {"learned", "shuffled"} & {*rules}:
         similarity = score_queries(run.router, split.rows, run.args.tokens)
     found = {}
     for rule in rules:
@@ -297,9 +297,10 @@ def domain_subsets(new_domain):
 
 
 def bootstrap(difference, counts, seed=0, n=2000):
-    """Returns (mean per token, low, high): the mean difference and its 95 % interval from a paired bootstrap.
+    """Returns (mean, low, high): the weighted mean difference and its 95 % interval from a paired bootstrap.
 
-    difference (N,): a record's nats under one gate minus those under another. counts (N,): its tokens.
+    difference (N,): for each record, usually its nats under one gate minus those under another. counts (N,): the
+    weights, such as its tokens, for a mean per token, or ones.
     """
     rng = np.random.default_rng(seed)
     size = len(counts)

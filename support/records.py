@@ -110,15 +110,15 @@ def split_records(records, seed=0):
     splits = {name: [] for name in SPLITS}
     for record in records:
         tenth = hashlib.sha256(f"{seed}:{normalise_query(record['query'])}".encode()).digest()[0] * 10 // 256
-        splits[record.get("split") or SPLITS[max(0, tenth - 7)]].append(record)
+        splits[record.get("split") or SPLITS[max(0, tenth - 7)]].append(record)  # tenths 0 to 7: train; 8; 9
     return splits
 
 
 def load_data(path, seed=0, need_response=True, needed=SPLITS):
     """Read `--data`: a .jsonl file, which `split_records` divides, or a folder with train, validation and test.jsonl.
 
-    Returns {split: records} and how many records were left out because all their traits are zero. UserError if one of
-    the splits `needed` has no records.
+    Returns {split: records} and how many records were left out because all their traits are zero. A folder must hold
+    all three files. UserError if one of the splits `needed` has no record with an active trait.
     """
     path = Path(path)
     if path.is_dir():

@@ -1,7 +1,8 @@
 """From records to rows of token ids, and from rows to batches.
 
 Rows of similar length go together, so that little of a batch is padding. Batches come in random order, so that lengths
-do not grow during training. A batch is split into micro-batches whose padded size stays within a token limit.
+do not grow during training. A batch is split into micro-batches whose padded size stays within a token limit; a longer
+row is one alone.
 """
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,7 @@ def make_rows(records, chat=None, tokenizer=None, max_tokens=None):
 
     chat: the base's chat format, or None where the base is not needed; then no record is left out, since `query_ids`
     cuts long queries. tokenizer: the encoder's, or None where the router is not needed. Training and evaluation encode
-    records with replies here and nowhere else.
+    records with replies here and nowhere else (but for the rows without a query that tiny's base is trained on).
     """
     rows = []
     for record in records:
@@ -74,7 +75,7 @@ POOL = 50  # batches that are drawn and sorted together: more means less padding
 
 def batches(lengths, batch, seed):
     """Yield lists of row numbers for ever. The order depends on the arguments and on nothing else. seed: a seed, or a
-    NumPy generator.
+    NumPy generator; then the order also depends on what else is drawn from it.
 
     A pool of up to POOL batches is drawn at random, sorted by length and cut into batches, which come in random order.
     A pool is at most one epoch, or one batch where there are fewer rows than that.

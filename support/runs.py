@@ -32,8 +32,9 @@ except ImportError:  # Windows
 VERSION = 4  # of the run folder's format
 STAGES = ("warmup", "router", "joint")
 
-# What each preset is made of, and each stage's sizes: optimiser steps, rows a step, learning rates (all ours). "tokens"
-# is the most that a micro-batch holds, padding included.
+# What each preset is made of, and each stage's sizes: optimiser steps, rows a step, learning rates (all ours). base,
+# encoder and data: the first folder or file that is there. records: how many the template teacher writes for each split.
+# tokens: the most that a micro-batch holds, padding included. device None: a GPU if there is one.
 PRESETS = {
     "paper": dict(
         device="cuda", base=("weights/Llama-3.1-8B-Instruct",), encoder=("weights/Qwen2.5-0.5B",),
@@ -222,8 +223,8 @@ SETUP_VALUES = {"preset": (*PRESETS,), "base": (str, None), "encoder": (str, Non
 
 
 def read_run(run):
-    """A run folder's config.json, {"version", "setup", "fingerprints", "stages"}, checked. UserError for another
-    format, and for values that train.py never writes."""
+    """A run folder's config.json, {"version", "setup", "fingerprints", "stages"}. UserError for another format, and for
+    a setup, names of stages or a τ that train.py never writes."""
     file = Path(run) / "config.json"
     config = read_json(file)
     if "version" not in config:

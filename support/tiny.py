@@ -91,6 +91,6 @@ def pretraining_rows(records, chat):
     for row in rows:
         row.n_prompt = 1
     alone = [Row(f"plain-{r['id']}", torch.zeros(len(EXPERTS)),
-                 np.array([chat.bos, *encode(chat.tokenizer, r["response"]), chat.end], dtype=np.int32), 1)
+                 ids=np.array([chat.bos, *encode(chat.tokenizer, r["response"]), chat.end], dtype=np.int32), n_prompt=1)
              for r in records]
     return rows + alone

@@ -605,7 +605,7 @@ def test_statements_are_answered_by_the_likelier_of_yes_and_no(run_folder, here,
     assert re.search(rf"base( +{share:.3f} \(\+1.0\)){{5}}$", out, re.M)
     assert re.search(r"O\+( +1.000 \([+-]\d.\d\)){5}$", out, re.M)
     assert re.search(r"O-( +0.000 \([+-]\d.\d\)){5}$", out, re.M)
-    assert max(map(len, out.splitlines())) <= 80 and "like a coin toss: openness, consc" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80 and "holds 0.5: openness, consc" in " ".join(out.split())
     for name, value in (("high_openness", 1), ("low_openness", 0)):
         assert re.search(rf"  {name} +{share:.3f} +{value}.000 +[+-]{abs(value - share):.4f} \[", out)
     assert re.search(r"  high minus low openness +\+1.0000 \[\+1.0000, \+1.0000\]", out)
