@@ -28,7 +28,7 @@ import sys
 import time
 import typing
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -78,8 +78,8 @@ class Args:
     device: str | None = None
     """cpu, cuda or cuda:N. Default: paper needs a GPU, small takes one if there is one, tiny uses the CPU."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
-    """The frozen base's dtype. Default: bfloat16 on a GPU (with autocast), float32 on a CPU. Trained weights are always
-    float32."""
+    """bfloat16: the frozen base's dtype, and autocast. Default: bfloat16 on a GPU, float32 on a CPU. Trained weights are
+    always float32."""
     seed: int = 0
     """Seed of data order and initial values. The same seed on the same CPU gives the same run, bit for bit."""
     tau: float = 1.0
@@ -185,7 +185,7 @@ class Stage:
     """One stage's parameters, loss and optimiser step.
 
     name: warmup, router or joint; "pretrain" makes tiny's base from nothing, on plain text. settings: lr, router_lr,
-    tokens, clip, lam, contrastive_tau, joint_gate, frozen_layers. Of the experts, a row with `expert` set
+    dtype, tokens, clip, lam, contrastive_tau, joint_gate, frozen_layers. Of the experts, a row with `expert` set
     trains that one only; in joint, the router's contrastive loss still counts the row.
     """
 
@@ -213,8 +213,7 @@ class Stage:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.peak_lrs = [group["lr"] for group in groups]
         self.device = (model or router.encoder).device
-        bf16 = self.device.type == "cuda" and (model is None or model.dtype == torch.bfloat16)
-        self.autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext()
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
 
     def expert_tensors(self):
         """A and B of every expert layer."""

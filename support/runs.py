@@ -196,16 +196,15 @@ def make_setup(args, stages):
                  args.alpha, args.tokens or preset["tokens"], args.eval_records or preset["eval_records"])
 
 
-def stage_settings(args, stage, dtype=None):
+def stage_settings(args, stage, dtype=torch.float32):
     """The settings of one stage: the command line's values, else the preset's. dtype: the base's."""
-    s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"]}
+    s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"],
+                                       "dtype": str(dtype).removeprefix("torch.")}
     for key in ("steps", "batch", "lr", "router_lr", "tokens", "frozen_layers"):
         if key in s and getattr(args, key) is not None:
             s[key] = getattr(args, key)
     for key in ("seed", "clip", "lr_warmup", "save_every", "keep", "log_every", "recompute", "compile"):
         s[key] = getattr(args, key)
-    if stage in ("warmup", "joint"):
-        s["dtype"] = str(dtype).removeprefix("torch.")
     if stage in ("router", "joint"):
         s["contrastive_tau"] = args.contrastive_tau
     if stage == "joint":

@@ -267,7 +267,7 @@ def our_step(model, batch, optimizer, gate):
 def stage(name, config, args, encoder=None, tokens=2048):
     """Returns train.py's Stage with a model of `config` (for "router": an encoder), and the Transformers in it."""
     s = SimpleNamespace(lr=1e-4, router_lr=1e-5, tokens=tokens, clip=1.0, lam=0.1, contrastive_tau=0.07,
-                        joint_gate="learned", frozen_layers=0, batch=0)
+                        joint_gate="learned", frozen_layers=0, batch=0, dtype=str(args.dtype).removeprefix("torch."))
     model = None if name == "router" else fresh(config, args)
     if model is not None:
         with_experts(model)

@@ -27,7 +27,7 @@ STAGES = pytest.mark.parametrize("name", ["warmup", "router", "joint"])
 
 def settings(**changes):
     s = dict(steps=6, batch=6, lr=1e-2, router_lr=1e-2, tokens=64, clip=0.5, lam=0.1, contrastive_tau=0.07, seed=0,
-             joint_gate="learned", rehearse=0.5, frozen_layers=0,
+             joint_gate="learned", rehearse=0.5, frozen_layers=0, dtype="float32",
              lr_warmup=0.2, save_every=100, keep=2, log_every=1, recompute=False)
     return SimpleNamespace(**s | changes)
 
@@ -279,6 +279,30 @@ def test_a_step_changes_what_its_stage_trains_and_leaves_everything_else_bitwise
         assert torch.equal(p, was) == (id(p) not in trained or unused), key
     in_optimizer = {p.untyped_storage().data_ptr() for p in stage.parameters()}
     assert in_optimizer == {p.untyped_storage().data_ptr() for _, p in parameters if id(p) in trained}
+
+
+@STAGES
+def test_bfloat16_trains_float32_weights_under_autocast_with_and_without_recomputation(name):
+    """These are a GPU's precisions, on a CPU. Without autocast, the router stage would have the loss of fp32."""
+    def train(dtype, recompute=False):
+        stage = new_stage(name, settings(lr=1e-3, router_lr=1e-3, dtype=str(dtype).removeprefix("torch.")))
+        experts = set(stage.expert_tensors()) if stage.model else set()
+        for p in stage.model.parameters() if stage.model else ():
+            if p not in experts:
+                p.data = p.data.to(dtype)  # the frozen base
+        for decoder in (stage.model, stage.router and stage.router.encoder):
+            if decoder is not None:
+                decoder.recompute = recompute
+        losses = [stage.step(rows)["loss"].item() for _ in range(8)]
+        assert {p.dtype for p in stage.parameters()} == {torch.float32}
+        return losses, snapshot(stage.parameters())
+    rows = mixed_rows(6) if name != "warmup" else some_rows(6)
+    losses, weights = train(torch.bfloat16)
+    expected, _ = train(torch.float32)
+    assert losses[-1] < losses[0]
+    assert 0 < abs(losses[0] - expected[0]) < 0.01 * expected[0]
+    again, same_weights = train(torch.bfloat16, recompute=True)
+    assert again == losses and all(map(torch.equal, same_weights, weights))
 
 
 @STAGES
