@@ -443,6 +443,8 @@ def train_stage(name, setup, settings, stop):
     if name != "router":
         model = setup.load_base(setup.run / "warmup" / "experts" if name == "joint" else None)
         chat = Chat.from_dir(setup.base)
+        if not chat.is_protected:
+            print(f"{name}: {setup.base}'s chat template opens turns with ordinary text; a message that has it opens one")
     if name != "warmup":
         router = setup.load_router(setup.run / "router" / "router" if name == "joint" else None)
         tokenizer = load_tokenizer(setup.encoder)

@@ -1,15 +1,30 @@
 """Tokenizers and chat formats: from messages to ids and back.
 
-Chat knows two formats, Llama 3.1's and ChatML (Qwen2.5, SmolLM2). It recognises them by the tokenizer's special tokens.
-Ids equal those of `apply_chat_template` of transformers, with two exceptions: special tokens that a user types stay
-ordinary text, and the date is always Llama 3.1's, also where Llama 3.2's template has today's.
+A model folder's own chat template, a Jinja text, says how a conversation is written. It is rendered as transformers
+renders it, so that ids equal those of `apply_chat_template`, with two exceptions. Control tokens that a user types stay
+ordinary text. And templates that ask for today's date, as Llama 3.2's does, get 26 July 2024, so that a run can be
+repeated.
 """
+import datetime
+import json
 import re
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from support.files import UserError, read_json, shorten
+
+# For folders without a template
+LLAMA_TEMPLATE = (
+    "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+CHATML_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TODAY = datetime.date(2024, 7, 26)  # the date that Llama 3.1's template has where none is given
 
 
 def load_tokenizer(path):
@@ -25,10 +40,18 @@ def load_tokenizer(path):
     except BaseException as error:  # the library raises Exception itself, or for a Rust panic only BaseException
         raise UserError(f"{file}: not a tokenizer ({shorten(str(error), 300)})") from None
     check_vocabulary(tokenizer, file)
+    if tokenizer.normalizer is None and str(tokenizer_settings(path).get("tokenizer_class")).startswith("Qwen2"):
+        tokenizer.normalizer = normalizers.NFC()  # transformers' class for Qwen does so, whatever tokenizer.json says
     tokenizer.encode_special_tokens = True  # "<|eot_id|>" in a text is ten characters, not the end of a turn
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_settings(path):
+    """tokenizer_config.json of a model folder; empty if there is none."""
+    file = Path(path) / "tokenizer_config.json"
+    return read_json(file) if file.exists() else {}
 
 
 def check_vocabulary(tokenizer, file):
@@ -62,90 +85,185 @@ def encode(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The template
+
+class Generation(Extension):
+    """The block {% generation %}, with which some templates mark replies. It changes nothing in what is written."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def refuse(message):
+    """raise_exception, with which a template refuses a conversation."""
+    raise TemplateError(message)
+
+
+def compile_template(text):
+    """A chat template as transformers compiles it: its environment, filter and functions."""
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    jinja.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options)
+    jinja.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
+    return jinja.from_string(text)
+
+
+def read_template(path):
+    """The chat template of a model folder, or None. chat_template.jinja wins over tokenizer_config.json, where it may
+    also be the one named "default" in a list."""
+    file = Path(path) / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: not readable as text ({error})") from None
+    template = tokenizer_settings(path).get("chat_template")
+    if isinstance(template, list):
+        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"),
+                        template)
+    if not isinstance(template, str | None):
+        raise UserError(f"{Path(path) / 'tokenizer_config.json'}: chat_template is {shorten(template)}, expected text, "
+                        'or a list in which one is named "default"')
+    return template
+
+
 class Chat:
-    """Messages to ids and back, in Llama 3.1's format or in ChatML, depending on the tokenizer's special tokens.
+    """Messages to ids and back, in a model folder's chat format.
 
-    messages: [{"role": "system" | "user" | "assistant", "content": str}, …]. Their texts are encoded as ordinary
-    characters, and special tokens are inserted by id, so that no text can open or close a turn.
+    messages: [{"role": "system" | "user" | "assistant", "content": str}, …]. No text in them can open or close a turn,
+    as long as the template writes turns with control tokens: those that the tokenizer calls special, and others that
+    the template writes. `is_protected` is False for templates that use ordinary text.
 
-    stops: the set of ids that end a reply. end: the id that ends a turn. bos: the first id of a conversation, or None.
+    end: the id that ends a reply, None where the template does not show it. stops: the set of ids at which a reply
+    ends. bos: the id that begins every conversation, or None.
     """
 
-    DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    def __init__(self, path):
+        """Only tokenizer.json is needed. If there are tokenizer_config.json, config.json and generation_config.json,
+        their eos tokens are stops, too. UserError if a file is broken, if the template does not work, and if there is
+        no template and the tokenizer has neither Llama 3's nor ChatML's control tokens."""
+        self.path, self.tokenizer = path, load_tokenizer(path)
+        template, settings = read_template(path), tokenizer_settings(path)
+        if not template:
+            template = self.plain_template()
+        # Tokens may be written as text, or as {"content": text, …}
+        names = {key: value.get("content") if isinstance(value, dict) else value
+                 for key, value in settings.items() if key.endswith("_token")}
+        self.variables = {key: value for key, value in names.items() if isinstance(value, str)}
+        try:
+            self.template = compile_template(template)
+        except TemplateError as error:
+            raise UserError(f"{path}: the chat template is no Jinja template ({shorten(str(error), 200)})") from None
+        self.find_control_tokens()
 
-    def __init__(self, tokenizer, template="", stops=()):
-        """template: the folder's chat template. It is never run, only searched for a default system message and for
-        Llama 3.1's dates. stops: further ids that end a reply. UserError if the tokenizer has no chat tokens."""
-        self.tokenizer, special = tokenizer, tokenizer.token_to_id
-        self.llama = special("<|start_header_id|>") is not None
-        if self.llama:
-            self.bos, self.end = special("<|begin_of_text|>"), special("<|eot_id|>")
-            # <|eom_id|> is Llama 3.1's name of the token that Llama 3 calls <|reserved_special_token_4|>
-            others = "<|end_of_text|>", "<|eom_id|>", "<|reserved_special_token_4|>"
-        else:
-            self.bos, self.end, others = None, special("<|im_end|>"), ("<|endoftext|>",)
-        if self.end is None or self.llama and self.bos is None or not self.llama and special("<|im_start|>") is None:
-            raise UserError("the tokenizer has neither Llama 3's chat tokens (<|start_header_id|>, <|eot_id|>, "
-                            "<|begin_of_text|>) nor ChatML's (<|im_start|>, <|im_end|>): take an instruct model's")
-        self.stops = {self.end, *stops} | {special(name) for name in others} - {None}
-        self.dates = self.llama and "Cutting Knowledge Date" in template
-        default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}]*?)<\|im_end\|>", template)
-        self.default_system = default.group(1) if default else None
+        stops = {self.end, self.tokenizer.token_to_id(self.variables.get("eos_token", ""))} - {None}
+        files = [Path(path) / name for name in ("config.json", "generation_config.json")]
+        self.stops = stops.union(*(eos_ids(file) for file in files if file.exists()))
 
     @classmethod
     def from_dir(cls, path):
-        """The chat format of a model folder. Only the tokenizer's files are needed; if there are config.json and
-        generation_config.json, their eos ids are stops, too."""
-        path = Path(path)
-        settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
-        template = settings.get("chat_template") or ""
-        if isinstance(template, list):  # several templates with names
-            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"),
-                            "")
-        if (path / "chat_template.jinja").exists():
-            try:
-                template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path / 'chat_template.jinja'}: not readable as text ({error})") from None
-        if not isinstance(template, str):
-            raise UserError(f"{path / 'tokenizer_config.json'}: chat_template is {shorten(template)}, expected text")
-        files = [path / name for name in ("config.json", "generation_config.json") if (path / name).exists()]
-        stops = set().union(*map(eos_ids, files))
-        try:
-            return cls(load_tokenizer(path), template, stops)
-        except UserError as error:
-            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        """The same as Chat(path), under the name that other loaders have."""
+        return cls(path)
 
-    def turn(self, role, text=""):
-        """The ids of one message without the token that ends it; with no text, the opening of a message."""
-        special = self.tokenizer.token_to_id
-        if self.llama:
-            return [special("<|start_header_id|>"), *encode(self.tokenizer, role), special("<|end_header_id|>"),
-                    *encode(self.tokenizer, "\n\n" + text)]
-        # encoded as one piece: split at the newline, a text that starts with white space would get other ids
-        return [special("<|im_start|>"), *encode(self.tokenizer, f"{role}\n{text}")]
+    def plain_template(self):
+        """Llama 3's format or ChatML, whichever the tokenizer has the control tokens for."""
+        for template in (LLAMA_TEMPLATE, CHATML_TEMPLATE):
+            if all(self.tokenizer.token_to_id(token) is not None for token in re.findall(r"<\|\w+\|>", template)):
+                return template
+        raise UserError(f"{self.path}: there is no chat template, and the tokenizer has neither Llama 3's chat tokens "
+                        "(<|start_header_id|>, <|eot_id|>, <|begin_of_text|>) nor ChatML's (<|im_start|>, <|im_end|>): "
+                        "take an instruct model's")
+
+    def find_control_tokens(self):
+        """Set what a conversation of plain words shows: control tokens, bos, end, whether all turns are protected."""
+        added = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values()}
+        self.control = {text: token for text, token in added.items() if token.special}
+        words = ["Aardvark", "Bandicoot", "Caribou"]
+        messages = [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), words)]
+        text = self.render(messages, add_generation_prompt=True)
+        gaps = re.split("|".join(words), text)  # what is written before, between and after the three
+        if len(gaps) != 4:
+            raise UserError(f"{self.path}: the chat template leaves out what was said; give another chat_template.jinja")
+        # Some checkpoints do not call the tokens of their turns special. The library would go on recognising them in a
+        # user's text. White space and words that are added tokens open no turn.
+        written = {text: token for text, token in added.items() if not token.special and re.search(r"[^\w\s]", text)
+                   and any(text in gap for gap in gaps)}
+        self.tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in written])
+        self.control |= written
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self.pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})" if self.control else "($^)")
+        self.is_protected = all(self.pattern.search(gap) for gap in gaps[1:])
+        ids = self.encode(text)
+        self.bos = ids[0] if self.pattern.match(text) and ids.count(ids[0]) == 1 else None
+        try:
+            self.end = self.example(messages[:1], words[1])[0][-1]
+        except UserError:
+            self.end = None
+
+    def render(self, messages, **variables):
+        """The conversation as the template writes it. UserError if the template refuses it or fails."""
+        try:
+            return self.template.render(messages=messages, **self.variables, **variables)
+        except Exception as error:  # a template can raise anything: it is a program
+            raise UserError(f"{self.path}: the chat template does not take this conversation "
+                            f"({shorten(str(error), 200)})") from None
+
+    def protect(self, texts):
+        """Returns (texts, mark): in each control token that someone typed, one private-use character is put after the
+        first character. `encode` removes it again. The template sees everything else as it is."""
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if not any(chr(code) in text for text in texts))
+        return [self.pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text) for text in texts], mark
+
+    def encode(self, text, mark=""):
+        """What the template has written -> ids. Control tokens become their ids, each text between them is encoded in
+        one piece, and marks are left out."""
+        ids, pieces = [], self.pattern.split(text)  # text, token, text, token, …, text
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                ids.append(self.tokenizer.token_to_id(piece))
+                continue
+            if i > 0 and self.control[pieces[i - 1]].rstrip:  # the token takes the white space after it
+                piece = piece.lstrip()
+            if i + 1 < len(pieces) and self.control[pieces[i + 1]].lstrip:
+                piece = piece.rstrip()
+            ids += encode(self.tokenizer, piece.replace(mark, ""))
+        return ids
 
     def prompt(self, messages):
         """The ids of a conversation, up to where the assistant's next reply begins."""
-        messages = [(m["role"], m["content"].strip() if self.llama else m["content"]) for m in messages]
-        if self.dates:  # Llama 3.1's published template always opens with a system message that begins with two dates
-            system = messages.pop(0)[1] if messages and messages[0][0] == "system" else ""
-            messages.insert(0, ("system", self.DATES + system))
-        elif self.default_system is not None and (not messages or messages[0][0] != "system"):
-            messages.insert(0, ("system", self.default_system))
-        ids, between = ([self.bos], []) if self.llama else ([], encode(self.tokenizer, "\n"))
-        for role, text in messages:
-            ids += [*self.turn(role, text), self.end, *between]
-        return ids + self.turn("assistant")
+        texts, mark = self.protect([m["content"] for m in messages])
+        messages = [{**m, "content": text} for m, text in zip(messages, texts)]
+        return self.encode(self.render(messages, add_generation_prompt=True), mark)
 
     def example(self, messages, response):
         """A training example, (ids, supervised): the prompt, then the response and the token that ends its turn.
 
-        supervised[i] is True where id i belongs to the response or is its end token. The response is stripped, and
-        encoded separately from the prompt, because a generated reply begins there, too.
+        supervised[i] is True where id i does not belong to the prompt: for the response, its end token, and what the
+        template puts before it (Qwen3's: an empty thought). The response is stripped, and encoded separately from the
+        prompt, because a generated reply begins there, too. UserError for a template that writes a past reply in
+        another way than a new one, or that shows no end of a reply.
         """
-        prompt, reply = self.prompt(messages), [*encode(self.tokenizer, response.strip()), self.end]
-        return prompt + reply, [False] * len(prompt) + [True] * len(reply)
+        (*texts, response), mark = self.protect([*(m["content"] for m in messages), response.strip()])
+        messages = [{**m, "content": text} for m, text in zip(messages, texts)]
+        prompt = self.render(messages, add_generation_prompt=True)
+        messages.append({"role": "assistant", "content": response})
+        for following in ([], [{"role": "user", "content": "And?"}]):
+            whole = self.render(messages + following)
+            if not whole.startswith(prompt):
+                raise UserError(f"{self.path}: cannot train with this chat template: its prompt for a reply ends in "
+                                f"{shorten(prompt[-30:])}, which it does not write before a past reply. Give the "
+                                "folder another chat_template.jinja")
+            reply = whole[len(prompt):]
+            start = self.pattern.sub(lambda token: "\0" * len(token[0]), reply).find(response)
+            end = self.pattern.search(reply, start + len(response) if start >= 0 else 0)
+            if end:
+                prompt, reply = self.encode(prompt, mark), self.encode(reply[:end.end()], mark)
+                return prompt + reply, [False] * len(prompt) + [True] * len(reply)
+        raise UserError(f"{self.path}: cannot train with this chat template: no special token ends a reply. Give the "
+                        "folder another chat_template.jinja")
 
     def text(self, ids):
         """The text of some ids, stripped and without special tokens."""

@@ -11,17 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lora import EXPERTS
 from model import Config, Transformer
-from support.chat import Chat, encode, load_tokenizer
+from support.chat import CHATML_TEMPLATE, LLAMA_TEMPLATE, Chat, encode, load_tokenizer
 from support.files import UserError, atomic, read_json
 from support.rows import Row, make_rows
 from synth import template_records
 
-LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
-CHATML_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 LLAMA_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
