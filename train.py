@@ -78,8 +78,8 @@ class Args:
     device: str | None = None
     """cpu, cuda or cuda:N. Default: paper needs a GPU, small takes one if there is one, tiny uses the CPU."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
-    """bfloat16: the frozen base's dtype, and autocast. Default: bfloat16 on a GPU, float32 on a CPU. Trained weights are
-    always float32."""
+    """bfloat16: the frozen base's dtype, and autocast. Default: bfloat16 on a GPU, float32 on a CPU. Trained weights
+    are always float32."""
     seed: int = 0
     """Seed of data order and initial values. The same seed on the same CPU gives the same run, bit for bit."""
     tau: float = 1.0
@@ -444,7 +444,7 @@ def train_stage(name, setup, settings, stop):
         model = setup.load_base(setup.run / "warmup" / "experts" if name == "joint" else None)
         chat = Chat.from_dir(setup.base)
         if not chat.is_protected:
-            print(f"{name}: {setup.base}'s chat template opens turns with ordinary text; a message that has it opens one")
+            print(f"{name}: the chat template of {setup.base} opens turns with ordinary text. So can a message")
     if name != "warmup":
         router = setup.load_router(setup.run / "router" / "router" if name == "joint" else None)
         tokenizer = load_tokenizer(setup.encoder)

@@ -186,7 +186,8 @@ class Chat:
         text = self.render(messages, add_generation_prompt=True)
         gaps = re.split("|".join(words), text)  # what is written before, between and after the three
         if len(gaps) != 4:
-            raise UserError(f"{self.path}: the chat template leaves out what was said; give another chat_template.jinja")
+            raise UserError(f"{self.path}: the chat template leaves out what was said. Give another "
+                            "chat_template.jinja")
         # Some checkpoints do not call the tokens of their turns special. The library would go on recognising them in a
         # user's text. White space and words that are added tokens open no turn.
         written = {text: token for text, token in added.items() if not token.special and re.search(r"[^\w\s]", text)

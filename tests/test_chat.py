@@ -288,7 +288,8 @@ def test_the_template_is_found_wherever_it_is_and_need_not_be_there(kind, where,
     ("{{ raise_exception('Only questions, please') }}", "Only questions, please"),
     ("{{ messages[0].tools.first }}", "has no attribute 'tools'"), ("{{ 1 / 0 }}", "division by zero"),
     ("{% include 'x' %}", "no loader"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    ("{{ messages.append(1) }}", "unsafe"), ("{{ messages[0].content }}", "leaves out what was said"), (7, "expected text"), ([{"name": "tool_use", "template": ""}], "default")])
+    ("{{ messages.append(1) }}", "unsafe"), ("{{ messages[0].content }}", "leaves out what was said"),
+    (7, "expected text"), ([{"name": "tool_use", "template": ""}], "default")])
 def test_a_template_that_does_not_work_is_an_error_that_names_the_folder(template, said, tmp_path):
     """Templates are other people's programs. They run in a sandbox, and whatever they raise ends in one line."""
     make_folder(tmp_path, "chatml")
