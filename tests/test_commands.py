@@ -425,6 +425,18 @@ def test_arguments_that_contradict_each_other_are_refused(here, argv, why):
     assert not any(here.iterdir())
 
 
+def test_a_gpu_that_only_emulates_bfloat16_is_refused_and_takes_float32(monkeypatch):
+    """PyTorch says that such a GPU has bfloat16 unless it is asked without emulation. It would be slower than fp32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    gpu = torch.device("cuda")
+    for name in (None, "bfloat16"):
+        with pytest.raises(UserError, match="Tesla T4 has no bfloat16: use --dtype float32"):
+            command.pick_dtype(name, gpu)
+    assert command.pick_dtype("float32", gpu) == pick_dtype(None, torch.device("cpu")) == torch.float32
+    assert command.pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and data that tiny makes, and a run that is moved
 
