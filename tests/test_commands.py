@@ -433,7 +433,7 @@ def test_a_gpu_that_only_emulates_bfloat16_is_refused_and_takes_float32(monkeypa
     for name in (None, "bfloat16"):
         with pytest.raises(UserError, match="Tesla T4 has no bfloat16: use --dtype float32"):
             command.pick_dtype(name, gpu)
-    assert command.pick_dtype("float32", gpu) == pick_dtype(None, torch.device("cpu")) == torch.float32
+    assert command.pick_dtype("float32", gpu) == command.pick_dtype(None, torch.device("cpu")) == torch.float32
     assert command.pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
