@@ -224,9 +224,8 @@ class HttpTeacher:
 
 PASSING = 408, 409, 425, 429  # as are all from 500 on: the same request may be accepted later
 REFUSES_ALL = 401, 402, 403, 404, 405, 407, 410
-ABOUT_ALL = re.compile(r"model\b[^.]{0,80}(not[ _](found|exist|available|a valid|supported|loaded)|n.t exist|unknown"
-                       r"|unavailable)|model_not_|(no|unknown|invalid|not a valid)[ _]model|api[ _]key|credit balance",
-                       re.I)
+ABOUT_ALL = re.compile(r"model\b[^.]{0,80}(not[ _](found|exist|supported)|n.t exist|unknown)|model_not_"
+                       r"|(no|unknown|invalid|not a valid)[ _]model|api[ _]key|credit balance", re.I)
 ABOUT_THIS = re.compile(r"moderat|flagged|safety|content[ _]*(filter|polic|manag)|context[ _](length|size|window)",
                         re.I)
 WHOLE = ("", "stop", "stop_sequence", "eos", "eos_token", "eot", "end", "end_turn", "complete", "completed", "finished",
@@ -256,12 +255,15 @@ def read_answer(status, headers, body, key=""):
     if not isinstance(message, dict):
         raise RequestFailed(f"not a chat completion: {one_line(text, key)!r}")
     content, refusal = message.get("content"), message.get("refusal")
-    if isinstance(content, list):  # of parts, some of which are thoughts
-        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+    if isinstance(content, (list, dict)):  # parts, some of which are thoughts
+        parts = [part if isinstance(part, dict) else {"text": part}
+                 for part in (content if isinstance(content, list) else [content])]
         content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str)
                           and part.get("type", "text") in ("text", "output_text"))
         refusal = refusal or " ".join(str(part["refusal"]) for part in parts if part.get("refusal"))
-    content, finish = str(content or ""), str(choice.get("finish_reason") or "").lower()
+    content, finish = content or "", str(choice.get("finish_reason") or "").lower()
+    if not isinstance(content, str):
+        raise RequestFailed(f"not a chat completion: {one_line(text, key)!r}")
     if refusal and not content:
         raise QueryRejected(f"the teacher refused: {one_line(str(refusal), key)}")
     if finish in CUT_OFF and not content.strip():
@@ -279,8 +281,8 @@ def read_error(status, headers, error, key):
     entry = error if isinstance(error, dict) else {"message": error}
     if status == 200 and re.fullmatch("[45][0-9][0-9]", str(entry.get("code"))):  # the status stands in the body
         status = int(entry["code"])
-    name = next((name for name in (entry.get("code"), entry.get("type")) if re.fullmatch(r"(?i)[a-z][\w.-]*", str(name))
-                 and isinstance(name, str)), None)
+    name = next((name for name in (entry.get("code"), entry.get("type"))
+                 if isinstance(name, str) and re.fullmatch(r"[a-zA-Z][\w.-]*", name)), None)
     words = entry.get("message") or entry.get("detail") or error
     if 300 <= status < 400:
         words = f"it redirects to {headers.get('Location')}; if you trust that address, give it as --url"

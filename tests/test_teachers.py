@@ -25,7 +25,7 @@ from support import output
 from support import server as server_module
 from support.files import UserError
 from support.records import check_record, read_records
-from support.replies import Reply, read_pole
+from support.replies import QueryRejected, Reply, RequestFailed, read_pole
 from synth import PROMPTS, Synthesis
 
 ROOT = Path(synth.__file__).resolve().parent
@@ -476,8 +476,8 @@ ONE_QUERY = {  # an answer that refuses this query, and the reason in the reject
 
 @pytest.mark.parametrize("refusal, why", ONE_QUERY.values(), ids=ONE_QUERY)
 @pytest.mark.parametrize("workers", [1, 8])
-def test_a_query_that_the_server_refuses_is_rejected_in_its_words_and_the_rest_goes_on(asked, out, workers, refusal,
-                                                                                       why):
+def test_a_query_that_the_server_refuses_is_rejected_in_its_words_and_the_rest_goes_on(
+        asked, out, workers, refusal, why):
     with serving(lambda n, a: refusal if n in (0, 7) else good(n, a)) as server:
         assert not synth.main(http_command(server, asked, out, "--workers", workers))
     assert {entry["id"] for entry in rejected(out)} == {"q0", "q7"} and len(ids(out)) == 10
@@ -541,6 +541,36 @@ def test_a_content_in_parts_is_their_texts_without_the_thoughts(asked, out):
     with serving(lambda *_: (200, answer(content=parts))) as server:
         assert not synth.main(http_command(server, asked, out, "--retries", 0))
     assert len(ids(out)) == 12 and lines(out)[0]["cot"]["situation"] == "They wait."
+
+
+ODD = (None, True, 7, "", "x", "\ud83d", [], {}, [None], [[]], ["x"], {"text": 3}, [{"text": []}], {"message": {}},
+       "9" * 999)
+
+
+def test_whatever_a_server_sends_is_a_reply_or_one_of_three_faults():
+    """Odd values at every place of an answer, with every kind of status."""
+    def mutants(value):
+        yield from ODD
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            for odd in mutants(value[key]):
+                copy = value.copy()
+                copy[key] = odd
+                yield copy
+    choice = {"message": {"content": [{"type": "text", "text": "a"}], "refusal": None}, "finish_reason": "stop"}
+    error, seen = {"message": "a", "code": 400, "type": "c"}, Counter()
+    for whole in ({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 2}},
+                  {"choices": [choice | {"error": error}]}, {"error": error}):
+        for found in mutants(whole):
+            for status in (200, 204, 302, 400, 404, 429, 500, 999):
+                try:
+                    reply = server_module.read_answer(status, {}, json.dumps(found).encode())
+                    seen[type(reply)] += 1
+                    assert isinstance(reply.text, str)
+                    assert type(reply.tokens_read) is type(reply.tokens_written) is int
+                except (RequestFailed, QueryRejected, UserError) as fault:
+                    seen[type(fault)] += 1
+                    assert str(fault).isprintable() and len(str(fault)) < 400
+    assert set(seen) == {Reply, RequestFailed, QueryRejected, UserError} and min(seen.values()) > 5
 
 
 @pytest.mark.parametrize("finish", [None, "", "stop", "STOP", "eos", "end_turn", "stop_sequence", "eos_token"])
@@ -712,6 +742,28 @@ def test_an_honest_limit_rejects_nothing_and_is_seldom_exceeded(tmp_path, out):
     with serving(script) as server:
         assert not synth.main(http_command(server, asked, out, "--retries", 0))
     assert len(ids(out)) == 60 and not rejected(out) and sum(server.asked.values()) - 60 < 60
+
+
+def test_after_a_429_requests_start_further_apart_and_with_each_answer_closer_again(monkeypatch):
+    """Requests that were under way together count once. The gap is at most the wait asked for, or a second."""
+    now = [100.0]
+    monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    teacher = server_module.HttpTeacher(synth.Args("http", url="http://x", model="m"))
+    teacher.stop = SimpleNamespace(is_set=lambda: False, wait=lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def gaps(failure, began, times=1):
+        for _ in range(times):
+            teacher.set_pace(failure, began)
+        return teacher.gap
+    busy, slow = RequestFailed("server: 429", busy=True), RequestFailed("server: 503", wait=0.03)
+    assert gaps(RequestFailed("server: 500"), 99, 5) == 0 and gaps(busy, 99, 8) == 0.01
+    now[0] = 101
+    assert gaps(slow, 100.5, 8) == 0.02
+    now[0] = 102
+    assert gaps(slow, 101.5) == 0.03 and gaps(busy, 103, 9) == 1.0 and gaps(slow, 104) == 1.0
+    began = [teacher.wait_for_turn() and now[0] for _ in range(3)]
+    assert began == pytest.approx([102.03, 103.03, 104.03])
+    assert 0.5 < gaps(None, 105, 10) < 1 and gaps(None, 106, 1000) < 1e-9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
