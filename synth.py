@@ -55,8 +55,8 @@ from support.compile import compile_decoding
 from support.files import UserError, read_json
 from support.output import RecordWriter, reasons
 from support.records import SPLITS, check_record, read_queries, refuse_to_replace, write_records
-from support.replies import (CHOICES, LONGEST, Reply, RequestFailed, UnusableReply, check_language, check_text,
-                             read_object, read_text, read_traits)
+from support.replies import (CHOICES, LONGEST, QueryRejected, Reply, RequestFailed, UnusableReply, check_language,
+                             check_text, read_object, read_text, read_traits)
 from support.review import COMMANDS
 from support.server import HttpTeacher
 
@@ -216,8 +216,7 @@ def format_query(item):
 # ----------------------------------------------------------------------------------------------------------------------
 # The steps from a query to a record
 
-class QueryRejected(Exception):
-    """A query becomes no record. The message is the reason, such as the complaint about the last reply."""
+PATIENCE = 600  # seconds that a question waits because a server asks for it, before a wait counts as a try; ours
 
 
 class Question(typing.NamedTuple):
@@ -279,7 +278,7 @@ class Synthesis:
         found = read_object(reply, {"situation", "traits", "response"})
         situation, response = (check_text(found.get(key), key) for key in ("situation", "response"))
         traits, reasoning = read_traits(found.get("traits"))
-        check_language(response, self.item["query"])
+        check_language(response, self.item)
         return situation, traits, reasoning, response
 
     def parse_traits(self, reply):
@@ -291,7 +290,7 @@ class Synthesis:
 
     def parse_response(self, reply):
         response = read_text(reply, "response")
-        check_language(response, self.item["query"])
+        check_language(response, self.item)
         return response
 
     def score_traits(self):
@@ -316,21 +315,27 @@ class Synthesis:
         """Ask until `read` can use the reply, and return its result.
 
         After an unusable reply, the next question includes the complaint. After a failed request the same question is
-        asked again.
+        asked again. Waits that a server asks for do not count as tries until they add up to PATIENCE.
         """
         messages = first = self.messages(prompt, **parts)
-        for _ in range(1 + self.retries):
+        tries, waited = 0, 0.0
+        while tries <= self.retries:
             reply = yield Question(messages)
             self.provenance["calls"] += 1
             if isinstance(reply, RequestFailed):
                 reason = str(reply)
+                tries += not reply.wait or waited >= PATIENCE
+                waited += reply.wait or 0.0
                 continue
-            self.last_text = reply.text[:LONGEST]
+            tries += 1
+            self.last_text = reply.raw[:LONGEST]
             self.provenance["tokens_read"] += reply.tokens_read
             self.provenance["tokens_written"] += reply.tokens_written
             try:
                 if len(reply.text) > LONGEST:
                     raise UnusableReply(f"it is longer than {LONGEST:,} characters")
+                if reply.cut_off and not reply.text:
+                    raise UnusableReply("it was cut off before its thoughts ended (--max-new-tokens); think less")
                 return read(reply)
             except UnusableReply as problem:
                 reason = str(problem)
@@ -390,8 +395,9 @@ class LocalTeacher:
             written = generate(self.model, [prompts[i] for i in to_write], None, self.max_new_tokens, self.temperature,
                                stops=self.chat.stops, generator=self.generator)
             for i, ids in zip(to_write, written):
-                replies[i] = Reply(self.chat.text(ids), cut_off=ids[-1] not in self.chat.stops,
-                               tokens_read=len(prompts[i]), tokens_written=len(ids))
+                ended = ids[-1] in self.chat.stops
+                text = self.chat.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)  # marks, too
+                replies[i] = Reply(text, not ended, tokens_read=len(prompts[i]), tokens_written=len(ids))
         return replies
 
     @torch.no_grad()
@@ -441,7 +447,7 @@ class Args:
     (local) is separate, except that each trait is the most probable of the words high, low and neither."""
     retries: int = 3
     """local, http: how often a step of a query is tried again, after a reply that cannot be used or a failed request.
-    Then the query is rejected."""
+    Then the query is rejected. Waits that a server asks for do not count for the first ten minutes of a step."""
     max_new_tokens: int = 512
     """The most tokens of one reply."""
     temperature: float | None = None
@@ -453,7 +459,8 @@ class Args:
     connect or sends its headers in pieces can take longer."""
     backoff: float = 1.0
     """http: seconds to wait after a failed request. The wait doubles with each further failure of the same query, up to
-    60, and is shortened at random by up to half. If the server sends Retry-After, that is used instead."""
+    60, and is shortened at random by up to half. If the server sends Retry-After, that is used instead. After each 429
+    requests follow each other more slowly for a while."""
     batch: int = 16
     """local: how many replies are written at the same time."""
     device: str | None = None

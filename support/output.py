@@ -4,6 +4,7 @@ A synthesis runs for hours. Finished queries are appended at once. After Ctrl-C 
 repeats only the queries whose outcome was not saved yet.
 """
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -71,8 +72,9 @@ class RecordWriter:
 
 
 def reasons(entries):
-    """Returns {reason: number of entries} of a rejected file. Of each reason, the part before its colon counts."""
-    return Counter(entry["reason"].partition(":")[0][:60] for entry in entries)
+    """Returns {reason: number of entries} of a rejected file. Of each reason, the part before its colon counts, and of
+    one that begins "server:", also the part after it, up to the next colon."""
+    return Counter(re.match("(server: )?[^:]*", entry["reason"])[0][:80] for entry in entries)
 
 
 def read_rejected(path, done):

@@ -1,4 +1,4 @@
-"""Reading what language models write: plain text, poles, traits, and JSON that is almost valid.
+"""Reading what language models write: thoughts, plain text, poles, traits, and JSON that is almost valid.
 
 Small models put JSON in single quotes, forget quotes around keys or leave a comma too many. Such a reply is read,
 because asking again costs more. A reply that could be read in two ways is not guessed at: it is an UnusableReply, whose
@@ -22,19 +22,51 @@ class UnusableReply(ValueError):
 
 
 class RequestFailed(Exception):
-    """A request got no reply, but may succeed later. wait: the seconds to wait that the server named, or None."""
+    """A request got no reply, but may succeed later. wait: the seconds to wait that the server named, or None.
+    busy: the server takes fewer requests than it is sent."""
 
-    def __init__(self, message, wait=None):
+    def __init__(self, message, wait=None, busy=False):
         super().__init__(message)
-        self.wait = wait
+        self.wait, self.busy = wait, busy
+
+
+class QueryRejected(Exception):
+    """A query becomes no record. The message is the reason, such as the complaint about the last reply."""
+
+
+# What models and servers leave in a text: marks of thoughts and of turns, of all families
+TAG = r"(?i:(?:\w{1,20}[:_])?(?:think|thinking|thoughts?|reasoning))"  # <think>, <seed:think>
+CHANNEL = r"(?:<\|start\|>assistant\s*)?<\|channel\|>\s*"  # Harmony, the format of gpt-oss
+MARK = re.compile(rf"""
+    (?P<thought>
+        {CHANNEL}(?:analysis|commentary) | <{TAG}> | \[THINK\] | ◁think▷ | <\|START_THINKING\|> | <\|channel>\s*thought)
+  | (?P<reply>
+        {CHANNEL}final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|> | assistantfinal  # this is Harmony without its tokens
+      | </{TAG}> | \[/THINK\] | ◁/think▷ | <\|END_THINKING\|>(?:\s*<\|START_RESPONSE\|>)? | <channel\|> | <answer>
+      | \A\s*<\|?(?:im_start|start_header_id|start_of_turn)\|?>\s*(?:assistant|model)(?:<\|end_header_id\|>)?)
+  | (?P<end>
+        </s> | <eos> | <(?:end|start)_of_turn> | <turn\|> | <\|turn> | \[/?INST\] | </answer>
+      | <[|｜][^\s<>|｜]{{1,40}}[|｜]>)""", re.X)  # <|im_end|>, <|eot_id|>, <|user|> and the like
 
 
 @dataclass
 class Reply:
-    text: str
+    """What a teacher wrote. raw is all of it; text is what stands after the last thought and before the first end of a
+    turn. A thought without an end was cut off, and leaves no text."""
+    raw: str
     cut_off: bool = False    # the limit on tokens ended it, not the teacher
     tokens_read: int = 0     # length of the prompt
     tokens_written: int = 0
+
+    def __post_init__(self):
+        start, end, thinking = 0, len(self.raw), False
+        for mark in MARK.finditer(self.raw):
+            if mark["end"] and not thinking:  # Harmony ends a thought as other formats end a turn
+                end, self.cut_off = mark.start(), False
+                break
+            if not mark["end"]:
+                start, thinking = mark.end(), mark["thought"] is not None
+        self.text, self.cut_off = "" if thinking else self.raw[start:end], self.cut_off or thinking
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,6 +113,8 @@ def read_json_object(text, start):
         if punctuation is None:
             if bare in ("null", "None"):
                 strict.append("null")
+            elif bare and bare[0] in "“”„‘’":
+                raise UnusableReply('its JSON has curly quotes like “ and ”, expected straight ones like "')
             elif bare is not None:
                 strict.append(json.dumps(bare))
             else:
@@ -134,13 +168,16 @@ def check_text(value, key):
     return value.strip()
 
 
-def read_text(reply, key):
-    """Returns a reply that is plain text. If the teacher wrote a JSON object instead, returns its value of `key`.
+JSON_BEGINS = re.compile(r"""\A\W*\{ | \{\s* (?: ["'“„‘] | \w+\s*: )""", re.X)
 
-    UnusableReply if it is empty or cut off, or if it begins as a JSON object that has no such key.
+
+def read_text(reply, key):
+    """Returns a reply that is plain text. If there is a JSON object in it, returns the object's value of `key`.
+
+    UnusableReply if it is empty or cut off, or if it has a JSON object without this key.
     """
-    text = re.sub(r"^```\w*\n(.*)\n```$", r"\1", reply.text.strip(), flags=re.S).strip()
-    if text.startswith("{"):
+    text = re.sub(r"^```(?:\w*\s*\n)?(.*)```$", r"\1", reply.text.strip(), flags=re.S).strip()
+    if JSON_BEGINS.search(text):
         text = check_text(read_object(reply, {key})[key], key)
     elif reply.cut_off:
         raise UnusableReply("it was cut off; be briefer")
@@ -190,17 +227,23 @@ def read_traits(found):
 # The language of a response
 
 def scripts(text):
-    """Returns the scripts of a text's letters, the most frequent first. Japanese mixes three, which count as one."""
-    names = (unicodedata.name(char, "?").split()[0] for char in text if char.isalpha())
-    return [name for name, _ in Counter("CJK" if n in ("HIRAGANA", "KATAKANA") else n for n in names).most_common()]
+    """Returns the scripts of a text's letters, the most frequent first. Japanese mixes three, which count as one.
 
-
-def check_language(response, query):
-    """UnusableReply if the query has no letter of the script that most of the response is written in.
-
-    Small models fall into another language. This notices Chinese for an English query, but not French.
+    NFKC makes ordinary letters of mathematical, fullwidth and halfwidth ones.
     """
-    ours, theirs = scripts(response), scripts(query)
+    names = (unicodedata.name(char, "?") for char in unicodedata.normalize("NFKC", text) if char.isalpha())
+    return [name for name, _ in Counter("CJK" if name.startswith(("HIRAGANA", "KATAKANA", "IDEOGRAPHIC"))
+                                        else name.split()[0] for name in names).most_common()]
+
+
+def check_language(response, item):
+    """UnusableReply if a query has no letter of the script that most of the response is written in.
+
+    The texts of its history count as the query's. Small models fall into another language. This notices Chinese for an
+    English query, but not French.
+    """
+    texts = [item["query"], *(turn["content"] for turn in item.get("history") or ())]
+    ours, theirs = scripts(response), scripts("\n".join(texts))
     if ours and theirs and ours[0] not in theirs:
         raise UnusableReply(f"the response is in the wrong language: its script is {ours[0].title()}, the query's "
                             f"{theirs[0].title()}")

@@ -1,7 +1,8 @@
 """A teacher behind a server that speaks OpenAI's chat completions.
 
 It is not in synth.py because sockets, retries and keys teach nothing about Persona-CoT. Several threads each take a
-query through its steps, one request at a time. The main thread saves the finished records.
+query through its steps, one request at a time. The main thread saves the finished records. Whatever a server answers is
+read in one place, `read_answer`.
 """
 import email.utils
 import http.client
@@ -11,15 +12,19 @@ import queue
 import random
 import re
 import ssl
+import sys
 import threading
 import time
 import urllib.parse
 
+from tqdm import tqdm
+
 from support.files import UserError
-from support.replies import Reply, RequestFailed
+from support.replies import QueryRejected, Reply, RequestFailed
 
 
 LONGEST_ANSWER = 8_000_000  # bytes of an HTTP answer that are read
+MOST_REFUSED = 100  # queries that a server may refuse before it has answered any
 WORKER_ENDED = object()
 
 
@@ -41,6 +46,7 @@ class HttpTeacher:
             raise UserError("--url: expected the base of the server's addresses, such as http://localhost:8080/v1, "
                             "without user name, key or query")
         self.path = url.path.rstrip("/") + "/chat/completions"
+        self.address = f"{url.scheme}://{url.netloc}{self.path}"
         # HTTPSConnection verifies the server's certificate
         self.new_connection = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
         self.key = os.environ.get(args.key_env, "").strip() if args.key_env else ""
@@ -51,7 +57,13 @@ class HttpTeacher:
             self.body["temperature"] = args.temperature
         self.name, self.args = f"http:{args.model}", args
         self.connected = False     # whether the server has ever been reached
-        self.not_before = 0.0      # when the server wants the next request, in the seconds of time.monotonic
+        self.answered = False      # whether it has ever written a reply
+        self.refused = 0           # how many queries it has refused
+        self.remedies = []         # changes to every request, because the server refuses it otherwise
+        self.not_before = 0.0      # when the next request may start, in the seconds of time.monotonic
+        self.gap = 0.0             # seconds between the starts of two requests
+        self.slowed = 0.0          # when the gap last grew
+        self.pace = threading.Lock()  # for the three above
         self.stop = threading.Event()
         self.finished = queue.SimpleQueue()  # outcomes, errors, and WORKER_ENDED from each worker
 
@@ -100,35 +112,82 @@ class HttpTeacher:
     def converse(self, query):
         """Make all requests of one query, with a wait after each that failed. After self.stop, it has no outcome."""
         failures = 0  # in a row
-        while not query.outcome and not self.stop.wait(max(0.0, self.not_before - time.monotonic())):
+        while not query.outcome and self.wait_for_turn():
+            began = time.monotonic()
             try:
-                reply, failures = self.request(query.question.messages), 0
+                reply, failures, self.answered = self.request(query.question.messages), 0, True
             except RequestFailed as failure:
                 reply, failures = failure, failures + 1
+            except QueryRejected as refusal:
+                reply, failures, self.refused = refusal, 0, self.refused + 1
+                if self.refused >= MOST_REFUSED and not self.answered:
+                    raise UserError(f"{self.address} refused the first {self.refused} queries: {refusal}") from None
             except UserError as error:
                 raise UserError(f"query {query.item['id']!r}: {error}") from None
             query.tell(reply)
             if failures and query.outcome and not self.connected:
                 raise UserError(f"{self.args.url}: {reply}; is the server running, and is this its address?")
-            if failures and not query.outcome:
-                if reply.wait is not None:  # all workers wait as long as the server asks for
-                    self.not_before = max(self.not_before, time.monotonic() + reply.wait)
-                else:
-                    self.stop.wait(min(60.0, self.args.backoff * 2 ** (failures - 1)) * random.uniform(0.5, 1))
+            self.set_pace(reply if failures else None, began)
+            if failures and not query.outcome and reply.wait is None:
+                self.stop.wait(min(60.0, self.args.backoff * 2 ** (failures - 1)) * random.uniform(0.5, 1))
+
+    def wait_for_turn(self):
+        """Wait until the next request may start. Returns False after self.stop."""
+        while not self.stop.is_set():
+            with self.pace:
+                now = time.monotonic()
+                wait = self.not_before - now
+                if wait <= 0:
+                    self.not_before = now + self.gap
+                    return True
+            self.stop.wait(wait)
+        return False
+
+    def set_pace(self, failure, began):
+        """After a request that began at `began`: let all workers wait as long as the server asks for, and start fewer
+        requests in the same time if it is busy. failure: a RequestFailed, or None.
+
+        The gap between two starts doubles, at most to the wait asked for or a second, and shrinks by 5 % with each
+        answer (ours). Requests that began before it last doubled do not count again.
+        """
+        with self.pace:
+            if failure is None:
+                self.gap *= 0.95
+                return
+            now, wait = time.monotonic(), failure.wait or 0.0
+            if now + wait - max(now, self.not_before) > 60:
+                say(f"{self.address} asks to wait {wait:.0f} s: {failure}")
+            self.not_before = max(self.not_before, now + wait)
+            if (failure.busy or wait) and began >= self.slowed:
+                self.gap, self.slowed = max(self.gap, min(max(2 * self.gap, 0.01), wait or 1.0)), now
 
     def request(self, messages):
         """Returns the Reply to one chat completion.
 
-        RequestFailed if the request may succeed later; UserError if the server will never accept it.
+        RequestFailed if the request may succeed later; QueryRejected if it never will; UserError if none ever will.
         """
+        body = self.body | {"messages": messages}
+        for change in self.remedies:
+            body = change(body)
         try:
-            return self.read_answer(*self.post(json.dumps(self.body | {"messages": messages})))
+            return read_answer(*self.post(json.dumps(body)), self.key)
+        except UserError as error:
+            raise UserError(f"{self.address} answered {error}") from None
+        except (RequestFailed, QueryRejected) as fault:
+            told, change = next(((told, change) for refusal, told, change in REMEDIES
+                                 if re.search(refusal, str(fault), re.I) and change(body) != body), (None, None))
+            if change is None:
+                raise
+            if change not in self.remedies:
+                self.remedies.append(change)
+                say(f"{fault}; from now on requests go {told}")
+            return self.request(messages)
         except ssl.SSLCertVerificationError as error:
             raise UserError(f"{self.host}: its certificate is not valid ({error.verify_message})") from None
         except TimeoutError:
             raise RequestFailed("no reply in time (--timeout)") from None
         except (OSError, http.client.HTTPException) as error:
-            raise RequestFailed(f"connection: {self.one_line(str(error) or type(error).__name__)}") from None
+            raise RequestFailed(f"connection: {one_line(str(error) or type(error).__name__, self.key)}") from None
 
     def post(self, content):
         """Send one request. Returns (status, headers, body) of the answer.
@@ -159,37 +218,120 @@ class HttpTeacher:
         finally:
             connection.close()
 
-    def read_answer(self, status, headers, body):
-        """Returns the Reply in an answer of the server. Raises RequestFailed or UserError as `request` does."""
-        try:
-            found = json.loads(body)
-        except (ValueError, RecursionError):
-            found = None
-        text = body[:2000].decode("utf-8", "replace")
-        if status != 200:
-            error = found.get("error", found) if isinstance(found, dict) else None
-            error = error.get("message", error) if isinstance(error, dict) else error
-            if 300 <= status < 400:
-                error = f"it redirects to {headers.get('Location')}; if you trust that address, give it as --url"
-            said = self.one_line(f"{status} {http.client.responses.get(status, '')}: {error or text}")
-            if status == 429 or status >= 500:
-                raise RequestFailed(f"server: {said}", retry_after(headers.get("Retry-After")))
-            raise UserError(f"{self.host} answered {said}")
-        try:
-            choice, usage = found["choices"][0], found.get("usage") or {}
-            counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
-            return Reply(self.without_key(str(choice["message"]["content"] or "")),
-                         choice.get("finish_reason") == "length",
-                         *(n if type(n) is int else 0 for n in counts))
-        except (LookupError, TypeError, AttributeError):
-            raise RequestFailed(f"not a chat completion: {self.one_line(text)!r}") from None
 
-    def without_key(self, text):
-        return text.replace(self.key, "[key]") if self.key else text
+# ----------------------------------------------------------------------------------------------------------------------
+# What a server answers
 
-    def one_line(self, text):
-        """Returns text from the server as one line that is safe to print in a terminal."""
-        return "".join(c if c.isprintable() else " " for c in " ".join(self.without_key(text).split()))[:300]
+PASSING = 408, 409, 425, 429  # as are all from 500 on: the same request may be accepted later
+REFUSES_ALL = 401, 402, 403, 404, 405, 407, 410
+ABOUT_ALL = re.compile(r"model\b[^.]{0,80}(not[ _](found|exist|supported)|n.t exist|unknown)|model_not_"
+                       r"|(no|unknown|invalid|not a valid)[ _]model|api[ _]key|credit balance", re.I)
+ABOUT_THIS = re.compile(r"moderat|flagged|safety|content[ _]*(filter|polic|manag)|context[ _](length|size|window)",
+                        re.I)
+WHOLE = ("", "stop", "stop_sequence", "eos", "eos_token", "eot", "end", "end_turn", "complete", "completed", "finished",
+         "done")  # names of the end of a turn in finish_reason
+CUT_OFF = "length", "max_tokens", "max_output_tokens", "model_length", "token_limit"
+FILTERED = re.compile(r"filter|safety|refus|sensitive|prohibited|recitation|blocklist|moderat")
+
+
+def read_answer(status, headers, body, key=""):
+    """Returns the Reply in a server's answer. `key` is removed from all texts.
+
+    A fault has one of three consequences: RequestFailed, ask again; QueryRejected, the server refuses this query;
+    UserError, it would refuse every query.
+    """
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    found = found[0] if isinstance(found, list) and found else found  # Gemini puts an error into a list
+    found = found if isinstance(found, dict) else {}
+    choices = found.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    text, message = body[:2000].decode("utf-8", "replace"), choice.get("message")
+    error = found.get("error") or choice.get("error") or (found if "message" in found and not choice else None)
+    if status != 200 or error:
+        raise read_error(status, headers, error or found or text, key)
+    if not isinstance(message, dict):
+        raise RequestFailed(f"not a chat completion: {one_line(text, key)!r}")
+    content, refusal = message.get("content"), message.get("refusal")
+    if isinstance(content, (list, dict)):  # parts, some of which are thoughts
+        parts = [part if isinstance(part, dict) else {"text": part}
+                 for part in (content if isinstance(content, list) else [content])]
+        content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str)
+                          and part.get("type", "text") in ("text", "output_text"))
+        refusal = refusal or " ".join(str(part["refusal"]) for part in parts if part.get("refusal"))
+    content, finish = content or "", str(choice.get("finish_reason") or "").lower()
+    if not isinstance(content, str):
+        raise RequestFailed(f"not a chat completion: {one_line(text, key)!r}")
+    if refusal and not content:
+        raise QueryRejected(f"the teacher refused: {one_line(str(refusal), key)}")
+    if finish in CUT_OFF and not content.strip():
+        raise QueryRejected("the limit on tokens was spent on thoughts before the reply began; raise --max-new-tokens")
+    if finish not in WHOLE + CUT_OFF:
+        fault = QueryRejected if FILTERED.search(finish) else RequestFailed
+        raise fault(f"server: the reply is not whole, finish_reason {one_line(finish, key)[:40]}")
+    usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return Reply(without_key(content, key), finish in CUT_OFF, *(n if type(n) is int else 0 for n in counts))
+
+
+def read_error(status, headers, error, key):
+    """Returns the exception for an answer that holds no reply: "server: 429 Too Many Requests, quota: You have …"."""
+    entry = error if isinstance(error, dict) else {"message": error}
+    if status == 200 and re.fullmatch("[45][0-9][0-9]", str(entry.get("code"))):  # the status stands in the body
+        status = int(entry["code"])
+    name = next((name for name in (entry.get("code"), entry.get("type"))
+                 if isinstance(name, str) and re.fullmatch(r"[a-zA-Z][\w.-]*", name)), None)
+    words = entry.get("message") or entry.get("detail") or error
+    if 300 <= status < 400:
+        words = f"it redirects to {headers.get('Location')}; if you trust that address, give it as --url"
+    about = f"{status} {http.client.responses.get(status, '')}" if status != 200 else None
+    said = one_line(": ".join(filter(None, [", ".join(filter(None, [about, name])), str(words)])), key)
+    if status in PASSING or status >= 500:
+        return RequestFailed(f"server: {said}", retry_after(headers.get("Retry-After")), status == 429)
+    this = ABOUT_THIS.search(said)
+    if 300 <= status < 400 or not this and (status in REFUSES_ALL or ABOUT_ALL.search(said)):
+        return UserError(said)
+    return (RequestFailed if status < 300 and not this else QueryRejected)(f"server: {said}")
+
+
+def without_key(text, key):
+    return text.replace(key, "[key]") if key else text
+
+
+def one_line(text, key):
+    """Returns text from the server as one line that is safe to print in a terminal."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(without_key(text, key).split()))[:300]
+
+
+def say(line):
+    tqdm.write(line, file=sys.stderr)  # above the progress bar
+
+
+def rename_limit(body):
+    return {"max_completion_tokens" if name == "max_tokens" else name: value for name, value in body.items()}
+
+
+def drop_temperature(body):
+    return {name: value for name, value in body.items() if name != "temperature"}
+
+
+def merge_system(body):
+    first, second, *rest = body["messages"]
+    if first["role"] != "system":
+        return body
+    return body | {"messages": [second | {"content": f"{first['content']}\n\n{second['content']}"}, *rest]}
+
+
+REMEDIES = (  # (a refusal in the server's words, what is sent instead, the function that changes the request)
+    (r"use \W{0,3}max_completion_tokens|max_completion_tokens\W{0,3} instead",
+     "with max_completion_tokens instead of max_tokens", rename_limit),
+    (r"temperature.*(support|permitted|recogni|unknown|deprecated)|(support|permitted|recogni|unknown).*temperature",
+     "without --temperature", drop_temperature),
+    (r"system.{0,20}role|role.{0,40}\bsystem|roles must alternate"
+     r"|(system|developer) (message|prompt|instruction).{0,40}(not|n't|unsupported)",
+     "with the system's text in the first message", merge_system))
 
 
 def seconds_until(deadline):
@@ -201,13 +343,13 @@ def seconds_until(deadline):
 
 
 def retry_after(text):
-    """Returns the seconds that a Retry-After header asks to wait, at most an hour, or None if it is not understood.
+    """Returns the seconds that a Retry-After header asks to wait, at most an hour. It holds a number or a date.
 
-    The header holds a number of seconds or a date.
+    None if it asks for no wait, or is not understood.
     """
     try:
-        if re.fullmatch(r"\s*\d+(\.\d*)?\s*", text or ""):
-            return min(3600.0, float(text))
-        return min(3600.0, max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time()))
+        number = re.fullmatch(r"\s*\d+(\.\d*)?\s*", text or "")
+        wait = float(text) if number else email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        return min(3600.0, wait) if wait > 0 else None
     except (TypeError, ValueError, OverflowError):
         return None

@@ -196,6 +196,37 @@ def test_a_step_that_comes_as_json_or_with_its_name_is_understood():
         assert "no JSON object in it with the key situation" in separate(other)[0].outcome["reason"]
 
 
+WRAPPED = {  # a text as JSON, where plain text was asked for
+    "a fence": '```json\n{"response": "Wait."}\n```', "a fence on one line": '```json {"response": "Wait."}```',
+    "CRLF": '```json\r\n{\r\n"response": "Wait."\r\n}\r\n```',
+    "words before": 'Here is the JSON:\n{"response": "Wait."}',
+    "words after": '```\n{"response": "Wait."}\n```\nDoes it {help}?', "capitals": '{"Response": "Wait."}',
+    "other keys, too": '{"situation": "x", "response": "Wait."}', "bare": "{response: 'Wait.'}",
+    "a fence, no JSON": "```text\r\nWait.\r\n```", "one line, no JSON": "```Wait.```", "a quote": "“Wait.”",
+}
+
+
+@pytest.mark.parametrize("text", WRAPPED.values(), ids=WRAPPED)
+def test_json_where_plain_text_was_asked_for_is_read(text):
+    assert separate("a", json.dumps(POLED), text)[0].outcome["response"] == "Wait."
+
+
+@pytest.mark.parametrize("text, why", [
+    ('{"answer": "Wait."}', "no JSON object in it with the key response"), ("{answer: 1}", "with the key response"),
+    ('So: ```{"text": "Wait."}``` there', "with the key response"), ('Here: {"response": "Wai', "not complete"),
+    ('{"response": "a"} or {"response": "b"}', "several"), ('{"response": 3.5, "x": {}', "not complete"),
+    ("Here: {“response”: “Wait.”}", "curly quotes"), ('{"response": {"text": "Wait."}}', "expected a string"),
+    ('{“response”: "Wait."}', "curly quotes"), ('```{"response": ["Wait."]}```', "expected a string")])
+def test_json_that_could_be_read_in_two_ways_is_asked_for_again(text, why):
+    query, questions = separate("a", json.dumps(POLED), text, "Wait.", retries=1)
+    assert query.outcome["response"] == "Wait." and re.search(why, questions[-1][-1]["content"])
+
+
+@pytest.mark.parametrize("text", ["Use {name} there.", "Sets are {1, 2}.", "a } b {", "Write \\frac{a}{b}: done."])
+def test_braces_in_a_text_are_part_of_it(text):
+    assert separate("a", json.dumps(POLED), text)[0].outcome["response"] == text
+
+
 @pytest.mark.parametrize("bad, why", [(("They w", True), "cut off"), ("", "empty"), (" \n", "empty"), ('""', "empty"),
                                       ("```\n\n```", "empty")])
 def test_a_text_that_is_empty_or_cut_off_is_not_taken(bad, why):
@@ -218,6 +249,24 @@ def test_a_retry_shows_the_reply_and_the_complaint_and_every_step_may_be_retried
     query, _ = separate("They wait.", wrong, failed, wrong, retries=2)
     assert "expected the pole" in query.outcome["reason"] and query.outcome["raw"] == wrong
     assert separate(RequestFailed("a"), RequestFailed("b"), retries=1)[0].outcome["reason"] == "b"
+
+
+def test_waits_that_the_server_asks_for_use_up_no_tries_for_ten_minutes():
+    wait, late = RequestFailed("server: 429", wait=60), RequestFailed("server: 503", wait=3600)
+    query, _ = separate(*[wait] * 10, "They wait.", *[wait] * 9, json.dumps(POLED), late, "Wait.")
+    assert query.outcome["response"] == "Wait." and query.outcome["teacher"]["calls"] == 23
+    assert separate(*[wait] * 11)[0].outcome["reason"] == "server: 429"
+    assert separate(late, late)[0].outcome["reason"] == "server: 503"
+    assert separate(late, late, "They wait.", retries=1)[0].outcome is None
+
+
+def test_a_thought_is_neither_kept_nor_taken_for_the_answer():
+    def after(thought, text):
+        return f"<think>{thought}</think>\n\n{text}<|im_end|>\n<|im_start|>user\nAnd?"
+    query, questions = separate(after("Hm.", "They wait."), after('{"openness": "high"}', '{"openness": "low"}'),
+                                after("No.", ""), after("No.", "Wait."), retries=1)
+    assert query.outcome["cot"]["situation"] == "They wait." and query.outcome["response"] == "Wait."
+    assert query.outcome["traits"] == {"openness": -1} and "think" not in json.dumps([query.outcome, questions])
 
 
 def test_fields_of_a_query_cannot_pass_for_an_outcome():
@@ -279,6 +328,22 @@ def test_a_batch_has_prompts_of_similar_length_and_finished_records_leave_it(fol
     assert [len(batch) for batch in batches] == [4, 4, 4, 3, 1]  # 12, and 4 again: full as long as there are queries
     assert all(batch == sorted(batch, reverse=True) for batch in batches)
     assert all(max(b) - min(b) < max(map(max, batches)) - min(map(min, batches)) for b in batches)
+
+
+def test_a_model_folder_writes_thoughts_and_turns_that_are_not_kept(folder, asked, out, monkeypatch):  # noqa: F811
+    chat = Chat.from_dir(folder)
+    texts = [f"<think>Hm.</think>{text}" for text in ("They wait.", json.dumps(POLED), "Wait.</s> And?", "Wait.")]
+    ended = [[*chat.tokenizer.encode(text, add_special_tokens=False).ids, chat.end] for text in texts]
+    ended[3] = ended[3][:-1] + [chat.tokenizer.token_to_id("<|im_start|>"), *ended[0][:-1]]  # the next turn, cut off
+    cut_off = chat.tokenizer.encode("<think>Wait.", add_special_tokens=False).ids
+    given = iter([*ended[:3], *ended[:2], ended[3], cut_off])
+    monkeypatch.setattr(synth, "generate", lambda model, prompts, *_, **__: [next(given) for _ in prompts])
+    queries = write(out.with_name("few.jsonl"), *lines(asked)[:3])
+    assert not synth.main(local_command(folder, queries, out, "--batch", 1, "--retries", 0))
+    assert [(r["cot"]["situation"], r["traits"], r["response"]) for r in lines(out)] == [
+        ("They wait.", TRAITS_OF_GOOD, "Wait.")] * 2
+    (entry,) = rejected(out)
+    assert entry["raw"] == "<think>Wait." and "cut off before its thoughts ended" in entry["reason"]
 
 
 @pytest.mark.parametrize("wanted", [False, True])

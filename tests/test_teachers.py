@@ -25,8 +25,8 @@ from support import output
 from support import server as server_module
 from support.files import UserError
 from support.records import check_record, read_records
-from support.replies import Reply, read_pole
-from synth import Synthesis
+from support.replies import QueryRejected, Reply, RequestFailed, read_pole
+from synth import PROMPTS, Synthesis
 
 ROOT = Path(synth.__file__).resolve().parent
 POLED = {"openness": {"pole": "high", "cue": "ideas"}, "neuroticism": -1, "agreeableness": 0}
@@ -122,6 +122,8 @@ REFUSED = {  # replies that can be read in two ways or not at all, and the compl
     "no traits": (json.dumps({k: v for k, v in GOOD.items() if k != "traits"}), "traits is 'None'"),
     "empty response": (good_with(response=" "), "response is empty"),
     "null": (good_with(situation=None), "situation is 'None'"),
+    "curly quotes": (re.sub('"(.*?)"', r"“\1”", good_with()), "curly quotes"),
+    "a curly value": (good_with().replace('"They wait."', "“They wait.”"), "curly quotes"),
     "another script": (good_with(response="请等一下。"), "wrong language.*Cjk.*Latin"),
     "deep": ('{"situation": ' + "[" * 100_000, "longer than 50,000"), "deep too": ("{" * 9000, "JSON"),
     "deeply nested": ('{"situation":' * 3000, "nested too deeply"), "quotes": ('{"' * 20_000, "JSON"),
@@ -143,6 +145,55 @@ def test_whole_json_may_be_followed_by_a_text_that_is_cut_off():
     assert "briefer" in outcome(json.dumps(GOOD)[:-9], cut_off=True)["reason"]
 
 
+DRAFT = good_with(response="No.", traits={"openness": "low"})
+THOUGHTS = {  # family: what stands before and after a thought
+    "Qwen3": ("<think>\n", "\n</think>\n\n"), "the prompt opens it": ("", "</think>"), "Kimi": ("◁think▷", "◁/think▷"),
+    "Magistral": ("[THINK]", "[/THINK]"), "Seed": ("<seed:think>", "</seed:think>"),
+    "capitals": ("<Thinking>", "</Thinking>"), "Gemma": ("<|channel>thought\n", "<channel|>"),
+    "Command A": ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
+    "Hunyuan": ("<think>", "</think>\n<answer>"), "twice": ("<think>a</think>No.<think>", "</think>"),
+    "Harmony": ("<|channel|>analysis<|message|>",
+                "<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>"),
+    "Harmony after its header": ("<|start|>assistant<|channel|>analysis<|message|>",
+                                 "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    "Harmony without its tokens": ("analysis", "assistantfinal"), "none": None,
+}
+ENDS = ["", "<|im_end|>", "<|eot_id|>\n", "</s>", "<end_of_turn>", "<|endoftext|>", "<｜end▁of▁sentence｜>",
+        "<|return|>", "<|END_OF_TURN_TOKEN|>", "<turn|>", "<|user|>", "<eos>", "</answer>", "[INST]",
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd?", "<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n"
+        f"<|im_start|>assistant\n<think>Hm.</think>{DRAFT}"]
+
+
+@pytest.mark.parametrize("family", THOUGHTS)
+def test_a_reply_is_what_stands_after_the_last_thought_and_before_the_first_end_of_a_turn(family):
+    """As plain text and as JSON; the thought drafts another answer. A thought without an end leaves no reply."""
+    opening, closing = THOUGHTS[family] or ("", "")
+    thought = f"{opening}{DRAFT}, hm: a < b{closing}" if THOUGHTS[family] else ""
+    for end in ENDS:
+        assert Reply(f"{thought}Wait.{end}").text.strip() == "Wait."
+        record = outcome(thought + good_with() + end)
+        assert record["response"] == "Wait with me." and record["traits"] == TRAITS_OF_GOOD
+        assert "response" in outcome(thought + good_with() + end, cut_off=True)
+    if opening not in ("", "analysis"):
+        entry = outcome(thought.removesuffix(closing))
+        assert "cut off before its thoughts ended (--max-new-tokens)" in entry["reason"] and DRAFT in entry["raw"]
+
+
+@pytest.mark.parametrize("text", ["a < b and b > c", "<b>Wait.</b>", "[Sigh] I think so.", "f <|> g", "a|>b", "End."])
+def test_marks_that_belong_to_a_text_stay(text):
+    assert (Reply(text).text, Reply(text).cut_off) == (text, False)
+
+
+@pytest.mark.parametrize("header", ["<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                                    "<start_of_turn>model\n", "<|start|>assistant<|channel|>final<|message|>"])
+def test_the_header_of_its_own_turn_is_not_part_of_a_reply(header):
+    assert Reply(header + "Wait.<|im_end|>").text.strip() == "Wait."
+
+
+def test_a_text_that_ended_before_the_limit_on_tokens_is_whole():
+    assert not Reply("Wait.<|im_end|>\n<|im_start|>user\nAnd?", cut_off=True).cut_off
+
+
 def test_nothing_in_a_reply_is_executed(tmp_path):
     code = f"__import__('pathlib').Path({str(tmp_path / 'x')!r}).touch()"
     outcome(f"{{'situation': {code}, 'traits': {{'openness': 1}}, 'response': 'a'}}"), outcome(code)
@@ -155,6 +206,21 @@ def test_nothing_in_a_reply_is_executed(tmp_path):
 def test_a_response_has_a_script_of_its_query(query, chinese, english):
     assert ("response" in outcome(good_with(response="好的，请稍等。"), query=query)) == chinese
     assert ("response" in outcome(good_with(), query=query)) == english
+
+
+@pytest.mark.parametrize("response", ["𝐖𝐚𝐢𝐭 𝑤𝑖𝑡ℎ 𝕞𝕖.", "Ｗａｉｔ ｗｉｔｈ ｍｅ．", "Ⓦait"])
+def test_letters_in_another_form_are_of_the_same_script(response):
+    assert "response" in outcome(good_with(response=response))
+    assert "response" in outcome(good_with(), query=response)
+    assert "response" in outcome(good_with(response="ｵﾁｬｦ ﾉﾐﾏｼｮｳ"), query="お茶をのみますか")
+
+
+def test_the_history_counts_for_the_language():
+    said = [{"role": "user", "content": "我今天很累。"}, {"role": "assistant", "content": "早点休息。"}]
+    for history, found in ((said, True), ([], False)):
+        query = Synthesis({"id": 1, "query": "OK???", "history": history}, "joint", 0, "test")
+        query.tell(Reply(good_with(response="好的，请稍等。")))
+        assert ("response" in query.outcome) == found
 
 
 @pytest.mark.parametrize("pole, written", [
@@ -192,7 +258,7 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        number = int((re.search(r"number (\d+)", body["messages"][1]["content"]) or [0, 0])[1])
+        number = int((re.search(r"number (\d+)", json.dumps(body["messages"])) or [0, 0])[1])
         with server.lock:
             server.asked[number] += 1
             attempt = server.asked[number]
@@ -348,12 +414,18 @@ def test_an_invalid_address_is_refused(asked, out, url):
 
 @pytest.mark.parametrize("status, body, why", [
     (400, b'{"error": {"message": "no model m\\u001b[31m here", "code": 1}}', "400 Bad Request: no model m"),
-    (404, b'{"error": "not found here"}', "404 Not Found: not found here"), (413, b"too\nlong", "413 .*: too long"),
-    (403, b'{"detail": "blocked"}', "403 Forbidden: .*blocked"), (402, b"", "402 Payment Required")])
-def test_a_request_that_is_never_accepted_ends_the_run_in_the_servers_words(asked, out, status, body, why):
+    (404, b'{"error": "not found here"}', "404 Not Found: not found here"),
+    (403, b'{"detail": "blocked"}', "403 Forbidden: .*blocked"), (402, b"", "402 Payment Required"),
+    (401, b'{"error": {"message": "wrong key", "code": "bad_key"}}', "401 Unauthorized, bad_key: wrong key"),
+    (400, b'[{"error": {"message": "API key not valid", "code": 400}}]', "400 Bad Request: API key not valid"),
+    (400, b'{"error": {"message": "x is not a valid model ID"}}', "400 Bad Request: x is"),
+    (400, b'{"message": "Model Not Exist", "type": "bad"}', "400 Bad Request, bad: Model Not Exist"),
+    (200, b'{"error": {"message": "who are you?", "code": 401}}', "401 Unauthorized: who are you"),
+    (422, b'{"error": {"message": "The model `m` does not exist."}}', "422 .*: The model `m` does not exist")])
+def test_what_would_refuse_every_query_ends_the_run_in_the_servers_words(asked, out, status, body, why):
     def script(number, attempt):
         return good(number, attempt) if number < 7 else (status, body)
-    why = rf"query 'q7': 127\.0\.0\.1 answered {why}"
+    why = rf"query 'q7': http://127\.0\.0\.1:\d+/v1/chat/completions answered {why}"
     with serving(script) as server, pytest.raises(UserError, match=why) as error:
         synth.main(http_command(server, asked, out, "--workers", 1))
     assert str(error.value).isprintable() and sum(server.asked.values()) == 8  # one such answer is enough
@@ -374,6 +446,151 @@ def test_after_an_answer_that_ends_the_run_no_worker_waits_or_asks_anything_more
         assert set(server.asked) <= {0, 1, 2} and max(server.asked.values()) == 1
 
 
+def complaint(message, **more):
+    return json.dumps({"error": {"message": message} | more}).encode()
+
+
+def answer(finish="stop", **message):
+    return json.dumps({"choices": [{"message": message, "finish_reason": finish}]}).encode()
+
+
+SPENT = "the limit on tokens was spent on thoughts .*--max-new-tokens"
+ONE_QUERY = {  # an answer that refuses this query, and the reason in the rejected file
+    "filtered prompt": ((400, complaint("too harsh", code="content_filter")),
+                        "server: 400 Bad Request, content_filter: too harsh"),
+    "too long": ((400, complaint("This model's maximum context length is 99 tokens. It does not exist beyond.")),
+                 "server: 400 Bad Request: This model's maximum"),
+    "flagged": ((403, complaint("Your input was flagged by moderation", code=403)), "server: 403 Forbidden: Your"),
+    "too large": ((413, b"too\nlong"), "server: 413 .*: too long"), "odd": ((422, b"{}"), "server: 422 "),
+    "filtered, in the body": ((200, complaint("no", code="content_filter")), "server: content_filter: no"),
+    "too long, in the body": ((200, complaint("no", code=400)), "server: 400 Bad Request: no"),
+    **{name: ((200, reply(json.dumps(GOOD), name)), f"server: the reply is not whole, finish_reason {name.lower()}")
+       for name in ("content_filter", "SAFETY", "refusal", "sensitive")},
+    "refused": ((200, answer(content=None, refusal="I will\nnot.")), "the teacher refused: I will not."),
+    "refused, in parts": ((200, answer(content=[{"type": "refusal", "refusal": "No."}])), "the teacher refused: No."),
+    "null, cut off": ((200, answer("length", content=None, reasoning_content="Hm.")), SPENT),
+    "no content, cut off": ((200, answer("max_tokens", reasoning="Hm.")), SPENT),
+    "empty, cut off": ((200, answer("length", content="")), SPENT),
+}
+
+
+@pytest.mark.parametrize("refusal, why", ONE_QUERY.values(), ids=ONE_QUERY)
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_query_that_the_server_refuses_is_rejected_in_its_words_and_the_rest_goes_on(
+        asked, out, workers, refusal, why):
+    with serving(lambda n, a: refusal if n in (0, 7) else good(n, a)) as server:
+        assert not synth.main(http_command(server, asked, out, "--workers", workers))
+    assert {entry["id"] for entry in rejected(out)} == {"q0", "q7"} and len(ids(out)) == 10
+    assert all(re.match(why, entry["reason"]) for entry in rejected(out)), rejected(out)
+    assert set(server.asked.values()) == {1}  # the same request would be refused again
+
+
+def test_a_server_that_refuses_every_query_from_the_first_on_ends_the_run(asked, out, monkeypatch):
+    monkeypatch.setattr(server_module, "MOST_REFUSED", 5)
+    with serving(lambda *_: (400, b"max_tokens is too large")) as server:
+        with pytest.raises(UserError, match="refused the first 5 queries: server: 400 Bad Request: max_tokens is"):
+            synth.main(http_command(server, asked, out, "--workers", 1))
+    with serving(lambda n, a: (400, b"no") if n else good(n, a)) as server:
+        assert not synth.main(http_command(server, asked, out, "--workers", 1, "--retry-rejected"))
+    assert ids(out) == ["q0"] and len(rejected(out)) == 11
+
+
+REMEDIED = {  # the server's words, how a request must be for it to be answered, and what is told
+    "max_tokens": ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' "
+                   "instead.", lambda body: body.get("max_completion_tokens") == 9 and "max_tokens" not in body,
+                   "with max_completion_tokens"),
+    "temperature": ("Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value "
+                    "is supported.", lambda body: "temperature" not in body, "without --temperature"),
+    "temperature, too": ("`temperature` is deprecated", lambda body: "temperature" not in body, "without --temp"),
+    **{words: (words, lambda body: [turn["role"] for turn in body["messages"]] == ["user"]
+               and body["messages"][0]["content"].startswith(PROMPTS["system"].template + "\n\n"), "first message")
+       for words in ("System role not supported", "Developer instruction is not enabled for gemma",
+                     "Conversation roles must alternate user/assistant/user/assistant/...",
+                     "'messages[0].role' does not support 'system' with this model.")},
+}
+
+
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize("words, accepted, told", REMEDIED.values(), ids=REMEDIED)
+def test_a_server_is_asked_once_more_in_the_way_that_it_names_and_so_are_all_further_requests(
+        asked, out, capsys, status, words, accepted, told):
+    with serving(lambda n, a: good(n, a) if accepted(server.bodies[-1][1]) else (status, complaint(words))) as server:
+        assert not synth.main(http_command(server, asked, out, "--workers", 1, "--retries", 0, "--max-new-tokens", 9,
+                                           "--temperature", 0.5))
+    assert len(ids(out)) == 12 and server.asked == {i: 1 + (i == 0) for i in range(12)}
+    assert capsys.readouterr().err.count(told) == 1
+
+
+def test_several_remedies_add_up_and_a_refusal_that_they_do_not_change_is_a_refusal(asked, out):
+    refusals = {name: (words, accepted) for name, (words, accepted, _) in REMEDIED.items()}
+
+    def script(number, attempt):
+        body = server.bodies[-1][1]
+        return next(((400, complaint(words)) for words, accepted in refusals.values() if not accepted(body)),
+                    good(number, attempt) if number else (400, complaint(REMEDIED["max_tokens"][0])))
+    with serving(script) as server:
+        assert not synth.main(http_command(server, asked, out, "--workers", 1, "--retries", 0, "--max-new-tokens", 9,
+                                           "--temperature", 0.5))
+    assert len(ids(out)) == 11 and len(rejected(out)) == 1 and sum(server.asked.values()) == 12 + 3
+
+
+def test_a_content_in_parts_is_their_texts_without_the_thoughts(asked, out):
+    parts = ["{", {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+             {"type": "text", "text": json.dumps(GOOD)[1:9]}, {"type": "reasoning", "text": "Hm."},
+             {"type": "output_text", "text": json.dumps(GOOD)[9:]}]
+    with serving(lambda *_: (200, answer(content=parts))) as server:
+        assert not synth.main(http_command(server, asked, out, "--retries", 0))
+    assert len(ids(out)) == 12 and lines(out)[0]["cot"]["situation"] == "They wait."
+
+
+ODD = (None, True, 7, "", "x", "\ud83d", [], {}, [None], [[]], ["x"], {"text": 3}, [{"text": []}], {"message": {}},
+       "9" * 999)
+
+
+def test_whatever_a_server_sends_is_a_reply_or_one_of_three_faults():
+    """Odd values at every place of an answer, with every kind of status."""
+    def mutants(value):
+        yield from ODD
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            for odd in mutants(value[key]):
+                copy = value.copy()
+                copy[key] = odd
+                yield copy
+    choice = {"message": {"content": [{"type": "text", "text": "a"}], "refusal": None}, "finish_reason": "stop"}
+    error, seen = {"message": "a", "code": 400, "type": "c"}, Counter()
+    for whole in ({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 2}},
+                  {"choices": [choice | {"error": error}]}, {"error": error}):
+        for found in mutants(whole):
+            for status in (200, 204, 302, 400, 404, 429, 500, 999):
+                try:
+                    reply = server_module.read_answer(status, {}, json.dumps(found).encode())
+                    seen[type(reply)] += 1
+                    assert isinstance(reply.text, str)
+                    assert type(reply.tokens_read) is type(reply.tokens_written) is int
+                except (RequestFailed, QueryRejected, UserError) as fault:
+                    seen[type(fault)] += 1
+                    assert str(fault).isprintable() and len(str(fault)) < 400
+    assert set(seen) == {Reply, RequestFailed, QueryRejected, UserError} and min(seen.values()) > 5
+
+
+@pytest.mark.parametrize("finish", [None, "", "stop", "STOP", "eos", "end_turn", "stop_sequence", "eos_token"])
+def test_every_name_of_the_end_of_a_turn_ends_a_whole_reply(asked, out, finish):
+    with serving(lambda *_: (200, reply(json.dumps(GOOD), finish))) as server:
+        assert not synth.main(http_command(server, asked, out, "--retries", 0))
+    assert len(ids(out)) == 12
+
+
+def test_the_summary_names_each_kind_of_refusal(asked, out, capsys):
+    kinds = [(429, complaint("You have no more", code="insufficient_quota")), (503, complaint("Loading", code=503)),
+             (502, b"<p>"), (400, complaint("bad", code="content_filter"))]
+    with serving(lambda n, a: kinds[n % 4]) as server:
+        assert not synth.main(http_command(server, asked, out, "--retries", 0))
+    said = capsys.readouterr().out
+    for kind in ("429 Too Many Requests, insufficient_quota", "503 Service Unavailable", "502 Bad Gateway",
+                 "400 Bad Request, content_filter"):
+        assert re.search(rf" 3  server: {kind}\n", said), said
+
+
 def test_a_server_that_is_not_there_is_an_error_and_no_query_is_rejected(asked, out):
     with serving(good) as server:
         pass
@@ -392,6 +609,17 @@ FAILURES = {  # an answer, and the reason in the rejected file
     "no content": ((200, reply(None)), "no JSON object"),
     "torn JSON": ((200, reply('{"situation": "a')), "not complete"),
     "cut off": ((200, reply('{"situation": "a', "length")), "cut off; be briefer"),
+    "cut off, too": ((200, reply('{"situation": "a', "max_tokens")), "cut off; be briefer"),
+    **{finish: ((200, reply(json.dumps(GOOD), finish)), f"server: the reply is not whole, finish_reason {finish}")
+       for finish in ("error", "abort", "tool_calls")},
+    **{str(status): ((status, b"later"), f"server: {status} .*: later") for status in (408, 409, 425)},
+    "an error": ((200, b'{"error": {"message": "loading"}}'), "^server: loading"),
+    "an error with its code": ((200, complaint("slow", code=502)), "^server: 502 Bad Gateway: slow"),
+    "an error as text": ((200, b'{"error": "no\\nslot"}'), "^server: no slot"),
+    "an error alone": ((200, b'{"object": "error", "message": "busy", "code": 50001}'), "^server: busy"),
+    "an error beside a choice": ((200, json.dumps({"choices": [{"error": {"message": "torn", "code": 504}, "message": {
+        "content": json.dumps(GOOD)}}]}).encode()), "^server: 504 Gateway Timeout: torn"),
+    "an unclosed thought": ((200, reply("<think>" + json.dumps(GOOD))), "cut off before its thoughts ended"),
     "empty": ((200, reply("")), "no JSON object"), "another language": ((200, reply("Подождите.")), "no JSON object"),
     "all zero": ((200, reply(json.dumps(GOOD | {"traits": {}}))), "all-zero vector"),
     "not HTTP": ((99999, b""), "connection: |not a chat|server"), "8 MB": ((200, b" " * 8_200_000), "longer than 8 MB"),
@@ -461,7 +689,7 @@ def test_an_answer_may_close_the_socket_with_its_last_part(asked, out, monkeypat
     assert len(ids(out)) == 12 and not rejected(out)
 
 
-def test_waits_double_and_retry_after_comes_first(tmp_path, out, monkeypatch):
+def test_waits_double_and_retry_after_comes_first(tmp_path, out, monkeypatch, capsys):
     """Nothing waits in this test: waiting only moves a clock, and only the workers of this run use that clock."""
     now, slept = [1000.0], []
 
@@ -480,20 +708,62 @@ def test_waits_double_and_retry_after_comes_first(tmp_path, out, monkeypatch):
     monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(server_module, "random", SimpleNamespace(uniform=lambda low, high: high))
     plan = iter([(500, b""), (502, b""), (429, b"", {"Retry-After": "7"}), (503, b""), (429, b"", {"Retry-After": "0"}),
-                 (500, b""), *[(500, b"")] * 8])
+                 (500, b""), *[(500, b"")] * 8, (429, b"", {"Retry-After": "120"})])
     asked = write(tmp_path / "q.txt", "What now?")
     with serving(lambda *_: next(plan, good(0, 0))) as server:
         assert not synth.main([*http_command(server, asked, out, "--retries", 20, "--workers", 1, "--timeout", 1e6),
                                "--backoff", "1.5"])
-    assert slept == [1.5, 3, 7, 12, 48, 60, 60, 60, 60, 60, 60, 60, 60] and ids(out)
+    assert slept == [1.5, 3, 7, 12, 24, 48, 60, 60, 60, 60, 60, 60, 60, 60, 120] and ids(out)
+    said = capsys.readouterr().err
+    assert re.findall(r"http://127.*/v1/chat/completions asks to wait (\d+) s: server: 429", said) == ["120"]
 
 
 @pytest.mark.parametrize("text, seconds", [
-    ("3", 3), ("0", 0), (" 1.5 ", 1.5), ("99999", 3600), ("9" * 400, 3600), ("-1", None), ("soon", None), ("nan", None),
-    ("", None), (None, None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)])
+    ("3", 3), (" 1.5 ", 1.5), ("99999", 3600), ("9" * 400, 3600), ("-1", None), ("soon", None), ("nan", None),
+    ("", None), (None, None), ("0", None), ("0.0", None), ("Wed, 21 Oct 2015 07:28:00 GMT", None)])
 def test_retry_after_is_a_number_of_seconds_or_a_date_up_to_an_hour(text, seconds):
     assert server_module.retry_after(text) == seconds
     assert 50 < server_module.retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 61
+
+
+def test_an_honest_limit_rejects_nothing_and_is_seldom_exceeded(tmp_path, out):
+    """Three requests in a twentieth of a second, and the server says when to come back. Eight workers, no retries."""
+    taken = []
+
+    def script(number, attempt):
+        with lock:
+            now = time.monotonic()
+            taken[:] = [began for began in taken if began > now - 0.05]
+            if len(taken) == 3:
+                return 429, b"", {"Retry-After": "0.05"}
+            taken.append(now)
+        return good(number, attempt)
+    lock, asked = threading.Lock(), write(tmp_path / "q.txt", *(f"What now, number {i}?" for i in range(60)))
+    with serving(script) as server:
+        assert not synth.main(http_command(server, asked, out, "--retries", 0))
+    assert len(ids(out)) == 60 and not rejected(out) and sum(server.asked.values()) - 60 < 60
+
+
+def test_after_a_429_requests_start_further_apart_and_with_each_answer_closer_again(monkeypatch):
+    """Requests that were under way together count once. The gap is at most the wait asked for, or a second."""
+    now = [100.0]
+    monkeypatch.setattr(server_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    teacher = server_module.HttpTeacher(synth.Args("http", url="http://x", model="m"))
+    teacher.stop = SimpleNamespace(is_set=lambda: False, wait=lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def gaps(failure, began, times=1):
+        for _ in range(times):
+            teacher.set_pace(failure, began)
+        return teacher.gap
+    busy, slow = RequestFailed("server: 429", busy=True), RequestFailed("server: 503", wait=0.03)
+    assert gaps(RequestFailed("server: 500"), 99, 5) == 0 and gaps(busy, 99, 8) == 0.01
+    now[0] = 101
+    assert gaps(slow, 100.5, 8) == 0.02
+    now[0] = 102
+    assert gaps(slow, 101.5) == 0.03 and gaps(busy, 103, 9) == 1.0 and gaps(slow, 104) == 1.0
+    began = [teacher.wait_for_turn() and now[0] for _ in range(3)]
+    assert began == pytest.approx([102.03, 103.03, 104.03])
+    assert 0.5 < gaps(None, 105, 10) < 1 and gaps(None, 106, 1000) < 1e-9
 
 
 # ----------------------------------------------------------------------------------------------------------------------
