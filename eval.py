@@ -39,7 +39,7 @@ from support.bench import Bench, bench
 from support.chat import encode
 from support.command import Parser, add_fields, check_numbers, for_users, run_command
 from support.experiments import Experiment, experiment
-from support.export import stored_dtype, write_merged
+from support.export import write_merged
 from support.files import UserError, atomic
 from support.inventory import Inventory, inventory
 from support.measure import (GateOptions, LoadedRun, RecordOptions, bootstrap, domain_subsets, gate_from_options,
@@ -583,7 +583,7 @@ def export(args):
         raise UserError(f"{out} exists already: give another name, or remove it")
     run = LoadedRun(args)
     if args.as_ == "merged" and not args.dtype:
-        run.setup.dtype = stored_dtype(run.setup.base)  # the exported weights are rounded as the base's are
+        run.setup.dtype = None  # each tensor keeps the dtype that the base's file has
     gate = gate_from_options(run, args)
     if args.query:
         check_text(args.query)

@@ -272,19 +272,24 @@ def test_emobench_cannot_parse_what_is_no_json_object(text):
     ("option b", "B"), ("Answer:\n\nB", "B"), ("D 4", "D"),
     # the last explicit choice
     ("Answer: B, then Answer: C", "C"), ("Answer: C. Option A is wrong.", "C"),
-    ("A is wrong. B is the right answer.", "B"), ("A不对，B是正确的", "B"), ("<think>A?</think>[[B]]", "B"),
+    ("A is wrong. B is the right answer.", "B"), ("A不对，B是正确的", "B"), ("<think>Answer: A</think>B", "B"),
     ("B\n\nA. go: no\nC. wait: no", "B"), ("(B) B. stay", "B"),
     ("Choose A, B, C or D.\nB", "B"), ("Choose A or B.\nI would wait.", "C"), ("Answer: A or B. I lean to B", "B"),
     ("I choose B, A friend asks", "B"),
     # several are no choice, and what is denied is none
     ("Answer: A or B", None), ("答案是A和B", None), ("A、B", None), ("(A)(B)", None), ("\\boxed{A, C}", None),
-    ("Answer: A. Final answer: B or C", None), ("A or (B)", None), ("As an AI, I can't choose A or B", None),
+    ("I would wait, A or B", None), ("B. Answer: ∅", "B"), ("Answer: A. Final answer: B or C", None), ("A or (B)", None), ("As an AI, I can't choose A or B", None),
     ("I cannot pick A.", None), ("不选A", None), ("Not A but B", "B"), ("不是A，是B", "B"), ("neither A nor B", None),
     # a letter in a word, or an article
     ("As an AI", None), ("Answer: Bromine", None), ("Answer: BCD", None), ("B-cells", None), ("A's", None),
     ("A friend", None), ("the answer is a matter of taste", None), ("25 °C", None)])
 def test_lenient_reading(text, letter):
     assert lenient_letter(text, ["go", "stay", "wait", "ask"]) == letter
+
+
+@pytest.mark.parametrize("text, letter", [("是", "A"), ("否。", "B"), ("不", "B"), ("是B", "B")])
+def test_safetybench_read_leniently_has_the_authors_words_for_yes_and_no(text, letter):
+    assert make(SafetyBench).parse_leniently({"options": [["对", "不"]]}, text) == letter
 
 
 LETTER_FORMS = [

@@ -928,6 +928,38 @@ def test_merged_is_rounded_once_to_the_dtype_asked_for(strong, here, capsys):
     assert json.loads(Path("h/config.json").read_text())["torch_dtype"] == "float16"
 
 
+@pytest.mark.parametrize("dtype, keys", [(torch.bfloat16, ("dtype",)), (torch.float64, ()), (None, ("torch_dtype",))])
+def test_merged_keeps_the_dtype_of_each_tensor_and_no_key_contradicts_it(strong, here, capsys, dtype, keys):
+    """None: the norms are fp32, the rest fp16. keys: those of config.json that say bfloat16, right or wrong."""
+    base = Path(opened(strong).setup.base)
+    rewrite(base / "model.safetensors", lambda name, t: t.to(dtype or (torch.float16 if t.dim() > 1 else t.dtype)))
+    config = json.loads((base / "config.json").read_text())
+    config.pop("torch_dtype", None), config.pop("dtype", None)
+    (base / "config.json").write_text(json.dumps(config | dict.fromkeys(keys, "bfloat16")))
+    accept_models(strong)
+    output_of(capsys, f"export --run {strong} --as merged --persona A+ --out out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, Path("out")))
+    assert {n: t.dtype for n, t in after.items()} == {n: before[n].dtype for n in after}
+    model = opened(strong).setup.load_base(strong / "joint/experts").double()
+    for name, exact in merged_tensors(model, persona_gate("A+", 1.0)):
+        exact = exact + before[name].double() - model.state_dict()[name]  # the last two differ by what loading rounds
+        error = (after[name].double() - exact).abs().max()
+        assert error <= torch.finfo(after[name].dtype).eps * exact.abs().max() + 1e-6  # sums of the update are fp32
+        assert "proj" in name or torch.equal(after[name], before[name])
+    said = json.loads(Path("out/config.json").read_text())
+    assert {said[key] for key in ("dtype", "torch_dtype") if key in said} == {str(dtype or torch.float16)[6:]}
+
+
+def test_an_adapter_names_its_base_and_its_alpha_so_that_others_find_and_read_them(strong, here, capsys):
+    """The base by a path that holds in every folder; alpha as an integer, where it is whole."""
+    base = Path(shutil.copytree(strong / "models" / "base", "base")).absolute()
+    for words in ("--as experts --out new/e", "--as mixture --persona O+ --out new/m"):
+        output_of(capsys, f"export --run {strong} --base base {words}")
+    for file, alpha in (("new/e/low_openness", 16), ("new/m", 160)):
+        text = Path(file, "adapter_config.json").read_text()
+        assert json.loads(text)["base_model_name_or_path"] == str(base) and f'"lora_alpha": {alpha},' in text
+
+
 @pytest.mark.parametrize("argv, why", [
     (["--out", "x", "--persona", "O+"], "--as experts takes no gate; found --persona"),
     (["--out", "x", "--as", "mixture"], "--as mixture takes one gate, by --gate, --persona or --query; found none"),
