@@ -25,6 +25,7 @@ import math
 import sys
 import textwrap
 import typing
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -386,9 +387,14 @@ def check_text(query):
         raise UserError("the query is not UTF-8 text: check the terminal's encoding")
 
 
+REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # Unicode's names of these characters
+
+
 def printable(text):
-    """Returns a model's text without control characters, which could change the terminal's state."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+    """Returns a text without control characters, which could change the terminal's state, and without those that
+    reverse what follows them. All others stay: no-break spaces, and the joiners of Persian words and of emoji."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc"
+                   and unicodedata.bidirectional(c) not in REORDERING)
 
 
 def ask(args):
@@ -418,7 +424,7 @@ def ask(args):
                       "base": base, "reply": reply}
             print(json.dumps(answer, ensure_ascii=False), flush=True)
         else:
-            print(f"\n{record['query']}\n\n{format_gate(weights)}\n\nbase:        {printable(base)}\n\n"
+            print(f"\n{printable(record['query'])}\n\n{format_gate(weights)}\n\nbase:        {printable(base)}\n\n"
                   f"PersonaFuse: {printable(reply)}", flush=True)
 
 
@@ -485,15 +491,18 @@ class Conversation:
         """Choose the gate, print it in one line, and answer."""
         check_text(query)
         record = as_record(query, self.turns)
-        if self.fixed_gate is None:
-            gate, chosen_by = self.run.gates([record | {"id": "0"}]), "router"
-        else:
-            gate, chosen_by = self.fixed_gate, "by hand"
+        try:
+            gate = self.run.gates([record | {"id": "0"}]) if self.fixed_gate is None else self.fixed_gate
+        except KeyboardInterrupt:
+            print("[stopped]\n")
+            return
+        chosen_by = "router" if self.fixed_gate is None else "by hand"
         weights = gate[0].tolist()
         shown = " ".join(name + f"{weight:.2f}".lstrip("0") for name, weight in zip(SHORT_NAMES, weights))
         print(f"{chosen_by}  {shown}\n", flush=True)
         text = self.stream(record, gate)
-        self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, weights))})
+        if text.strip():  # Ctrl-C may have come before the first word: the message is not kept either
+            self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, weights))})
 
     def command(self, line):
         """Obey a line that begins with /."""

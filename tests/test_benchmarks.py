@@ -278,7 +278,8 @@ def test_emobench_cannot_parse_what_is_no_json_object(text):
     ("I choose B, A friend asks", "B"),
     # several are no choice, and what is denied is none
     ("Answer: A or B", None), ("答案是A和B", None), ("A、B", None), ("(A)(B)", None), ("\\boxed{A, C}", None),
-    ("I would wait, A or B", None), ("B. Answer: ∅", "B"), ("Answer: A. Final answer: B or C", None), ("A or (B)", None), ("As an AI, I can't choose A or B", None),
+    ("I would wait, A or B", None), ("B. Answer: ∅", "B"),
+    ("Answer: A. Final answer: B or C", None), ("A or (B)", None), ("As an AI, I can't choose A or B", None),
     ("I cannot pick A.", None), ("不选A", None), ("Not A but B", "B"), ("不是A，是B", "B"), ("neither A nor B", None),
     # a letter in a word, or an article
     ("As an AI", None), ("Answer: Bromine", None), ("Answer: BCD", None), ("B-cells", None), ("A's", None),
