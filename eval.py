@@ -593,6 +593,7 @@ def export(args):
     run = LoadedRun(args)
     if args.as_ == "merged" and not args.dtype:
         run.setup.dtype = None  # each tensor keeps the dtype that the base's file has
+    base = Path(run.setup.base).absolute()  # a relative path would be found from this working directory only
     gate = gate_from_options(run, args)
     if args.query:
         check_text(args.query)
@@ -600,11 +601,11 @@ def export(args):
 
     if args.as_ == "experts":
         with atomic(out) as part:
-            save_experts(run.model, part, run.setup.base)
+            save_experts(run.model, part, base)
     elif args.as_ == "mixture":
-        export_mixture(run.model, gate, out, run.setup.base)
+        export_mixture(run.model, gate, out, base)
     else:
-        write_merged(run.model, gate, run.setup.base, out, shard_bytes=args.shard_gb * 1e9)
+        write_merged(run.model, gate, base, out, shard_bytes=args.shard_gb * 1e9)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {args.as_}, {size / 1e6:,.0f} MB"
           + ("" if gate is None else f", for the gate\n{format_gate(gate[0])}"))

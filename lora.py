@@ -111,11 +111,7 @@ def tensor_name(layer, matrix):
 
 
 def write_adapter(folder, rank, alpha, base, tensors):
-    """Write one PEFT adapter, atomically. tensors: {layer name: (A (r, in), B (out, r))}; PEFT scales by alpha / r.
-
-    Of a `base` that is a folder, the absolute path is noted: PEFT then finds it from any working directory.
-    """
-    base = Path(base).absolute() if base and Path(base).is_dir() else base
+    """Write one PEFT adapter, atomically. tensors: {layer name: (A (r, in), B (out, r))}; PEFT scales by alpha / r."""
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
                 "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # readers in Go and C++ want an integer
                 "target_modules": list(TARGETS), "lora_dropout": 0.0, "bias": "none",
