@@ -25,6 +25,7 @@ import math
 import sys
 import textwrap
 import typing
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from support.bench import Bench, bench
 from support.chat import encode
 from support.command import Parser, add_fields, check_numbers, for_users, run_command
 from support.experiments import Experiment, experiment
-from support.export import stored_dtype, write_merged
+from support.export import write_merged
 from support.files import UserError, atomic
 from support.inventory import Inventory, inventory
 from support.measure import (GateOptions, LoadedRun, RecordOptions, bootstrap, domain_subsets, gate_from_options,
@@ -386,9 +387,14 @@ def check_text(query):
         raise UserError("the query is not UTF-8 text: check the terminal's encoding")
 
 
+REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # Unicode's names of these characters
+
+
 def printable(text):
-    """Returns a model's text without control characters, which could change the terminal's state."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+    """Returns a text without control characters, which could change the terminal's state, and without those that
+    reverse what follows them. All others stay: no-break spaces, and the joiners of Persian words and of emoji."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc"
+                   and unicodedata.bidirectional(c) not in REORDERING)
 
 
 def ask(args):
@@ -418,7 +424,7 @@ def ask(args):
                       "base": base, "reply": reply}
             print(json.dumps(answer, ensure_ascii=False), flush=True)
         else:
-            print(f"\n{record['query']}\n\n{format_gate(weights)}\n\nbase:        {printable(base)}\n\n"
+            print(f"\n{printable(record['query'])}\n\n{format_gate(weights)}\n\nbase:        {printable(base)}\n\n"
                   f"PersonaFuse: {printable(reply)}", flush=True)
 
 
@@ -485,15 +491,18 @@ class Conversation:
         """Choose the gate, print it in one line, and answer."""
         check_text(query)
         record = as_record(query, self.turns)
-        if self.fixed_gate is None:
-            gate, chosen_by = self.run.gates([record | {"id": "0"}]), "router"
-        else:
-            gate, chosen_by = self.fixed_gate, "by hand"
+        try:
+            gate = self.run.gates([record | {"id": "0"}]) if self.fixed_gate is None else self.fixed_gate
+        except KeyboardInterrupt:
+            print("[stopped]\n")
+            return
+        chosen_by = "router" if self.fixed_gate is None else "by hand"
         weights = gate[0].tolist()
         shown = " ".join(name + f"{weight:.2f}".lstrip("0") for name, weight in zip(SHORT_NAMES, weights))
         print(f"{chosen_by}  {shown}\n", flush=True)
         text = self.stream(record, gate)
-        self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, weights))})
+        if text.strip():  # Ctrl-C may have come before the first word: the message is not kept either
+            self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, weights))})
 
     def command(self, line):
         """Obey a line that begins with /."""
@@ -583,7 +592,8 @@ def export(args):
         raise UserError(f"{out} exists already: give another name, or remove it")
     run = LoadedRun(args)
     if args.as_ == "merged" and not args.dtype:
-        run.setup.dtype = stored_dtype(run.setup.base)  # the exported weights are rounded as the base's are
+        run.setup.dtype = None  # each tensor keeps the dtype that the base's file has
+    base = Path(run.setup.base).absolute()  # a relative path would be found from this working directory only
     gate = gate_from_options(run, args)
     if args.query:
         check_text(args.query)
@@ -591,11 +601,11 @@ def export(args):
 
     if args.as_ == "experts":
         with atomic(out) as part:
-            save_experts(run.model, part, run.setup.base)
+            save_experts(run.model, part, base)
     elif args.as_ == "mixture":
-        export_mixture(run.model, gate, out, run.setup.base)
+        export_mixture(run.model, gate, out, base)
     else:
-        write_merged(run.model, gate, run.setup.base, out, shard_bytes=args.shard_gb * 1e9)
+        write_merged(run.model, gate, base, out, shard_bytes=args.shard_gb * 1e9)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {args.as_}, {size / 1e6:,.0f} MB"
           + ("" if gate is None else f", for the gate\n{format_gate(gate[0])}"))

@@ -113,7 +113,8 @@ def tensor_name(layer, matrix):
 def write_adapter(folder, rank, alpha, base, tensors):
     """Write one PEFT adapter, atomically. tensors: {layer name: (A (r, in), B (out, r))}; PEFT scales by alpha / r."""
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
-                "lora_alpha": alpha, "target_modules": list(TARGETS), "lora_dropout": 0.0, "bias": "none",
+                "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # readers in Go and C++ want an integer
+                "target_modules": list(TARGETS), "lora_dropout": 0.0, "bias": "none",
                 "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "inference_mode": True}
     state = {tensor_name(layer, matrix): tensor.detach().float().cpu().contiguous()
              for layer, pair in tensors.items() for matrix, tensor in zip("AB", pair)}
@@ -233,6 +234,6 @@ def merged_tensors(model, gate):
             layer = layers[name]
             B = layer.B * (gate.to(layer.B) * layer.scale)[:, None, None]  # (E, r, out)
             update = B.flatten(0, 1).T @ layer.A.flatten(0, 1)             # (out, in)
-            yield name, (tensor.to(update.dtype) + update).to(tensor.dtype)
+            yield name, (tensor + update).to(tensor.dtype)  # the sum has the wider dtype of the two
         elif not name.endswith((".A", ".B")):
             yield name, tensor

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -115,7 +116,8 @@ def read_table(path, columns):
 def atomic(path):
     """Yield a temporary name beside `path` to write a file or folder to; rename it to `path` when the block succeeds.
 
-    No half-written file is ever seen under its final name, and the old file stays until the new one is complete.
+    No half-written file is ever seen under its final name, and the old file stays until the new one is complete. Files
+    get the mode that the umask gives to new ones: safetensors writes 0600, which other users' programs could not read.
     UserError if writing fails, for example because the disk is full or the folder is read-only.
     """
     path = Path(path)
@@ -125,11 +127,16 @@ def atomic(path):
         if old.exists() and not path.exists():  # the process was killed between the two renames below
             os.replace(old, path)
         remove(part, old)
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
+        part.unlink()
         yield part
         for file in [part] if part.is_file() else part.rglob("*"):
             if file.is_file():  # on the disk before it is renamed: a power cut must not leave an empty file
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())
+                if stat.S_IMODE(file.stat().st_mode) != mode:
+                    file.chmod(mode)
         if path.is_dir():
             if not part.is_dir():
                 remove(part)

@@ -13,9 +13,11 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -238,6 +240,19 @@ def test_emobench_reads_json_and_nothing_else(rows, texts, strict, lenient):
     assert score["by_category"] == by_category
 
 
+@pytest.mark.parametrize("row, text, letters", [
+    (EA[0], '{"answer": "B", "reasoning": "Answer: C"}', "B"), (EA[0], '{"answer": "（B）"}', "B"),
+    (EA[0], '{"answer": "B) stay"}', "B"), (EA[0], '{"answer": ["B"]}', "B"), (EA[0], '{"answer": "A or B"}', "-"),
+    (EA[0], '{"answer": "wait"}', "C"), (EA[0], '```json\n{"answer": "B",', "B"), (EA[0], '{"Answer": "B"}', "B"),
+    (EU[0], '{"answer_q1": "F", "answer_q2": "（B）"}', "FB"), (EU[0], "问题1：F\n问题2：B", "FB"),
+    (EU[0], "第一题选F。第二题：（B）", "FB"), (EU[0], "1. F\n2. B", "FB"), (EU[0], "q1 = f, q2 = b", "FB"),
+    (EU[0], '```json\n{"answer_q1": "（F）",\n"answer_q2": "B"', "FB"), (EU[0], '{"answer_q1": "F"}', "F-"),
+    (EU[0], "Question 1: A or B?\nQuestion 2: it is two", "-B"), (EU[0], "F", "--"),
+    (EU[0], "Question 1: F\nQuestion 2: B\nQuestion 1 is OK.", "FB")])
+def test_emobench_read_leniently(row, text, letters):
+    assert make(EmoBench).parse_leniently(row, text) == [None if letter == "-" else letter for letter in letters]
+
+
 @pytest.mark.parametrize("text", ['"A"', "[1]", "```json\n{}", '{"answer": "A",}', "[" * 100000])
 def test_emobench_cannot_parse_what_is_no_json_object(text):
     assert make(EmoBench).is_unparsed(EA[0], text)
@@ -249,9 +264,58 @@ def test_emobench_cannot_parse_what_is_no_json_object(text):
     ("A friend should ask first", "D"), ("I would wait.", "C"), ("I would wait, then ask", None),
     ("B. stay\nC. wait", None), ("First option A, but my answer is B", "B"), ("选B。", "B"), ("答案是 C", "C"),
     ("E", None), ("", None), ("**B**", "B"),
-    ("answer a question", None), ("A. go away", "A"), ("[[D]]", "D")])
+    ("answer a question", None), ("A. go away", "A"), ("[[D]]", "D"),
+    # marks of all kinds
+    ("Answer: $B$", "B"), ("Answer: \\(\\text{B}\\)", "B"), ("\\boxed{B}", "B"), ("**Answer**: <b>B</b>", "B"),
+    ("（B）", "B"), ("Ｂ", "B"), ("⒝", "B"), ("B。", "B"), ("答案是（B）。", "B"), ("答案：【B】", "B"), ("故选“B”项", "B"),
+    ("应选择B", "B"), ("B选项", "B"), ("As an AI, I say option b", "B"), ("_B_", "B"), ("['B']", "B"), ("b", "B"),
+    ("option b", "B"), ("Answer:\n\nB", "B"), ("D 4", "D"),
+    # the last explicit choice
+    ("Answer: B, then Answer: C", "C"), ("Answer: C. Option A is wrong.", "C"),
+    ("A is wrong. B is the right answer.", "B"), ("A不对，B是正确的", "B"), ("<think>Answer: A</think>B", "B"),
+    ("B\n\nA. go: no\nC. wait: no", "B"), ("(B) B. stay", "B"),
+    ("Choose A, B, C or D.\nB", "B"), ("Choose A or B.\nI would wait.", "C"), ("Answer: A or B. I lean to B", "B"),
+    ("I choose B, A friend asks", "B"),
+    # several are no choice, and what is denied is none
+    ("Answer: A or B", None), ("答案是A和B", None), ("A、B", None), ("(A)(B)", None), ("\\boxed{A, C}", None),
+    ("I would wait, A or B", None), ("B. Answer: ∅", "B"),
+    ("Answer: A. Final answer: B or C", None), ("A or (B)", None), ("As an AI, I can't choose A or B", None),
+    ("I cannot pick A.", None), ("不选A", None), ("Not A but B", "B"), ("不是A，是B", "B"), ("neither A nor B", None),
+    # a letter in a word, or an article
+    ("As an AI", None), ("Answer: Bromine", None), ("Answer: BCD", None), ("B-cells", None), ("A's", None),
+    ("A friend", None), ("the answer is a matter of taste", None), ("25 °C", None)])
 def test_lenient_reading(text, letter):
     assert lenient_letter(text, ["go", "stay", "wait", "ask"]) == letter
+
+
+@pytest.mark.parametrize("text, letter", [("是", "A"), ("否。", "B"), ("不", "B"), ("是B", "B")])
+def test_safetybench_read_leniently_has_the_authors_words_for_yes_and_no(text, letter):
+    assert make(SafetyBench).parse_leniently({"options": [["对", "不"]]}, text) == letter
+
+
+LETTER_FORMS = [
+    "{}.", "{}。", "{}\n", "{},", "({})", "（{}）", "[{}]", "[[{}]]", "{{{}}}", "**{}**", '"{}"', "“{}”", "「{}」", "{})",
+    "{}：", "Answer: {}.", "Answer:{}\n", "answer : ${}$", "Answer: ({})", "Final Answer: **{}**", "答案是（{}）。", "选{}。",
+    "\\boxed{{{}}}", "option {}.", '{{"answer": "{}"}}', "({}) ({})", "Answer: {}, {}."]
+REST = ["As an AI,", "I think", "because", "Dear", "cab", "the answer", "Answer:", "答案", "我认为", "选项", "Options:",
+        "(", ")", "**", "$", "1", "e.g.", "?", "。", "，", "\n", "\n\n", " ", "[[", "]]", "{}", "\\", "ＡＩ", "°", "é", "∅"]
+
+
+@hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=2000)
+@hypothesis.given(st.sampled_from([SafetyBench, ToMBench, GPQA]), st.lists(
+    st.tuples(st.sampled_from(REST), st.just(""))
+    | st.tuples(st.sampled_from(LETTER_FORMS), st.sampled_from("ABCD")), max_size=8))
+def test_whatever_the_strict_rule_reads_the_lenient_one_reads_the_same_or_better(benchmark, pieces):
+    """The same if the reply names one letter. If it names several, the lenient rule may read another one, or none."""
+    bench, row = make(benchmark), {"options": [["salt", "pepper", "mint", "sage"]]}
+    text = " ".join(piece.format(*2 * letter) if letter else piece for piece, letter in pieces)
+    strict, lenient = (bench.read(row, text, how) for how in (False, True))
+    named = {letter for _, letter in pieces if letter}
+    assert lenient in named | {None}
+    if strict in named and len(named) == 1:
+        assert lenient == strict
+    stored = bench.text_to_store(row, text)  # of GPQA's replies, the letters alone
+    assert [bench.read(row, stored, how) for how in (False, True)] == [strict, lenient]
 
 
 @pytest.mark.parametrize("bench, text, letter", [
@@ -296,9 +360,12 @@ def test_eqbench_chance_is_the_mean_over_all_replies():
     (said(0, 6, 0, 7), True, True), (said(0, 0, 0, 0), False, False), (said(0, 6, 0), False, False),
     (said(0, 6, 0, 7) + "\nJoy: 1", True, True), (said(0, 6, 0, 7) + "\nSum: 13", False, True),
     (said(0, 6, 0, 7, names=("joy", "fear", "awe", "ire")), False, True),
-    ('{"Joy": 0, "Fear": 6, "Awe": 0, "Ire": 7.5}', False, True), ("Joy 0", False, False)])
+    ('{"Joy": 0, "Fear": 6, "Awe": 0, "Ire": 7.5}', False, True), ("Joy 0", False, False),
+    (said(0, 6, 0, 7).replace(" ", 9 * " "), True, True), (said(0, 6, 0, 7) + ". No joy - 0.5 at most", True, True),
+    (said(0, 6, 0, 7).replace(": ", "："), False, True)])
 def test_eqbench_parsing(text, strict, lenient):
-    assert [make(EQBench).read(EQ[0], text, how)[0] is not None for how in (False, True)] == [strict, lenient]
+    scores = [make(EQBench).read(EQ[0], text, how)[0] for how in (False, True)]
+    assert [found is not None for found in scores] == [strict, lenient] and (not strict or scores[0] == scores[1])
 
 
 def test_eqbench_scores_the_first_try_that_can_be_parsed():
@@ -770,13 +837,15 @@ def test_gpqa_questions_never_reach_a_file_or_the_terminal(made_up, run_folder, 
     monkeypatch.setenv("GPQA_PASSWORD", "not-a-secret")
     rows = make(GPQA, password="not-a-secret", set="diamond").load(made_up / "gpqa")
     told = {row["id"]: row["question"] + " Answer: " + row["gold"] for row in rows}
-    told["1/0"] = "It is (B), a quagga"
+    letters, told["1/0"] = [rows[2]["gold"], "A" if rows[2]["gold"] == "B" else "B"], "It is (B), a quagga"
+    told["2/0"] = "Answer: {}? No quagga has it. Answer: {}".format(*letters)
     monkeypatch.setattr(bench_module, "answer_prompts", lambda model, chat, prompts, *rest: iter(
         [(prompts, [told[prompt.id] for prompt in prompts])]))
     where = ["gpqa", "--data", made_up / "gpqa", "--run", run_folder, "--out", tmp_path, "--set", "diamond"]
     out, err = command(*where, "--password-env", "GPQA_PASSWORD", "--only", "base")
     outputs = {reply["id"]: reply["output"] for reply in stored(tmp_path / "gpqa" / "base")}
     assert outputs["0/0"] == f"Answer: {rows[0]['gold']}" and outputs["1/0"] == "(B)" and len(outputs) == 198
+    assert outputs["2/0"] == "Answer: {}\nAnswer: {}".format(*letters)  # both letters where the rules differ
     assert "score 0.99" in out
     text = out + err + "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
     assert "quagga" not in text and "right-" not in text and "not-a-secret" not in text

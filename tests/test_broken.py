@@ -236,7 +236,7 @@ BROKEN = {  # (program, arguments, file or folder): {how it is broken: (damage, 
     "adapter's config": (evaluation, ASK, ADAPTER_CONFIG, {
         "target_modules a list of lists": (config(target_modules=[["q_proj"]]), "target_modules is")}),
     "adapter by --experts": (evaluation, [*ASK, "--experts", "run/joint/experts"], ADAPTER_CONFIG, {
-        "a rank in words": (config(r="two"), f"{ADAPTER_CONFIG}: r is 'two' and lora_alpha 16.0, expected")}),
+        "a rank in words": (config(r="two"), f"{ADAPTER_CONFIG}: r is 'two' and lora_alpha 16, expected")}),
     "warm-up's adapter": (train, RESUME, WARMED, {
         "cut": (lambda path: (gone(path.parents[3] / "joint"), cut(.5)(path)), f"{WARMED}: not a whole")}),
     "router": (evaluation, ASK, ROUTED, {

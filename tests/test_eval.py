@@ -706,6 +706,15 @@ def test_what_cannot_be_asked_is_refused_in_one_line(run_folder, argv, why):
 
 def test_a_models_text_cannot_control_the_terminal():
     assert evaluation.printable("a\x1b[2Jb\n\tc\x07é\u202e") == "a[2Jb\n\tcé"
+    control = [chr(c) for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"]
+    assert not any(map(evaluation.printable, [*control, *"\u202a\u202b\u202c\u202d\u2066\u2067\u2068\u2069"]))
+
+
+@pytest.mark.parametrize("text", [
+    "Monsieur\u00a0Dupont", "10\u202f000\u2009€", "私\u3000は", "می\u200cخواهم", "👨\u200d👩\u200d👧", "❤\ufe0f", "e\u0301",
+    "co\u00adop", "\ufeffBOM", "שלום\u200f!", "🏴\U000e0067\U000e0062\U000e007f", "\ue000", "\U0001fae8"])
+def test_no_character_that_carries_text_is_lost(text):
+    assert evaluation.printable(text) == text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -820,6 +829,24 @@ def test_a_reply_is_streamed_and_can_be_stopped(run_folder, monkeypatch, capsys)
     assert sum(map(bool, pieces)) > 4 and capsys.readouterr().out == " [stopped]\n\n"
 
 
+@pytest.mark.parametrize("where", ["generate", "gates"])
+def test_a_reply_stopped_before_its_first_word_leaves_no_turn(run_folder, monkeypatch, capsys, where):
+    """While the base reads the prompt, and while the router does. The conversation goes on."""
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    args = evaluation.Talk(run=str(run_folder), max_new_tokens=4)
+    talk = evaluation.Conversation(LoadedRun(args), args)
+    earlier = {"query": "Hello", "response": "Hi.", "gate": {}}
+    talk.turns = [earlier]
+    with monkeypatch.context() as patch:
+        patch.setattr(*((evaluation, "generate", stop) if where == "generate" else (talk.run, "gates", stop)))
+        talk.reply("And now?")
+    assert talk.turns == [earlier] and capsys.readouterr().out.endswith("[stopped]\n\n")
+    talk.reply("And then?")
+    assert [turn["query"] for turn in talk.turns] == ["Hello", "And then?"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # export
 
@@ -926,6 +953,39 @@ def test_merged_is_rounded_once_to_the_dtype_asked_for(strong, here, capsys):
     output_of(capsys, f"{export} --out h")
     assert {t.dtype for t in load_file("h/model.safetensors").values()} == {torch.float16}
     assert json.loads(Path("h/config.json").read_text())["torch_dtype"] == "float16"
+
+
+@pytest.mark.parametrize("dtype, keys", [
+    (torch.bfloat16, ()), (torch.float64, ("dtype",)), (torch.float32, ("dtype", "torch_dtype")), (None, ("torch_dtype",))])
+def test_merged_keeps_the_dtype_of_each_tensor_and_no_key_contradicts_it(strong, here, capsys, dtype, keys):
+    """None: the norms are fp32, the rest fp16. keys: those of config.json that say bfloat16, right or wrong."""
+    base = Path(opened(strong).setup.base)
+    rewrite(base / "model.safetensors", lambda name, t: t.to(dtype or (torch.float16 if t.dim() > 1 else t.dtype)))
+    config = json.loads((base / "config.json").read_text())
+    config.pop("torch_dtype", None), config.pop("dtype", None)
+    (base / "config.json").write_text(json.dumps(config | dict.fromkeys(keys, "bfloat16")))
+    accept_models(strong)
+    output_of(capsys, f"export --run {strong} --as merged --persona A+ --out out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, Path("out")))
+    assert {n: t.dtype for n, t in after.items()} == {n: before[n].dtype for n in after}
+    model = opened(strong).setup.load_base(strong / "joint/experts").double()
+    for name, exact in merged_tensors(model, persona_gate("A+", 1.0)):
+        exact = exact + before[name].double() - model.state_dict()[name]  # the last two differ by what loading rounds
+        error = (after[name].double() - exact).abs().max()
+        assert error <= torch.finfo(after[name].dtype).eps * exact.abs().max() + 1e-6  # sums of the update are fp32
+        assert "proj" in name or torch.equal(after[name], before[name])
+    said = json.loads(Path("out/config.json").read_text())
+    assert {said[key] for key in ("dtype", "torch_dtype") if key in said} == {str(dtype or torch.float16)[6:]}
+
+
+def test_an_adapter_names_its_base_and_its_alpha_so_that_others_find_and_read_them(strong, here, capsys):
+    """The base by a path that holds in every folder; alpha as an integer, where it is whole."""
+    base = Path(shutil.copytree(strong / "models" / "base", "base")).absolute()
+    for words in ("--as experts --out new/e", "--as mixture --persona O+ --out new/m"):
+        output_of(capsys, f"export --run {strong} --base base {words}")
+    for file, alpha in (("new/e/low_openness", 16), ("new/m", 160)):
+        text = Path(file, "adapter_config.json").read_text()
+        assert json.loads(text)["base_model_name_or_path"] == str(base) and f'"lora_alpha": {alpha},' in text
 
 
 @pytest.mark.parametrize("argv, why", [

@@ -551,6 +551,20 @@ def test_merged_weights_of_a_bf16_base_are_rounded_once():
         assert ((merged.double() - exact).abs() <= torch.exp2(exponent.double() - 9) + 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_merging_experts_that_do_nothing_keeps_every_bit(dtype):
+    """Each tensor has its own dtype, and fp64 is not rounded on the way."""
+    model = make_base(dtype)
+    for p in model.parameters():
+        p.data *= 1 + 2**-40  # no fp32 number
+    model.model.norm.float()
+    before = snapshot(model)
+    add_experts(model)
+    state = dict(merged_tensors(model, make_gate()))
+    assert all(t.dtype == before[n].dtype and torch.equal(t, before[n]) for n, t in state.items())
+    assert state["model.norm.weight"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("gate", [make_gate(), make_gate(1), make_gate().tolist(), make_gate(dtype=torch.float64)],
                          ids=["(E,)", "(1, E)", "a list", "fp64"])
 def test_one_gate_may_be_given_with_or_without_a_batch_dimension(gate):

@@ -979,6 +979,23 @@ def test_an_atomic_write_replaces_a_whole_folder(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "second"]
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_an_atomic_write_gives_files_the_mode_of_the_umask(tmp_path, umask, mode):
+    """Also those that safetensors writes, with the mode 0600 of its own."""
+    before = os.umask(umask)
+    try:
+        with atomic(tmp_path / "folder") as part:
+            (part / "inner").mkdir(parents=True)
+            for file in (part / "a.safetensors", part / "inner" / "b.safetensors"):
+                save_file({"x": torch.ones(1)}, file)
+        for _ in range(2):
+            with atomic(tmp_path / "c.safetensors") as part:
+                save_file({"x": torch.ones(1)}, part)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.rglob("*.safetensors")} == {mode}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Real weights
 
