@@ -583,7 +583,7 @@ def export(args):
         raise UserError(f"{out} exists already: give another name, or remove it")
     run = LoadedRun(args)
     if args.as_ == "merged" and not args.dtype:
-        run.setup.dtype = stored_dtype(run.setup.base)  # the exported weights are rounded as the base's are
+        run.setup.dtype = stored_dtype(run.model_folder("experts"))  # exported weights are rounded as the base's are
     gate = gate_from_options(run, args)
     if args.query:
         check_text(args.query)

@@ -122,9 +122,9 @@ def no_such_file(file):
     """Returns the UserError for a safetensors file that is missing. It names the pickle that is there instead."""
     pickles = sorted(p.name for p in Path(file).parent.glob("*model*") if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
-        return UserError(f"{Path(file).parent}: found only pickled weights ({pickles[0]}), which can run code when read. "
-                         "Download safetensors files, or make them where you trust the pickle: from_pretrained and "
-                         "save_pretrained of transformers, or of peft for an adapter")
+        return UserError(f"{Path(file).parent}: found only pickled weights ({pickles[0]}), which can run code when "
+                         "read. Download safetensors files, or make them where you trust the pickle: from_pretrained "
+                         "and save_pretrained of transformers, or of peft for an adapter")
     return UserError(f"{file}: no such file; make or download it again")
 
 
@@ -217,8 +217,8 @@ def all_finite(tensor):
 # adapter_config.json of PEFT
 
 PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": None}  # where the file leaves them out
-# All fields of LoraConfig, PEFT 0.21, that leave a trained adapter as it is: where it comes from, how it was trained, and
-# details of what another field switches on.
+# All fields of LoraConfig, PEFT 0.21, that leave a trained adapter as it is: where it comes from, how it was trained,
+# and details of what another field switches on.
 PEFT_HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
     lora_dropout ensure_weight_tying layers_pattern megatron_core qalora_group_size loftq_config eva_config corda_config
     lora_ga_config""".split()

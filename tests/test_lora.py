@@ -413,9 +413,8 @@ def test_a_folder_that_peft_wrote_loads_bitwise(reference, tmp_path):
 
 @torch.no_grad()
 def train_with_peft(folder, start, out):
-    """Save as all ten experts an adapter on the base in `folder` that PEFT starts in the way `start` and a step changes.
-
-    Returns what PEFT computes with it. Its kinds of start that change the base have to be converted: then r is doubled.
+    """Save ten equal experts: an adapter on the base in `folder`, which PEFT starts in the way `start` and a step
+    changes. Returns PEFT's logits with it. PEFT converts the kinds that change the base, which doubles r and alpha.
     """
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -575,7 +574,8 @@ REFUSALS = {  # what is wrong: how it comes about, and what the message names
                                     [SPOILT, WEIGHTS, "cannot be read"]),
 } | {f"{key} set": (settings(CONFIG, **{key: value}), [SPOILT, CONFIG, f"{key} is {value!r}", "expected"])
      for key, value in HARMFUL.items()
-} | {f"start {start}": (settings(CONFIG, init_lora_weights=start), [SPOILT, CONFIG, f"is '{start}'", "weight_conversion"])
+} | {f"start {start}": (settings(CONFIG, init_lora_weights=start),
+                       [SPOILT, CONFIG, f"init_lora_weights is '{start}'", "weight_conversion"])
      for start in ("pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "a later one")}
 
 

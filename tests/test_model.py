@@ -828,7 +828,7 @@ def test_a_tied_head_may_be_stored_a_second_time(shards, tmp_path):
     assert same_state(load(tmp_path), state)
 
 
-FREQUENCIES = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.rotary_emb.inv_freq": torch.ones(4)}
+FREQUENCIES = {f"model.{place}rotary_emb.inv_freq": torch.ones(4) for place in ("", "layers.0.self_attn.")}
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -945,8 +945,9 @@ MISTAKES = {  # name: (damage(folder), what the message names[, shards]); more d
                         [FILE, "g_idx is I32", "quantised"]),
     "a folder instead of weights": (lambda path: [(path / FILE).unlink(), (path / FILE).mkdir()],
                                     [FILE, "cannot be read (Is a directory)"]),
-    "a link to itself": (lambda path: [(path / "config.json").unlink(), (path / "config.json").symlink_to("config.json")],
-                         ["config.json", "cannot be read (Too many levels"]),
+    "a config.json that links to itself": (
+        lambda path: [(path / "config.json").unlink(), (path / "config.json").symlink_to("config.json")],
+        ["config.json", "cannot be read (Too many levels"]),
     "only a pickle": (lambda path: (path / FILE).rename(path / "pytorch_model-00001-of-00001.bin"),
                       ["pickled weights (pytorch_model-00001-of-00001.bin)", "save_pretrained"]),
     "no config.json": (lambda path: (path / "config.json").unlink(), ["config.json"]),
