@@ -667,6 +667,16 @@ def test_the_limits_of_sampling_are_greedy(options, free):
     assert draw(our, prompts, **options) == replies
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-36, 2e-38, 1e-38, 1e-45, 5e-324])
+@pytest.mark.parametrize("largest", [1.0, 50.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_temperature_is_too_small_for_any_logits(temperature, largest, dtype):
+    """Quotients beyond fp32's range would be infinite, and their probabilities NaN."""
+    logits = torch.tensor([[-1.0, 0.5, 1.0, 0.0], [1.0, -1.0, -0.5, 0.5]], dtype=dtype) * largest
+    for u in (0.0, 0.5, 1 - 2**-24):
+        assert M.sample(logits, temperature, 1.0, torch.full((2,), u)).tolist() == [2, 0]
+
+
 P = torch.tensor([0.1, 0.3, 0.05, 0.4, 0.15])  # in falling order: tokens 3, 1, 4, 0, 2; sums 0.4, 0.7, 0.85, 0.95, 1
 
 
