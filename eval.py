@@ -593,7 +593,7 @@ def export(args):
     run = LoadedRun(args)
     if args.as_ == "merged" and not args.dtype:
         run.setup.dtype = None  # each tensor keeps the dtype that the base's file has
-    base = Path(run.setup.base).absolute()  # a relative path would be found from this working directory only
+    base = Path(run.model_folder("experts")).absolute()  # a relative path would work from this working directory only
     gate = gate_from_options(run, args)
     if args.query:
         check_text(args.query)

@@ -24,7 +24,7 @@ from torch import nn
 from model import Linear
 from support.files import UserError, atomic, read_json, shorten
 from support.matmul import linear
-from support.weights import read_tensors
+from support.weights import check_adapter, read_tensors
 
 
 TRAITS = ("openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism")
@@ -152,9 +152,6 @@ def save_experts(model, folder, base=""):
                       {name: (layer.A[e], layer.B[e].T) for name, layer in layers.items()})
 
 
-PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": None}  # where adapter_config.json leaves them out
-
-
 @torch.no_grad()
 def load_experts(model, folder):
     """Fill the model's experts from `folder`/<expert name>/. Everything is checked before the model is changed.
@@ -163,27 +160,16 @@ def load_experts(model, folder):
     PEFT computes something else than ExpertLinear does. ValueError unless the model has ten experts.
     """
     layers, rank, alpha = named_experts(model)
-    expected = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(TARGETS), "peft_type": "LORA", "bias": "none",
-                "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "rank_pattern": {},
-                "alpha_pattern": {}}
     shapes = {}
     for name, layer in layers.items():
         shapes[tensor_name(name, "A")] = rank, layer.in_features
         shapes[tensor_name(name, "B")] = layer.out_features, rank
     states = []
     for expert in EXPERTS:
-        file = Path(folder) / expert / "adapter_config.json"
-        settings = read_json(file)
-        for key, value in expected.items():
-            found = settings.get(key)
-            if found is None:
-                found = PEFT_DEFAULTS.get(key, value)
-            if isinstance(found, list):  # PEFT writes target_modules in any order
-                found = sorted(found, key=str)
-            if found != value:
-                raise UserError(f"{file}: {key} is {shorten(found)}, expected {value!r}")
-        tensors = file.with_name("adapter_model.safetensors")
-        states.append(read_tensors(tensors, shapes, "was this adapter made for another base model?"))
+        check_adapter(Path(folder) / expert / "adapter_config.json",
+                      {"r": rank, "lora_alpha": alpha, "target_modules": sorted(TARGETS)})
+        states.append(read_tensors(Path(folder) / expert / "adapter_model.safetensors", shapes,
+                                   "was this adapter made for another base model?"))
     for e, state in enumerate(states):
         for name, layer in layers.items():
             layer.A[e] = state[tensor_name(name, "A")]

@@ -282,9 +282,10 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, gate))
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.bfloat16, device="cpu"):
+    def from_pretrained(cls, path, dtype=torch.bfloat16, device="cpu", head=True):
         """Load a published model folder (config.json and safetensors, one file or shards) as `dtype` on `device`.
 
+        head: False if only `hidden` will be used. The folder, and then the model, may lack the head.
         UserError names the file and the tensor that is missing, unexpected, of another shape or not finite; names and
         shapes are checked before anything is loaded.
         """
@@ -296,11 +297,13 @@ class Transformer(nn.Module):
         if config.tied:  # some files store the tied head a second time
             shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
         files = find_tensors(weight_files(path), shapes, "config.json describes another model",
-                             optional=["lm_head.weight"] if config.tied else [])
+                             optional=["lm_head.weight"] if config.tied or not head else [])
         state = load_tensors(files, dtype, device)
-        head = state.pop("lm_head.weight", None) if config.tied else None
-        if head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
+        embedding = state["model.embed_tokens.weight"]
+        if config.tied and not torch.equal(state.pop("lm_head.weight", embedding), embedding):
             raise UserError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
+        if not config.tied and "lm_head.weight" not in state:
+            model.lm_head = None
         model.load_state_dict(state, strict=True, assign=True)  # assign: the loaded tensors become the parameters
         return model
 
@@ -454,9 +457,10 @@ def shared_prefix(prompts):
 
 def sample(logits, temperature, top_p, u):
     """One token a row: logits (B, V) and uniform numbers u (B,) -> (B,). Temperature 0 takes the largest logit."""
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:  # 0, or too small to divide by
         return logits.argmax(-1)
-    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    logits = logits.float() - logits.max(-1, keepdim=True).values  # at most 0, so that no quotient is +infinite
+    p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
     before = p.cumsum(-1) - p  # mass of the more probable tokens
     p = p.masked_fill(before >= top_p, 0)  # keep the smallest set of tokens whose mass reaches top_p
     mass = p.cumsum(-1)

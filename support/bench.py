@@ -99,7 +99,7 @@ class Models:
                             "without --persona, --gate, --experts and --router")
         self.args = args
         self.run = LoadedRun(replace(args, data=None)) if args.run else None  # --data is the benchmarks' folder here
-        self.base = self.run.setup.base if self.run else args.base
+        self.base = self.run.model_folder("experts") if self.run else args.base
         self.dtype = pick_dtype(args.dtype, pick_device(args.device))
         fused = "by hand" if args.persona or args.gate else "PersonaFuse"
         names = {"base": ["base"], "personafuse": [fused], None: ["base", fused]}
@@ -128,8 +128,8 @@ class Models:
         experts = [fingerprint(self.run.folder("experts") / e / "adapter_model.safetensors") for e in EXPERTS]
         settings["experts"] = hashlib.sha256("".join(experts).encode()).hexdigest()[:16]
         if settings["gate"] == "learned":
-            settings["encoder"] = fingerprint(self.run.setup.encoder)
             settings["router"] = fingerprint(self.run.folder("router") / "model.safetensors")
+            settings["encoder"] = fingerprint(self.run.model_folder("router"))
         return settings
 
     @cached_property

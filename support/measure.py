@@ -74,6 +74,9 @@ class GateOptions(RunOptions):
 # ----------------------------------------------------------------------------------------------------------------------
 # A run
 
+TRAINED_ON = {"experts": "base", "router": "encoder"}
+
+
 class LoadedRun:
     """A run opened for measuring. Models, tokenizer and data are loaded when a command first uses them."""
 
@@ -92,6 +95,10 @@ class LoadedRun:
             tau=args.tau or config["stages"].get("joint", {}).get("tau", 1.0),
             eval_records=0,  # only for train.py's closing table, which is not printed here
             **(config["setup"] | in_use))
+        for part, role in TRAINED_ON.items():  # a run of other stages has no such model: the given part's run may
+            if getattr(self.setup, role) is None and (trained_by := self.run_of(part)):
+                folder, known = trained_by
+                setattr(self.setup, role, Setup.restore_path(known["setup"][role], folder))
         if args.experts:
             self.setup.rank, self.setup.alpha = adapter_shape(args.experts)
 
@@ -119,48 +126,66 @@ class LoadedRun:
         stage = self.stage_of(part)
         return f"{part} after {stage}" if stage else f"{part}: {self.folder(part)}"
 
-    def check_trained_on(self, role, part):
+    def run_of(self, part):
+        """Returns the run that trained the "experts" or the "router", and its config.json. None if no run did, as for
+        experts that PEFT trained elsewhere."""
+        given = getattr(self.args, part)
+        run = Path(given).resolve().parent.parent if given else self.setup.run  # given: RUN/STAGE/experts
+        try:
+            return run, read_run(run)
+        except UserError:
+            return None
+
+    def model_folder(self, part):
+        """Returns the base's or the encoder's folder, on which the "experts" or the "router" were trained. UserError if
+        it is not known or not there."""
+        role = TRAINED_ON[part]
+        folder = getattr(self.setup, role)
+        if folder is None:
+            raise UserError(f"{self.setup.run} has no {role}: give --{role}, the folder of the model that "
+                            f"{self.folder(part)} was trained on")
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder, expected the {role}'s. --{role} names it, if it has moved")
+        return folder
+
+    def check_trained_on(self, part):
         """Raise a UserError if the experts were trained on another base, or the router on another encoder.
 
         --base and --encoder can name any folder, and a wrong model of the same shape would load without an error. The
         run that trained the part has a fingerprint of its model. Experts that PEFT trained elsewhere are not checked.
         """
-        folder = getattr(self.setup, role)
-        given = getattr(self.args, part)
-        run = Path(given).resolve().parent.parent if given else self.setup.run  # given: RUN/STAGE/experts
-        try:
-            known = read_run(run)["fingerprints"].get(role)
-        except UserError:
-            known = None  # the experts or the router are not in a run folder
+        role, folder, trained_by = TRAINED_ON[part], self.model_folder(part), self.run_of(part)
+        known = trained_by and trained_by[1]["fingerprints"].get(role)
         if known and fingerprint(folder) != known:
-            raise UserError(f"{folder}: not the {role} that {given or run} was trained on: its config.json, tokenizer "
-                            f"or tensors differ. --{role} names the folder, if it has moved")
+            raise UserError(f"{folder}: not the {role} that {getattr(self.args, part) or self.setup.run} was trained "
+                            f"on: its config.json, tokenizer or tensors differ. --{role} names the folder, if it has "
+                            "moved")
 
     @cached_property
     def model(self):
         """The base with its experts."""
         folder = self.folder("experts")
-        self.check_trained_on("base", "experts")
+        self.check_trained_on("experts")
         return self.setup.load_base(folder)
 
     @cached_property
     def chat(self):
         """The base's chat format and tokenizer."""
         self.folder("experts")  # a run without experts may have no base either
-        return Chat.from_dir(self.setup.base)
+        return Chat.from_dir(self.model_folder("experts"))
 
     @cached_property
     def router(self):
         """The router at the temperature τ of this measurement."""
         folder = self.folder("router")
-        self.check_trained_on("encoder", "router")
+        self.check_trained_on("router")
         return self.setup.load_router(folder)
 
     @cached_property
     def tokenizer(self):
         """The encoder's tokenizer."""
         self.folder("router")  # a run without a router may have no encoder either
-        return load_tokenizer(self.setup.encoder)
+        return load_tokenizer(self.model_folder("router"))
 
     def records(self, split="test", need_response=True, limit=None):
         """Returns the first `limit` records of a split, and a mask (N,): True where a record's domain was held out.
@@ -190,8 +215,17 @@ class LoadedRun:
 
 
 def load_run(args, folder, stage=None):
-    """Returns the run in `folder`, opened with the other arguments of `args`. Experts and router are its own."""
-    return LoadedRun(replace(args, run=str(folder), stage=stage, experts=None, router=None))
+    """Returns the run in `folder`, opened with the other arguments of `args`. Experts and router are its own.
+
+    If that is the run of `args`, but --experts or --router gave others, then --base and --encoder are about these: they
+    are the run's own only if it was trained on the same model.
+    """
+    own, known = {}, read_run(folder)["fingerprints"] if str(folder) == args.run else {}
+    for part, role in TRAINED_ON.items():
+        model = getattr(args, role)
+        if model and getattr(args, part) and role in known and fingerprint(model) != known[role]:
+            own[role] = None
+    return LoadedRun(replace(args, run=str(folder), stage=stage, experts=None, router=None, **own))
 
 
 def gate_from_options(run, args):

@@ -112,7 +112,7 @@ class Setup:
 
     def load_router(self, folder=None):
         """The router in fp32, from the public encoder or as saved in `folder`."""
-        encoder = Transformer.from_pretrained(self.encoder, torch.float32, self.device)
+        encoder = Transformer.from_pretrained(self.encoder, torch.float32, self.device, head=False)
         torch.manual_seed(self.seed)
         router = Router(encoder, self.tau)
         if folder is not None:

@@ -1,8 +1,8 @@
 """Reading model folders: config.json and safetensors, checked before they are used.
 
 `Transformer.from_pretrained` calls read_model_config, weight_files, find_tensors and load_tensors, in this order. The
-experts and the router are read with read_tensors. Each problem is a UserError that names the file, what was found and
-what was expected. Pickled weights are never read, because they can run code.
+experts and the router are read with read_tensors, and PEFT's settings with check_adapter. Each problem is a UserError
+that names the file, what was found and what was expected. Pickled weights are never read, because they can run code.
 """
 import os
 from contextlib import contextmanager
@@ -25,14 +25,14 @@ LLAMA_CONFIG = {"attention_bias": (False, None)}              # True would put a
 ROPE = {"rope_theta": (float,), "rope_type": ("default", "llama3")}
 LLAMA_3_ROPE = dict.fromkeys(
     ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (float,))
+QUANTISED = ("quantization_config", "quantization", "compression_config")  # keys of transformers, MLX, older tools
 
 
 def read_model_config(path):
     """Read and check config.json of a model folder. UserError names the key, what was found and what was expected.
 
-    Both styles are read: published models have rope_theta and rope_scaling at top level, newer tools write both inside
-    rope_parameters. Returns the object with rope_theta and rope_scaling at top level; rope_scaling is None or has
-    rope_type "llama3" and the keys of LLAMA_3_ROPE. num_key_value_heads, head_dim and tie_word_embeddings get their
+    Returns the object with rope_theta and rope_scaling at top level; rope_scaling is None or has rope_type "llama3" and
+    the keys of LLAMA_3_ROPE. num_key_value_heads, head_dim and tie_word_embeddings get their
     defaults if they are absent or null; max_position_embeddings is then None.
     """
     file = Path(path) / "config.json"
@@ -40,9 +40,13 @@ def read_model_config(path):
     check_settings(file, config, MODEL_CONFIG)
     if config["model_type"] == "llama":
         check_settings(file, config, LLAMA_CONFIG)
-    rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {}),
-            **(config.get("rope_parameters") or {})}
-    rope.setdefault("rope_type", rope.get("type", "default"))  # "type" is an older name for it
+    for key in QUANTISED:
+        if found := config.get(key):
+            method = isinstance(found, dict) and found.get("quant_method") or found
+            raise UserError(f"{file}: {key} is {shorten(method)}, expected weights that are not quantised. Take the "
+                            "model that this one was made from, or write it again with transformers: from_pretrained, "
+                            "dequantize, save_pretrained")
+    rope = rope_settings(file, config)
     scaled = rope["rope_type"] == "llama3"
     check_settings(file, rope, ROPE | LLAMA_3_ROPE if scaled else ROPE)
     if scaled and rope["low_freq_factor"] >= rope["high_freq_factor"]:
@@ -65,6 +69,31 @@ def read_model_config(path):
         "max_position_embeddings": config.get("max_position_embeddings")}
 
 
+def rope_settings(file, config):
+    """Returns RoPE's settings, {"rope_theta", "rope_type", …}. UserError if two places in config.json disagree.
+
+    Both styles are read: published models have rope_theta and rope_scaling at top level, newer tools write both inside
+    rope_parameters.
+    """
+    blocks = {"rope_theta": {"rope_theta": config.get("rope_theta")}}
+    for place in ("rope_scaling", "rope_parameters"):
+        if block := config.get(place):  # "type" is an older name
+            blocks[place] = block | {"rope_type": block.get("rope_type") or block.get("type") or "default"}
+    rope, said_by = {"rope_type": "default"}, {}
+    for place, block in blocks.items():
+        for key in ROPE | LLAMA_3_ROPE:
+            if (value := block.get(key)) is None:
+                continue
+            if key in said_by and value != rope[key]:
+                raise UserError(f"{file}: {said_by[key]} says that {key} is {shorten(rope[key])}, and {place} that it "
+                                f"is {shorten(value)}. Remove what is wrong")
+            rope[key], said_by[key] = value, place
+    return rope
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Safetensors
+
 def weight_files(path):
     """Find the safetensors files of a model folder. Returns {file: names of the tensors to take from it}; the names are
     None for all tensors."""
@@ -73,11 +102,7 @@ def weight_files(path):
     if single.exists():
         return {single: None}
     if not index.exists():
-        pickles = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
-        if pickles:
-            raise UserError(f"{path}: found only pickled weights ({pickles[0]}), which can run code when read. "
-                            "Download the model's safetensors files, or convert with safetensors' own script")
-        raise UserError(f"{path}: no model.safetensors and no model.safetensors.index.json")
+        raise no_such_file(single)
     files = {}
     weight_map = read_json(index).get("weight_map")
     for name, file in weight_map.items() if isinstance(weight_map, dict) else ():
@@ -88,19 +113,33 @@ def weight_files(path):
     if not files:
         raise UserError(f"{index}: no weight_map")
     for file in files:
-        if not os.path.isfile(file):
+        if not os.path.lexists(file):
             raise UserError(f"{file}: no such file, but {index.name} lists it: download the missing part again")
     return files
 
 
+def no_such_file(file):
+    """Returns the UserError for a safetensors file that is missing. It names the pickle that is there instead."""
+    pickles = sorted(p.name for p in Path(file).parent.glob("*model*") if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        return UserError(f"{Path(file).parent}: found only pickled weights ({pickles[0]}), which can run code when "
+                         "read. Download safetensors files, or make them where you trust the pickle: from_pretrained "
+                         "and save_pretrained of transformers, or of peft for an adapter")
+    return UserError(f"{file}: no such file; make or download it again")
+
+
 @contextmanager
 def open_safetensors(file, device="cpu"):
-    """Open a safetensors file. UserError if it is missing or damaged."""
+    """Open a safetensors file. UserError if it is missing, may not be read or is damaged."""
+    try:
+        open(file, "rb").close()  # safe_open says of every file that it cannot open that there is none
+    except FileNotFoundError:
+        raise no_such_file(file) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     try:
         with safe_open(str(file), framework="pt", device=device) as tensors:
             yield tensors
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; make or download it again") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or make it again") from None
 
@@ -109,8 +148,9 @@ def find_tensors(files, shapes, hint, optional=()):
     """Check names, shapes and dtypes of all tensors without reading their values.
 
     files: {file: names or None}, as from `weight_files`. shapes: {name: expected shape}; a name that is also in
-    `optional` may be absent. Returns {name: file}. UserError names the tensor that is missing, unexpected, of another
-    shape or quantised; `hint` ends the message: what this suggests.
+    `optional` may be absent. Returns {name: (file, name in it)}: a model that was saved without its head has names
+    without "model.". RoPE's frequencies are passed over, because they follow from config.json. UserError names the
+    tensor that is missing, unexpected, of another shape or quantised; `hint` ends the message: what this suggests.
     """
     found = {}
     for file, names in files.items():
@@ -119,15 +159,17 @@ def find_tensors(files, shapes, hint, optional=()):
             for name in sorted(stored) if names is None else names:
                 if name not in stored:
                     raise UserError(f"{file}: the index says that {name} is here, but it is not")
-                if name not in shapes:
-                    raise UserError(f"{file}: unexpected tensor {name}: {hint}")
-                tensor = tensors.get_slice(name)
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue
+                tensor, ours = tensors.get_slice(name), name if name in shapes else f"model.{name}"
                 shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-                if shape != tuple(shapes[name]):
-                    raise UserError(f"{file}: {name} is {shape}, expected {tuple(shapes[name])}: {hint}")
                 if dtype not in ("BF16", "F16", "F32", "F64"):
                     raise UserError(f"{file}: {name} is {dtype}, expected floats, not quantised weights")
-                found[name] = file
+                if ours not in shapes or ours in found:
+                    raise UserError(f"{file}: unexpected tensor {name}: {hint}")
+                if shape != tuple(shapes[ours]):
+                    raise UserError(f"{file}: {name} is {shape}, expected {tuple(shapes[ours])}: {hint}")
+                found[ours] = file, name
     missing = sorted(shapes.keys() - found.keys() - set(optional))
     if missing:
         where = file if len(files) == 1 else file.parent
@@ -136,7 +178,7 @@ def find_tensors(files, shapes, hint, optional=()):
 
 
 def load_tensors(found, dtype=None, device="cpu"):
-    """Load the tensors that `find_tensors` has found, {name: file}, as `dtype` (None: as stored) on `device`.
+    """Load the tensors that `find_tensors` has found as `dtype` (None: as stored) on `device`.
 
     Returns {name: tensor}. UserError for values that are NaN or infinite. Files are mapped into memory, not read whole,
     and mapped again after every 64 MiB, which frees the part that has been converted: host memory peaks at little more
@@ -144,11 +186,11 @@ def load_tensors(found, dtype=None, device="cpu"):
     """
     tensors, names = {}, list(found)
     while names:
-        file, size = found[names[0]], 0
+        file, size = found[names[0]][0], 0
         with open_safetensors(file, str(device)) as opened:
-            while names and found[names[0]] == file and size < 2**26:
+            while names and found[names[0]][0] == file and size < 2**26:
                 name = names.pop(0)
-                stored = opened.get_tensor(name)
+                stored = opened.get_tensor(found[name][1])
                 tensors[name] = stored.to(dtype or stored.dtype)
                 size += stored.nbytes
                 # whichever has fewer bytes is faster to check: a cast to a wider dtype makes no infinite values
@@ -169,3 +211,39 @@ def all_finite(tensor):
     # One NaN or infinity makes the sum NaN or infinite, and the sum takes half as long as minimum and maximum. A sum of
     # finite values can overflow, too: then minimum and maximum decide.
     return bool(tensor.sum().isfinite()) or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# adapter_config.json of PEFT
+
+PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": None}  # where the file leaves them out
+# All fields of LoraConfig, PEFT 0.21, that leave a trained adapter as it is: where it comes from, how it was trained,
+# and details of what another field switches on.
+PEFT_HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
+    lora_dropout ensure_weight_tying layers_pattern megatron_core qalora_group_size loftq_config eva_config corda_config
+    lora_ga_config""".split()
+# What may be set: these ways to initialise A and B leave the base's weights as they are. PiSSA, OLoRA, CorDA, LoftQ and
+# LoRA-GA take the initial B A off them.
+PEFT_ALLOWED = {"peft_type": ["LORA"], "bias": ["none"],
+                "init_lora_weights": [True, "gaussian", "eva", "orthogonal", "mica"]}
+
+
+def check_adapter(file, expected):
+    """Check an adapter_config.json: is this plain LoRA on the plain base, which lora.ExpertLinear computes?
+
+    expected: what r, lora_alpha and target_modules (sorted) have to be. Any other field is harmless, allowed or empty;
+    so one that a later PEFT adds is refused if it is set. UserError names the field, what was found and what was
+    expected.
+    """
+    allowed = PEFT_ALLOWED | {key: [value] for key, value in expected.items()}
+    settings = {key: value for key, value in read_json(file).items() if value is not None}
+    for key, value in (PEFT_DEFAULTS | settings).items():
+        if isinstance(value, list):  # PEFT writes target_modules in any order
+            value = sorted(value, key=str)
+        empty = not value and key not in expected
+        if not (empty or key in PEFT_HARMLESS or value in allowed.get(key, [])):
+            names = " or ".join(map(repr, allowed.get(key, [None])))
+            way_out = "" if key in expected else (
+                ": not plain LoRA on an unchanged base. PEFT makes that of PiSSA, OLoRA, CorDA and LoRA-GA: "
+                "save_pretrained with path_initial_model_for_weight_conversion. Train another kind again")
+            raise UserError(f"{file}: {key} is {shorten(value)}, expected {names}{way_out}")

@@ -5,6 +5,7 @@ made here that has learned just enough to be healthy.
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import eval as evaluation
+import small
 import train
 from support import export as export_module
 from support import runs
@@ -262,6 +264,76 @@ def test_experts_or_a_router_trained_on_other_models_are_refused(run_folder, her
         getattr(opened(RUN, **{part: theirs, role: f"other/models/{role}"}), loaded)
         getattr(opened(RUN, **{part: f"{RUN}/joint/{part}"}), loaded)
     assert opened(RUN, experts="elsewhere").model
+
+
+STAGES_OF = {"W": ["warmup"], "R": ["router"], "B": ["warmup", "router"], "A": ["all"], "other": ["all"]}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A folder with a run for each set of stages that can be finished, another run on other models of the same shape,
+    and copies of that run's experts and router outside of any run."""
+    folder = tmp_path_factory.mktemp("pairs")
+    small.make(folder)
+    small.write_model(folder / "base2", seed=7)
+    small.write_model(folder / "encoder2", "qwen2", seed=9)
+    with contextlib.chdir(folder):
+        for run, stages in STAGES_OF.items():
+            models = ["--base", "base2", "--encoder", "encoder2"] if run == "other" else []
+            for stage in stages:
+                status, _, said = small.run_quietly(train, *small.TRAIN, "--run", run, *models, "--stage", stage)
+                assert status == 0, said
+        shutil.copytree("other/joint/experts", "experts")
+        shutil.copytree("other/joint/router", "router")
+    return folder
+
+
+def can_be_used(part, role, run, given, model):
+    """Whether the "experts" or the "router" are there and the model that they were trained on is known: `given` for
+    --experts or --router, `model` for --base or --encoder."""
+    own = {"W": "base", "R": "encoder"}.get(run, role) == role and role  # the run's own model, if it has one
+    trained_on = own if given is None else f"{role}2" if "other" in given else None  # None: not known
+    in_use = model or own or trained_on
+    return bool(in_use and (given or own) and trained_on in (None, in_use))
+
+
+@pytest.mark.parametrize("run", ["W", "R", "B", "A"])
+def test_every_pair_of_stages_and_given_parts_and_models_works_or_is_refused_in_one_line(run, pairs, monkeypatch):
+    monkeypatch.chdir(pairs)
+    answers = {}
+    for given in itertools.product((None, "other/joint/experts", "experts"), (None, "other/joint/router", "router"),
+                                   (None, "base2"), (None, "encoder2")):
+        options = dict(zip(("--experts", "--router", "--base", "--encoder"), given))
+        argv = ["--run", run, *(word for option in options.items() if option[1] for word in option)]
+        base = can_be_used("experts", "base", run, given[0], given[2])
+        encoder = can_be_used("router", "encoder", run, given[1], given[3])
+        commands = {"ask Hello --max-new-tokens 2": base and encoder}
+        if (given[2] is None) == (given[3] is None):
+            commands |= {"ablate --records 4 --replies 0": base and encoder, "routing --records 4": encoder,
+                         f"export --as merged --persona O+ --out {run}{len(answers)}": base}
+        for command, works in commands.items():
+            status, answers[command.split()[0], *given], said = small.run_quietly(evaluation, *command.split(), *argv)
+            assert status == (0 if works else 2), (command, argv, said)
+            assert works or said.count("\n") == 1 and re.search(r"--(base|encoder|stage)\b", said), (argv, said)
+    theirs = {"W": (None, "other/joint/router", None), "R": ("other/joint/experts", None, None)}.get(run)
+    if theirs:  # the other run's model is taken, as if it had been given
+        model = (None, "encoder2") if run == "W" else ("base2", None)
+        assert answers["ask", *theirs, None] == answers["ask", *theirs[:2], *model] != ""
+
+
+def test_an_encoder_that_was_saved_without_head_and_prefix_trains_and_routes_as_the_whole_one(pairs, monkeypatch):
+    monkeypatch.chdir(pairs)
+    shutil.copytree("encoder", "alone")
+    state = load_file("encoder/model.safetensors")
+    head = state.pop("lm_head.weight")
+    save_file({name.removeprefix("model."): t for name, t in state.items()}, "alone/model.safetensors")
+    status, _, said = small.run_quietly(train, *small.TRAIN, "--run", "S", "--encoder", "alone", "--stage", "router")
+    assert status == 0, said
+    whole, alone = (load_file(f"{run}/router/router/model.safetensors") for run in "RS")
+    assert torch.equal(whole.pop("lm_head.weight"), head) and whole.keys() == alone.keys()
+    assert all(torch.equal(whole[name], alone[name]) for name in whole)
+    routed = [small.run_quietly(evaluation, "routing", "--run", run) for run in "RS"]
+    assert routed[0][:2] == routed[1][:2] and routed[0][0] == 0
 
 
 def test_experts_that_are_given_are_named_in_titles_and_belong_to_the_opened_run_alone(run_folder, here, capsys):

@@ -6,7 +6,7 @@ sizes one expert moves the logits by about as much as they are large. 1e-5 allow
 """
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -411,6 +411,52 @@ def test_a_folder_that_peft_wrote_loads_bitwise(reference, tmp_path):
     assert not changed(model, snapshot(reference.ours))
 
 
+@torch.no_grad()
+def train_with_peft(folder, start, out):
+    """Save ten equal experts: an adapter on the base in `folder`, which PEFT starts in the way `start` and a step
+    changes. Returns PEFT's logits with it. PEFT converts the kinds that change the base, which doubles r and alpha.
+    """
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS), init_lora_weights=start,
+                               lora_dropout=0.5, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, settings).eval()
+    model.peft_config["default"].init_lora_weights = True  # else PEFT would change the base when it reads this again
+    model.save_pretrained(out / "start")
+    model.peft_config["default"].init_lora_weights = start
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            p.add_(0.1 * torch.randn(p.shape))
+    logits = model(make_ids()).logits
+    model.save_pretrained(out / "trained")
+    if str(start).startswith(("pissa", "olora")):
+        model.save_pretrained(out / "converted", path_initial_model_for_weight_conversion=str(out / "start"))
+    for kind in ("trained", "converted"):
+        for expert in EXPERTS if (out / kind).is_dir() else ():
+            shutil.copytree(out / kind, out / f"{kind} experts" / expert)
+    return logits
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of the kinds that change the base
+@pytest.mark.parametrize("start, converted", [
+    (True, False), (False, False), ("gaussian", False), ("eva", False), ("orthogonal", False), ("mica", False),
+    ("pissa", True), ("pissa_niter_4", True), ("olora", True)])
+def test_an_adapter_is_what_peft_computes_however_it_was_started_or_refused_until_converted(
+        start, converted, reference, tmp_path):
+    wanted = train_with_peft(reference.folder / "base", start, tmp_path)
+    ours = Transformer.from_pretrained(reference.folder / "base", dtype=torch.float32)
+    add_experts(ours, rank=16 if converted else 8, alpha=32 if converted else 16)
+    if converted:
+        with pytest.raises(UserError, match=f"init_lora_weights is '{start}', expected True or .*weight_conversion"):
+            other = Transformer.from_pretrained(reference.folder / "base", dtype=torch.float32)
+            add_experts(other)
+            load_experts(other, tmp_path / "trained experts")
+    load_experts(ours, tmp_path / ("converted experts" if converted else "trained experts"))
+    one = torch.eye(10)[[4, 4]]
+    assert error(ours(make_ids(), one), wanted) <= 2e-5 and error(ours(make_ids(), one), reference.base) > 0.1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -477,6 +523,23 @@ def other_model(**changes):
     return lambda folder: save_experts(make_model(**({"n_layers": 1} | changes)), folder.parent)
 
 
+# Fields of PEFT's LoraConfig, with values that are not their defaults: those that leave the adapter as it is, and those
+# under which PEFT computes something else, or may.
+HARMLESS = {
+    "task_type": "CAUSAL_LM", "auto_mapping": {"parent_library": "x"}, "peft_version": "9", "revision": "main",
+    "base_model_name_or_path": "elsewhere", "inference_mode": False, "runtime_config": {"ephemeral_gpu_offload": True},
+    "lora_dropout": 0.5, "ensure_weight_tying": True, "layers_pattern": "layers", "megatron_core": "megatron.core",
+    "qalora_group_size": 32, "loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 2.0},
+    "corda_config": {"corda_method": "ipm"}, "lora_ga_config": {"scale": "unit"}}
+HARMFUL = {
+    "exclude_modules": ["lm_head"], "modules_to_save": ["lm_head"], "layers_to_transform": [0],
+    "megatron_config": {"width": 64}, "trainable_token_indices": [5], "velora_config": {"num_groups": 64},
+    "alora_invocation_tokens": [1, 2], "use_qalora": True, "monteclora_config": {"num_samples": 8},
+    "layer_replication": [[0, 1]], "lora_bias": True, "target_parameters": ["weight"], "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 3}, "kasa_config": {"beta": 1e-4}, "use_dora": True, "use_rslora": True,
+    "fan_in_fan_out": True, "bias": "lora_only", "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4},
+    "peft_type": "ADALORA", "r": 9, "lora_alpha": 17, "target_modules": ["q_proj"], "init_lora_weights": "pissa",
+    "a_field_of_a_later_peft": 0.5}
 REFUSALS = {  # what is wrong: how it comes about, and what the message names
     "rank": (settings(CONFIG, r=4), [SPOILT, CONFIG, "r is 4", "expected 8"]),
     "alpha": (settings(CONFIG, lora_alpha=32), [SPOILT, CONFIG, "lora_alpha is 32", "expected 16"]),
@@ -505,7 +568,15 @@ REFUSALS = {  # what is wrong: how it comes about, and what the message names
     "half of the tensors": (cut(WEIGHTS, 0.5), [SPOILT, WEIGHTS]),
     "an empty file": (cut(WEIGHTS, 0), [SPOILT, WEIGHTS]),
     "half of the settings": (cut(CONFIG, 0.5), [SPOILT, CONFIG, "JSON"]),
-}
+    "only a pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
+                      [SPOILT, "pickled weights (adapter_model.bin)", "save_pretrained", "peft"]),
+    "a folder instead of tensors": (lambda folder: [(folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()],
+                                    [SPOILT, WEIGHTS, "cannot be read"]),
+} | {f"{key} set": (settings(CONFIG, **{key: value}), [SPOILT, CONFIG, f"{key} is {value!r}", "expected"])
+     for key, value in HARMFUL.items()
+} | {f"start {start}": (settings(CONFIG, init_lora_weights=start),
+                       [SPOILT, CONFIG, f"init_lora_weights is '{start}'", "weight_conversion"])
+     for start in ("pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "a later one")}
 
 
 @pytest.mark.parametrize("case", REFUSALS)
@@ -519,6 +590,24 @@ def test_experts_that_do_not_fit_are_refused_by_name_and_nothing_is_changed(case
         load_experts(model, tmp_path)
     assert all(part in str(refusal.value) for part in named), refusal.value
     assert not changed(model, before)
+
+
+def test_settings_that_leave_an_adapter_as_it_is_or_are_empty_are_taken(tmp_path):
+    saved, model = make_model(seed=2, n_layers=1), make_model(n_layers=1)
+    save_experts(saved, tmp_path)
+    for value in (None, False, [], {}, ""):
+        empty = {key: value for key in HARMFUL if key not in ("r", "lora_alpha", "target_modules")}
+        settings(CONFIG, **HARMLESS, **empty)(tmp_path / SPOILT)
+        random_B(model)
+        load_experts(model, tmp_path)
+        assert not changed(model, snapshot(model) | {name: saved.state_dict()[name] for name in expert_names(model)})
+
+
+def test_the_tables_have_every_field_of_peft():
+    """Fails when a newer PEFT has a field that nobody has looked at. load_experts refuses such a field if it is set."""
+    peft = pytest.importorskip("peft")
+    assert {field.name for field in fields(peft.LoraConfig)} <= HARMLESS.keys() | HARMFUL.keys()
+    assert not HARMLESS.keys() & HARMFUL.keys()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

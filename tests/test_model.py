@@ -10,6 +10,7 @@
 `transformers` is optional: without it the tests that need it are skipped.
 """
 import functools
+import io
 import json
 import math
 import os
@@ -659,10 +660,21 @@ def test_what_a_row_draws_does_not_depend_on_when_others_end(free):
     assert draw(our, prompts, temperature=1.0, stops=stops) == [cut(reply, stops) for reply in drawn]
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1e-5}, {"temperature": 1.0, "top_p": 1e-6}])
+@pytest.mark.parametrize("options", [*({"temperature": t} for t in (1e-5, 2e-38, 1e-38, 1e-45, 1e-300, 5e-324)),
+                                     {"temperature": 1.0, "top_p": 1e-6}], ids=str)
 def test_the_limits_of_sampling_are_greedy(options, free):
     our, prompts, replies = free("Qwen2.5")
     assert draw(our, prompts, **options) == replies
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-36, 2e-38, 1e-38, 1e-45, 5e-324])
+@pytest.mark.parametrize("largest", [1.0, 50.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_temperature_is_too_small_for_any_logits(temperature, largest, dtype):
+    """Quotients beyond fp32's range would be infinite, and their probabilities NaN."""
+    logits = torch.tensor([[-1.0, 0.5, 1.0, 0.0], [1.0, -1.0, -0.5, 0.5]], dtype=dtype) * largest
+    for u in (0.0, 0.5, 1 - 2**-24):
+        assert M.sample(logits, temperature, 1.0, torch.full((2,), u)).tolist() == [2, 0]
 
 
 P = torch.tensor([0.1, 0.3, 0.05, 0.4, 0.15])  # in falling order: tokens 3, 1, 4, 0, 2; sums 0.4, 0.7, 0.85, 0.95, 1
@@ -750,6 +762,29 @@ def test_keys_that_may_be_absent_have_their_published_default(key, field, defaul
     assert Config.from_dir(tmp_path) == replace(SMALL["Llama-3.1"], **{field: default})
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_rope_may_be_said_in_both_styles_if_they_agree(name, tmp_path):
+    old = published(SMALL[name])
+    write_json(tmp_path / "config.json", old | newer_style(old))
+    assert Config.from_dir(tmp_path) == SMALL[name]
+
+
+@pytest.mark.parametrize("old, new, named", [  # what the old style and rope_parameters say; what the message names
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, {}, ["rope_type", "yarn", "default"]),
+    ({"rope_scaling": {"rope_type": "default"}}, LLAMA_31, ["rope_type", "default", "llama3"]),
+    ({"rope_scaling": {"factor": 4.0}}, LLAMA_31, ["default", "llama3"]),
+    ({"rope_scaling": LLAMA_31}, LLAMA_31 | {"factor": 32.0}, ["factor", "8.0", "32.0"]),
+    ({"rope_scaling": {"rope_theta": 2e4}}, {}, ["rope_theta", "20000.0", "10000.0"]),
+    ({"rope_theta": 5e5}, {}, ["rope_theta", "500000.0", "10000.0"])])
+def test_rope_said_twice_and_differently_is_refused(old, new, named, tmp_path):
+    write_json(tmp_path / "config.json", newer_style(published(TINY) | {"rope_scaling": new}) | old)
+    with pytest.raises(UserError) as error:
+        Config.from_dir(tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'config.json'}: ") and "\n" not in message, message
+    assert all(word in message for word in [*named, *old, "rope_parameters"]), message
+
+
 def test_the_llama_shape_has_the_published_number_of_parameters():
     with torch.device("meta"):
         llama = Transformer(CONFIGS["Llama-3.1-8B"])
@@ -801,6 +836,55 @@ def test_a_tied_head_may_be_stored_a_second_time(shards, tmp_path):
         index["weight_map"]["lm_head.weight"] = file.name
         write_json(tmp_path / "model.safetensors.index.json", index)
     assert same_state(load(tmp_path), state)
+
+
+FREQUENCIES = {f"model.{place}rotary_emb.inv_freq": torch.ones(4) for place in ("", "layers.0.self_attn.")}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_stored_frequencies_are_passed_over(shards, tmp_path):
+    state = write_model(tmp_path, shards=shards)
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    save_file(load_file(file) | FREQUENCIES, file)
+    if shards > 1:
+        edit_json(INDEX, lambda index: index["weight_map"].update(dict.fromkeys(FREQUENCIES, file.name)))(tmp_path)
+    assert same_state(load(tmp_path), state)
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["full names", "names without model."])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_model_whose_head_is_not_used_may_lack_it_and_the_prefix_of_its_names(short, tied, tmp_path):
+    """As an encoder that was saved alone. Its hidden states are those of the whole model."""
+    write_model(tmp_path, replace(TINY, tied=tied))
+    whole = load(tmp_path)
+
+    def without_head(state):
+        state.pop("lm_head.weight", None)
+        for name in list(state) if short else ():
+            state[name.removeprefix("model.")] = state.pop(name)
+    edit_state(without_head)(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path, torch.float32, head=False)
+    ids = random_ids(TINY, 2, 5)
+    assert torch.equal(ours.hidden(ids), whole.hidden(ids))
+    assert not any("lm_head" in name for name in ours.state_dict())
+    if tied:
+        assert torch.equal(load(tmp_path)(ids), whole(ids))
+    else:
+        with pytest.raises(UserError, match="1 tensor.s. missing, the first is lm_head.weight"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("head, tied", [(False, False), (False, True), (True, True)])
+def test_models_that_transformers_saved_without_a_head_load(head, tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen2Model(transformers.Qwen2Config(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=24, tie_word_embeddings=tied)).eval()
+    randomise(theirs).save_pretrained(tmp_path)
+    ids = random_ids(TINY, 2, 5)
+    with torch.no_grad():
+        assert_near(Transformer.from_pretrained(tmp_path, torch.float32, head=head).hidden(ids),
+                    theirs(ids).last_hidden_state, 0, "hidden states")
 
 
 @pytest.mark.parametrize("dtype, largest", [(torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float16, 6e4),
@@ -864,6 +948,18 @@ MISTAKES = {  # name: (damage(folder), what the message names[, shards]); more d
     "index without a map": (edit_json(INDEX, lambda index: index.pop("weight_map")), [INDEX], 2),
     "index is not JSON": (edit_bytes(lambda raw: raw[:-5], INDEX), [INDEX], 2),
     "no weights": (lambda path: (path / FILE).unlink(), [FILE]),
+    "no prefix and no head": (edit_state(lambda s: [s.pop(HEAD), s.update({NORM[6:]: s.pop(NORM)})]), [HEAD]),
+    "a tensor under both names": (edit_state(lambda s: s.update({NORM[6:]: s[NORM].clone()})),
+                                  [FILE, "unexpected tensor norm.weight"]),
+    "packed integers": (edit_state(lambda s: s.update({Q[:-6] + "g_idx": torch.ones(16, dtype=torch.int32)})),
+                        [FILE, "g_idx is I32", "quantised"]),
+    "a folder instead of weights": (lambda path: [(path / FILE).unlink(), (path / FILE).mkdir()],
+                                    [FILE, "cannot be read (Is a directory)"]),
+    "a config.json that links to itself": (
+        lambda path: [(path / "config.json").unlink(), (path / "config.json").symlink_to("config.json")],
+        ["config.json", "cannot be read (Too many levels"]),
+    "only a pickle": (lambda path: (path / FILE).rename(path / "pytorch_model-00001-of-00001.bin"),
+                      ["pickled weights (pytorch_model-00001-of-00001.bin)", "save_pretrained"]),
     "no config.json": (lambda path: (path / "config.json").unlink(), ["config.json"]),
     "config.json is a list": (lambda path: write_json(path / "config.json", []), ["config.json", "list"]),
 }
@@ -883,6 +979,21 @@ def test_a_broken_folder_is_an_error_of_one_line_that_names_the_cause(mistake, t
     assert all(name in message.replace(str(path), "") for name in named), message
 
 
+@pytest.mark.parametrize("name", [FILE, "config.json"])
+def test_a_file_that_may_not_be_read_is_told_as_such(name, tmp_path, monkeypatch):
+    """Root may read everything, so the system's answer is made up here."""
+    write_model(tmp_path)
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return io.open(path, *args, **kwargs)
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path, **options: refuse(path, **options).read())
+    with pytest.raises(UserError, match=f"{name}: cannot be read .Permission denied.$"):
+        load(tmp_path)
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
@@ -898,7 +1009,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
     ("rope_scaling", YARN, "rope_type is 'yarn'"), ("rope_scaling", {"type": "yarn"}, "rope_type is 'yarn'"),
     ("rope_parameters", {"rope_theta": 1e4} | YARN, "rope_type is 'yarn'"), ("rope_scaling", "llama3", "is 'llama3'"),
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "low_freq_factor is None"),
-    ("rope_scaling", LLAMA_31 | {"low_freq_factor": 4.0}, "low_freq_factor is 4.0")])
+    ("rope_scaling", LLAMA_31 | {"low_freq_factor": 4.0}, "low_freq_factor is 4.0"),
+    *(("quantization_config", {"quant_method": kind, "bits": 4}, f"quantization_config is '{kind}', expected weights")
+      for kind in ("gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors", "hqq", "aqlm", "torchao", "bitnet")),
+    ("quantization_config", {"load_in_4bit": True}, "quantization_config is {'load_in_4bit': True}, expected weights"),
+    ("quantization", {"group_size": 64, "bits": 4}, "quantization is {'group_size': 64"),
+    ("compression_config", {"format": "int-quantized"}, "compression_config is {'format'")])
 def test_a_config_that_the_decoder_cannot_follow_is_an_error_that_names_key_and_value(key, value, named, tmp_path):
     write_json(tmp_path / "config.json", published(TINY) | {key: value})
     with pytest.raises(UserError) as error:
