@@ -43,7 +43,7 @@ def test_tiny_models_are_model_folders_of_under_a_million_parameters(tiny):
     role, folder, *_ = tiny
     model, chat = Transformer.from_pretrained(folder, torch.float32), Chat.from_dir(folder)
     assert sum(p.numel() for p in model.parameters()) < 1_000_000 and model.config.tied
-    assert model.config.qkv_bias == (role == "encoder") and chat.llama == (role == "base")
+    assert model.config.qkv_bias == (role == "encoder") and (chat.bos is not None) == (role == "base")
     assert chat.tokenizer.get_vocab_size() == model.config.vocab_size
     for name, p in model.named_parameters():  # the usual start: PyTorch's embeddings would be fifty times as large
         assert abs(p.std() - 0.02) < 0.002 if p.dim() == 2 else p.unique().tolist() == [float("norm" in name)], name
