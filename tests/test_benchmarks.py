@@ -733,6 +733,25 @@ def test_a_run_resumes_and_compares(made_up, run_folder, tmp_path, monkeypatch):
     assert len(stored(tmp_path / "emobench" / "by-hand")) == 6
 
 
+def test_with_fewer_tries_than_before_the_first_replies_are_scored_and_the_others_stay(run_folder, tmp_path):
+    """No reply of the tiny base can be parsed, so each question is asked three times."""
+    write_eqbench(tmp_path)
+    where = ["eqbench", "--data", tmp_path / "eqbench", "--run", run_folder, "--only", "base", "--rows", "2",
+             "--max-new-tokens", "3", "--json", "--out"]
+    command(*where, tmp_path / "three")
+    file = tmp_path / "three" / "eqbench" / "base" / "replies.jsonl"
+    replies = stored(file.parent)
+    assert sorted(reply["try"] for reply in replies) == [0, 0, 1, 1, 2, 2]
+    for reply in replies:
+        if reply["try"]:
+            reply["output"] = "Scores:\n" + said(1, 1, 1, 2, names=("e1", "e2", "e3", "e4"))
+    file.write_text("".join(json.dumps(reply) + "\n" for reply in replies))
+    before = file.read_bytes()
+    one, _ = command(*where, tmp_path / "one", "--tries", "1")
+    fewer, _ = command(*where, tmp_path / "three", "--tries", "1")
+    assert fewer == one and file.read_bytes() == before
+
+
 def test_replies_of_other_models_are_never_mixed(made_up, run_folder, tmp_path):
     """Another base of the same folder name, another dtype or router, or one other expert is refused."""
     def altered(folder, file):
