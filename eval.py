@@ -391,8 +391,8 @@ REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # 
 
 
 def printable(text):
-    """Returns a text without control characters, which could change the terminal's state, and without those that
-    reverse what follows them. All others stay: no-break spaces, and the joiners of Persian words and of emoji."""
+    """Returns a text without control characters, which could change the terminal's state, and without those that change
+    the direction of writing. All others stay: no-break spaces, and the joiners of Persian words and of emoji."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc"
                    and unicodedata.bidirectional(c) not in REORDERING)
 
@@ -492,16 +492,18 @@ class Conversation:
         check_text(query)
         record = as_record(query, self.turns)
         try:
-            gate = self.run.gates([record | {"id": "0"}]) if self.fixed_gate is None else self.fixed_gate
+            if self.fixed_gate is None:
+                gate, chosen_by = self.run.gates([record | {"id": "0"}]), "router"
+            else:
+                gate, chosen_by = self.fixed_gate, "by hand"
         except KeyboardInterrupt:
             print("[stopped]\n")
             return
-        chosen_by = "router" if self.fixed_gate is None else "by hand"
         weights = gate[0].tolist()
         shown = " ".join(name + f"{weight:.2f}".lstrip("0") for name, weight in zip(SHORT_NAMES, weights))
         print(f"{chosen_by}  {shown}\n", flush=True)
         text = self.stream(record, gate)
-        if text.strip():  # Ctrl-C may have come before the first word: the message is not kept either
+        if text.strip():  # a reply without a word, as after an early Ctrl-C, leaves no turn
             self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, weights))})
 
     def command(self, line):

@@ -74,7 +74,7 @@ class GateOptions(RunOptions):
 # ----------------------------------------------------------------------------------------------------------------------
 # A run
 
-TRAINED_ON = {"experts": "base", "router": "encoder"}
+TRAINED_ON = {"experts": "base", "router": "encoder"}  # {what is trained: the model that it is trained on}
 
 
 class LoadedRun:
@@ -95,7 +95,8 @@ class LoadedRun:
             tau=args.tau or config["stages"].get("joint", {}).get("tau", 1.0),
             eval_records=0,  # only for train.py's closing table, which is not printed here
             **(config["setup"] | in_use))
-        for part, role in TRAINED_ON.items():  # a run of other stages has no such model: the given part's run may
+        # A run that trained only the router has no base. Then the base of the run that --experts comes from is taken.
+        for part, role in TRAINED_ON.items():
             if getattr(self.setup, role) is None and (trained_by := self.run_of(part)):
                 folder, known = trained_by
                 setattr(self.setup, role, Setup.restore_path(known["setup"][role], folder))
@@ -217,10 +218,10 @@ class LoadedRun:
 def load_run(args, folder, stage=None):
     """Returns the run in `folder`, opened with the other arguments of `args`. Experts and router are its own.
 
-    If that is the run of `args`, but --experts or --router gave others, then --base and --encoder are about these: they
-    are the run's own only if it was trained on the same model.
+    If that is the run of `args`, but --experts or --router gave others, then --base and --encoder name the models of
+    those. The run's own parts use them only if they were trained on the same.
     """
-    own, known = {}, read_run(folder)["fingerprints"] if str(folder) == args.run else {}
+    own, known = {}, read_run(folder)["fingerprints"] if Path(folder) == Path(args.run) else {}
     for part, role in TRAINED_ON.items():
         model = getattr(args, role)
         if model and getattr(args, part) and role in known and fingerprint(model) != known[role]:

@@ -5,6 +5,7 @@ experts and the router are read with read_tensors, and PEFT's settings with chec
 that names the file, what was found and what was expected. Pickled weights are never read, because they can run code.
 """
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def read_model_config(path):
     """Read and check config.json of a model folder. UserError names the key, what was found and what was expected.
 
     Returns the object with rope_theta and rope_scaling at top level; rope_scaling is None or has rope_type "llama3" and
-    the keys of LLAMA_3_ROPE. num_key_value_heads, head_dim and tie_word_embeddings get their
-    defaults if they are absent or null; max_position_embeddings is then None.
+    the keys of LLAMA_3_ROPE. num_key_value_heads, head_dim and tie_word_embeddings get their defaults if they are
+    absent or null; max_position_embeddings is then None.
     """
     file = Path(path) / "config.json"
     config = read_json(file)
@@ -75,18 +76,20 @@ def rope_settings(file, config):
     Both styles are read: published models have rope_theta and rope_scaling at top level, newer tools write both inside
     rope_parameters.
     """
-    blocks = {"rope_theta": {"rope_theta": config.get("rope_theta")}}
+    blocks = {"the top level": {"rope_theta": config.get("rope_theta")}}
     for place in ("rope_scaling", "rope_parameters"):
         if block := config.get(place):  # "type" is an older name
             blocks[place] = block | {"rope_type": block.get("rope_type") or block.get("type") or "default"}
+            if nested := [key for key, value in block.items() if isinstance(value, dict)]:
+                raise UserError(f"{file}: {place} has {shorten(nested[0])}, RoPE of some layers; expected one for all")
     rope, said_by = {"rope_type": "default"}, {}
     for place, block in blocks.items():
         for key in ROPE | LLAMA_3_ROPE:
             if (value := block.get(key)) is None:
                 continue
             if key in said_by and value != rope[key]:
-                raise UserError(f"{file}: {said_by[key]} says that {key} is {shorten(rope[key])}, and {place} that it "
-                                f"is {shorten(value)}. Remove what is wrong")
+                raise UserError(f"{file}: {key} is {shorten(rope[key])} in {said_by[key]}, but {shorten(value)} in "
+                                f"{place} (a rope_type that is absent is 'default'). Remove what is wrong")
             rope[key], said_by[key] = value, place
     return rope
 
@@ -120,7 +123,8 @@ def weight_files(path):
 
 def no_such_file(file):
     """Returns the UserError for a safetensors file that is missing. It names the pickle that is there instead."""
-    pickles = sorted(p.name for p in Path(file).parent.glob("*model*") if p.suffix in (".bin", ".pt", ".pth"))
+    pickles = sorted(p.name for p in Path(file).parent.glob("*")
+                     if p.suffix in (".bin", ".pt", ".pth") and re.match(".*model|consolidated", p.name))
     if pickles:
         return UserError(f"{Path(file).parent}: found only pickled weights ({pickles[0]}), which can run code when "
                          "read. Download safetensors files, or make them where you trust the pickle: from_pretrained "
@@ -148,9 +152,9 @@ def find_tensors(files, shapes, hint, optional=()):
     """Check names, shapes and dtypes of all tensors without reading their values.
 
     files: {file: names or None}, as from `weight_files`. shapes: {name: expected shape}; a name that is also in
-    `optional` may be absent. Returns {name: (file, name in it)}: a model that was saved without its head has names
-    without "model.". RoPE's frequencies are passed over, because they follow from config.json. UserError names the
-    tensor that is missing, unexpected, of another shape or quantised; `hint` ends the message: what this suggests.
+    `optional` may be absent. Returns {name: (file, name in the file)}. RoPE's frequencies are passed over, because they
+    follow from config.json. UserError names the tensor that is missing, unexpected, of another shape or quantised;
+    `hint` ends the message: what this suggests.
     """
     found = {}
     for file, names in files.items():
@@ -161,7 +165,8 @@ def find_tensors(files, shapes, hint, optional=()):
                     raise UserError(f"{file}: the index says that {name} is here, but it is not")
                 if name.endswith("rotary_emb.inv_freq"):
                     continue
-                tensor, ours = tensors.get_slice(name), name if name in shapes else f"model.{name}"
+                tensor = tensors.get_slice(name)
+                ours = name if name in shapes else f"model.{name}"  # a model saved without its head has no prefix
                 shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                 if dtype not in ("BF16", "F16", "F32", "F64"):
                     raise UserError(f"{file}: {name} is {dtype}, expected floats, not quantised weights")
@@ -222,8 +227,8 @@ PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": None}  # where the f
 PEFT_HARMLESS = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
     lora_dropout ensure_weight_tying layers_pattern megatron_core qalora_group_size loftq_config eva_config corda_config
     lora_ga_config""".split()
-# What may be set: these ways to initialise A and B leave the base's weights as they are. PiSSA, OLoRA, CorDA, LoftQ and
-# LoRA-GA take the initial B A off them.
+# Fields that may be set, and to what. These ways to initialise A and B leave the base's weights as they are; PiSSA,
+# OLoRA, CorDA, LoftQ and LoRA-GA change them.
 PEFT_ALLOWED = {"peft_type": ["LORA"], "bias": ["none"],
                 "init_lora_weights": [True, "gaussian", "eva", "orthogonal", "mica"]}
 
@@ -240,10 +245,11 @@ def check_adapter(file, expected):
     for key, value in (PEFT_DEFAULTS | settings).items():
         if isinstance(value, list):  # PEFT writes target_modules in any order
             value = sorted(value, key=str)
-        empty = not value and key not in expected
-        if not (empty or key in PEFT_HARMLESS or value in allowed.get(key, [])):
-            names = " or ".join(map(repr, allowed.get(key, [None])))
-            way_out = "" if key in expected else (
-                ": not plain LoRA on an unchanged base. PEFT makes that of PiSSA, OLoRA, CorDA and LoRA-GA: "
-                "save_pretrained with path_initial_model_for_weight_conversion. Train another kind again")
+        empty = value in ("", [], {}) or value is False  # not 0, which may be the number of a layer
+        if key not in PEFT_HARMLESS and value not in allowed.get(key, []) and not (
+                empty and key not in (*expected, "peft_type")):
+            names = " or ".join(map(repr, allowed.get(key, ["nothing"])))
+            way_out = "" if key in expected else ": this is not plain LoRA on an unchanged base. " + (
+                "PEFT can make that of it: save_pretrained with path_initial_model_for_weight_conversion"
+                if key == "init_lora_weights" else "Train it again without")
             raise UserError(f"{file}: {key} is {shorten(value)}, expected {names}{way_out}")

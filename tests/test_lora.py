@@ -552,6 +552,8 @@ REFUSALS = {  # what is wrong: how it comes about, and what the message names
     "transposed": (settings(CONFIG, fan_in_fan_out=True), [SPOILT, CONFIG, "fan_in_fan_out is True"]),
     "biases": (settings(CONFIG, bias="all"), [SPOILT, CONFIG, "bias is 'all'"]),
     "another kind": (settings(CONFIG, peft_type="LOHA"), [SPOILT, CONFIG, "peft_type is 'LOHA'"]),
+    "no kind": (settings(CONFIG, peft_type=""), [SPOILT, CONFIG, "peft_type is ''"]),
+    "layer 0": (settings(CONFIG, layers_to_transform=0), [SPOILT, CONFIG, "layers_to_transform is 0", "without"]),
     "ranks by layer": (settings(CONFIG, rank_pattern={"q_proj": 4}), [SPOILT, CONFIG, "rank_pattern"]),
     "alphas by layer": (settings(CONFIG, alpha_pattern={"q_proj": 4}), [SPOILT, CONFIG, "alpha_pattern"]),
     "another run's rank": (other_model(rank=4, alpha=8), [EXPERTS[0], CONFIG, "r is 4", "expected 8"]),
@@ -596,7 +598,7 @@ def test_settings_that_leave_an_adapter_as_it_is_or_are_empty_are_taken(tmp_path
     saved, model = make_model(seed=2, n_layers=1), make_model(n_layers=1)
     save_experts(saved, tmp_path)
     for value in (None, False, [], {}, ""):
-        empty = {key: value for key in HARMFUL if key not in ("r", "lora_alpha", "target_modules")}
+        empty = {key: value for key in HARMFUL if key not in ("r", "lora_alpha", "target_modules", "peft_type")}
         settings(CONFIG, **HARMLESS, **empty)(tmp_path / SPOILT)
         random_B(model)
         load_experts(model, tmp_path)
