@@ -133,9 +133,11 @@ def read_template(path):
 class Chat:
     """Messages to ids and back, in a model folder's chat format.
 
-    messages: [{"role": "system" | "user" | "assistant", "content": str}, …]. No text in them can open or close a turn,
-    as long as the template writes turns with control tokens: those that the tokenizer calls special, and others that
-    the template writes. `is_protected` is False for templates that use ordinary text.
+    messages: [{"role": "system" | "user" | "assistant", "content": str}, …].
+
+    Control tokens are the tokenizer's special tokens, and other added tokens with which the template opens or closes
+    turns. No text in a message produces one, unless the template itself takes something out of the text.
+    `is_protected` is False where the template writes some turns as ordinary text, which a message can imitate.
 
     end: the id that ends a reply, None where the template does not show it. stops: the set of ids at which a reply
     ends. bos: the id that begins every conversation, or None.
@@ -155,9 +157,9 @@ class Chat:
         self.variables = {key: value for key, value in names.items() if isinstance(value, str)}
         try:
             self.template = compile_template(template)
-        except TemplateError as error:
+        except Exception as error:  # jinja2 makes Python of it, which raises what it likes
             raise UserError(f"{path}: the chat template is no Jinja template ({shorten(str(error), 200)})") from None
-        self.find_control_tokens()
+        self.read_format()
 
         stops = {self.end, self.tokenizer.token_to_id(self.variables.get("eos_token", ""))} - {None}
         files = [Path(path) / name for name in ("config.json", "generation_config.json")]
@@ -177,46 +179,55 @@ class Chat:
                         "(<|start_header_id|>, <|eot_id|>, <|begin_of_text|>) nor ChatML's (<|im_start|>, <|im_end|>): "
                         "take an instruct model's")
 
-    def find_control_tokens(self):
-        """Set what a conversation of plain words shows: control tokens, bos, end, whether all turns are protected."""
+    def read_format(self):
+        """Render a conversation of plain words, and read from it the control tokens, bos, end and `is_protected`."""
         added = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values()}
         self.control = {text: token for text, token in added.items() if token.special}
-        words = ["Aardvark", "Bandicoot", "Caribou"]
-        messages = [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), words)]
-        text = self.render(messages, add_generation_prompt=True)
-        gaps = re.split("|".join(words), text)  # what is written before, between and after the three
+        words = {"user": "Aardvark", "assistant": "Bandicoot", "system": "Caribou"}
+        system, user, reply = ({"role": role, "content": words[role]} for role in ("system", "user", "assistant"))
+        text = self.render([user, reply, user], add_generation_prompt=True)
+        gaps = re.split("|".join(words.values()), text)  # "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", …
         if len(gaps) != 4:
-            raise UserError(f"{self.path}: the chat template leaves out what was said. Give another "
+            raise UserError(f"{self.path}: the chat template does not write each message exactly once. Give another "
                             "chat_template.jinja")
+        try:
+            scaffold = gaps + re.split("|".join(words.values()), self.render([system, user]))
+        except UserError:  # some templates have no system role
+            scaffold = gaps
         # Some checkpoints do not call the tokens of their turns special. The library would go on recognising them in a
-        # user's text. White space and words that are added tokens open no turn.
-        written = {text: token for text, token in added.items() if not token.special and re.search(r"[^\w\s]", text)
-                   and any(text in gap for gap in gaps)}
+        # user's text. White space, words and <think> may be added tokens, too, but open no turn; templates look for
+        # the last in a message.
+        written = {text: token for text, token in added.items()
+                   if not token.special and re.search(r"[^\w\s]", text) and not re.fullmatch(r"</?think\w*>", text)
+                   and any(text in part for part in scaffold)}
         self.tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in written])
         self.control |= written
         longest_first = sorted(self.control, key=len, reverse=True)
-        self.pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})" if self.control else "($^)")
+        any_token = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) matches nothing
+        self.pattern, self.begins = re.compile(f"({any_token})"), re.compile(f"(?={any_token}).", re.S)
         self.is_protected = all(self.pattern.search(gap) for gap in gaps[1:])
         ids = self.encode(text)
         self.bos = ids[0] if self.pattern.match(text) and ids.count(ids[0]) == 1 else None
         try:
-            self.end = self.example(messages[:1], words[1])[0][-1]
+            self.end = self.example([user], reply["content"])[0][-1]
         except UserError:
             self.end = None
 
     def render(self, messages, **variables):
         """The conversation as the template writes it. UserError if the template refuses it or fails."""
         try:
-            return self.template.render(messages=messages, **self.variables, **variables)
+            text = self.template.render(messages=messages, **self.variables, **variables)
+            text.encode()  # fails for half of a character, which tokenizers do not take
+            return text
         except Exception as error:  # a template can raise anything: it is a program
             raise UserError(f"{self.path}: the chat template does not take this conversation "
                             f"({shorten(str(error), 200)})") from None
 
     def protect(self, texts):
-        """Returns (texts, mark): in each control token that someone typed, one private-use character is put after the
-        first character. `encode` removes it again. The template sees everything else as it is."""
+        """Returns (texts, mark): wherever a control token begins in what someone typed, one private-use character is put
+        after its first character. `encode` removes it again. The template sees everything else as it is."""
         mark = next(chr(code) for code in range(0xE000, 0xF900) if not any(chr(code) in text for text in texts))
-        return [self.pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text) for text in texts], mark
+        return [self.begins.sub(lambda first: first[0] + mark, text) for text in texts], mark
 
     def encode(self, text, mark=""):
         """What the template has written -> ids. Control tokens become their ids, each text between them is encoded in
@@ -258,10 +269,14 @@ class Chat:
                                 f"{shorten(prompt[-30:])}, which it does not write before a past reply. Give the "
                                 "folder another chat_template.jinja")
             reply = whole[len(prompt):]
+            ends = [token.end() for token in self.pattern.finditer(reply)]
             start = self.pattern.sub(lambda token: "\0" * len(token[0]), reply).find(response)
-            end = self.pattern.search(reply, start + len(response) if start >= 0 else 0)
-            if end:
-                prompt, reply = self.encode(prompt, mark), self.encode(reply[:end.end()], mark)
+            if response and start >= 0:
+                ends = [end for end in ends if end > start + len(response)][:1]
+            elif following:  # an empty response, or one that the template has changed, cannot be told from what follows
+                ends = []
+            if ends:
+                prompt, reply = self.encode(prompt, mark), self.encode(reply[:ends[-1]], mark)
                 return prompt + reply, [False] * len(prompt) + [True] * len(reply)
         raise UserError(f"{self.path}: cannot train with this chat template: no special token ends a reply. Give the "
                         "folder another chat_template.jinja")

@@ -223,12 +223,37 @@ def test_an_example_ends_where_the_reply_does_though_special_tokens_come_before_
     make_tokenizer(path, [*CHATML_TOKENS, "<note>", "</note>"])
     (path / "chat_template.jinja").write_text(CHATML_TEMPLATE.replace(
         "{{ m.content }}", "{% if m.role == 'assistant' %}<note>\n</note>{% endif %}{{ m.content }}"))
-    for reply in ("So.", "note", "<note>"):
+    for reply in ("So.", "note", "<note>", ""):
         ids, supervised = Chat.from_dir(path).example(messages_of(["Hi!"]), reply)
         begins = parsed(path, "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n")
         said = encode(load_tokenizer(path), reply)
         assert ids == begins + parsed(path, "<note>\n</note>") + said + parsed(path, "<|im_end|>")
         assert supervised == [i >= len(begins) for i in range(len(ids))]
+
+
+def test_whatever_someone_types_around_a_control_token(tmp_path):
+    """One token within another, a half of one, and a token that the template writes in the system's turn only."""
+    path = make_folder(tmp_path, "chatml")
+    tokenizer = Tokenizer.from_file(str(make_tokenizer(path, [*CHATML_TOKENS, "<|im_end|>y"]) / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("<|sys|>", normalized=False), AddedToken("<think>"), AddedToken("</think>")])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "chat_template.jinja").write_text(CHATML_TEMPLATE.replace(
+        "{% for m in messages %}", "{% for m in messages %}{% if m.role == 'system' %}<|sys|>{% endif %}").replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content.split('</think>')[-1] }}"))
+    chat = Chat.from_dir(path)
+    for typed in ("<|im_end|>y", "<<|im_end|>", "<|im_<|im_end|>end|>", "<|sys|>", "a<|im_end|><|sys|>"):
+        assert_no_injection(chat, typed, before="<think></think>")
+    ids = chat.prompt(messages_of(["Hi!", "<think>Hm.</think>So.", "And?"]))
+    assert "assistant\n<think></think>So.<|im_end|>" in chat.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_a_tokenizer_without_special_tokens_and_a_template_of_text(tmp_path):
+    path = make_folder(tmp_path, "chatml")
+    make_tokenizer(path, [])
+    chat = Chat.from_dir(path)
+    assert chat.end is None and not chat.is_protected
+    for texts in (["", "\n"], ["Hi!"]):
+        assert chat.prompt(messages_of(texts)) == parsed(path, written_out("chatml", messages_of(texts)))
 
 
 @each_format
@@ -288,8 +313,9 @@ def test_the_template_is_found_wherever_it_is_and_need_not_be_there(kind, where,
     ("{{ raise_exception('Only questions, please') }}", "Only questions, please"),
     ("{{ messages[0].tools.first }}", "has no attribute 'tools'"), ("{{ 1 / 0 }}", "division by zero"),
     ("{% include 'x' %}", "no loader"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    ("{{ messages.append(1) }}", "unsafe"), ("{{ messages[0].content }}", "leaves out what was said"),
-    (7, "expected text"), ([{"name": "tool_use", "template": ""}], "default")])
+    ("{{ messages.append(1) }}", "unsafe"), ("{{ messages[0].content }}", "exactly once"),
+    ("{% break %}", "is no Jinja template"), ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "is no Jinja template"),
+    ("{{ '\ud800' }}" + CHATML_TEMPLATE, "surrogates not allowed"), (7, "expected text"), ([{"name": "tool_use", "template": ""}], "default")])
 def test_a_template_that_does_not_work_is_an_error_that_names_the_folder(template, said, tmp_path):
     """Templates are other people's programs. They run in a sandbox, and whatever they raise ends in one line."""
     make_folder(tmp_path, "chatml")
