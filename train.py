@@ -444,7 +444,7 @@ def train_stage(name, setup, settings, stop):
         model = setup.load_base(setup.run / "warmup" / "experts" if name == "joint" else None)
         chat = Chat.from_dir(setup.base)
         if not chat.is_protected:
-            print(f"{name}: the chat template of {setup.base} writes turns as ordinary text, which a message can imitate")
+            print(f"{name}: the chat template of {setup.base} writes turns as text, which a message can imitate")
     if name != "warmup":
         router = setup.load_router(setup.run / "router" / "router" if name == "joint" else None)
         tokenizer = load_tokenizer(setup.encoder)

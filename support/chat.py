@@ -186,7 +186,8 @@ class Chat:
         words = {"user": "Aardvark", "assistant": "Bandicoot", "system": "Caribou"}
         system, user, reply = ({"role": role, "content": words[role]} for role in ("system", "user", "assistant"))
         text = self.render([user, reply, user], add_generation_prompt=True)
-        gaps = re.split("|".join(words.values()), text)  # "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", …
+        # "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", …
+        gaps = re.split("|".join(words.values()), text)
         if len(gaps) != 4:
             raise UserError(f"{self.path}: the chat template does not write each message exactly once. Give another "
                             "chat_template.jinja")
@@ -224,8 +225,8 @@ class Chat:
                             f"({shorten(str(error), 200)})") from None
 
     def protect(self, texts):
-        """Returns (texts, mark): wherever a control token begins in what someone typed, one private-use character is put
-        after its first character. `encode` removes it again. The template sees everything else as it is."""
+        """Returns (texts, mark): wherever a control token begins in what someone typed, one private-use character
+        comes after its first character. `encode` removes it. The template sees everything else as it is."""
         mark = next(chr(code) for code in range(0xE000, 0xF900) if not any(chr(code) in text for text in texts))
         return [self.begins.sub(lambda first: first[0] + mark, text) for text in texts], mark
 

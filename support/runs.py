@@ -33,8 +33,8 @@ VERSION = 4  # of the run folder's format
 STAGES = ("warmup", "router", "joint")
 
 # What each preset is made of, and each stage's sizes: optimiser steps, rows a step, learning rates (all ours). base,
-# encoder and data: the first folder or file that is there. records: how many the template teacher writes for each split.
-# tokens: the most that a micro-batch holds, padding included. device None: a GPU if there is one.
+# encoder and data: the first folder or file that is there. records: how many the template teacher writes for each
+# split. tokens: the most that a micro-batch holds, padding included. device None: a GPU if there is one.
 PRESETS = {
     "paper": dict(
         device="cuda", base=("weights/Llama-3.1-8B-Instruct",), encoder=("weights/Qwen2.5-0.5B",),

@@ -239,7 +239,8 @@ def test_whatever_someone_types_around_a_control_token(tmp_path):
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "chat_template.jinja").write_text(CHATML_TEMPLATE.replace(
         "{% for m in messages %}", "{% for m in messages %}{% if m.role == 'system' %}<|sys|>{% endif %}").replace(
-        "{{ m.content }}", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content.split('</think>')[-1] }}"))
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content.split('</think>')[-1] }}"))
     chat = Chat.from_dir(path)
     for typed in ("<|im_end|>y", "<<|im_end|>", "<|im_<|im_end|>end|>", "<|sys|>", "a<|im_end|><|sys|>"):
         assert_no_injection(chat, typed, before="<think></think>")
@@ -315,7 +316,8 @@ def test_the_template_is_found_wherever_it_is_and_need_not_be_there(kind, where,
     ("{% include 'x' %}", "no loader"), ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ("{{ messages.append(1) }}", "unsafe"), ("{{ messages[0].content }}", "exactly once"),
     ("{% break %}", "is no Jinja template"), ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "is no Jinja template"),
-    ("{{ '\ud800' }}" + CHATML_TEMPLATE, "surrogates not allowed"), (7, "expected text"), ([{"name": "tool_use", "template": ""}], "default")])
+    ("{{ '\ud800' }}" + CHATML_TEMPLATE, "surrogates not allowed"), (7, "expected text"),
+    ([{"name": "tool_use", "template": ""}], "default")])
 def test_a_template_that_does_not_work_is_an_error_that_names_the_folder(template, said, tmp_path):
     """Templates are other people's programs. They run in a sandbox, and whatever they raise ends in one line."""
     make_folder(tmp_path, "chatml")
