@@ -481,8 +481,9 @@ ONE_QUERY = {  # an answer that refuses this query, and the reason in the reject
                  "server: 400 Bad Request: This model's maximum"),
     "flagged": ((403, complaint("Your input was flagged by moderation", code=403)), "server: 403 Forbidden: Your"),
     **{words: ((400, complaint(words)), f"server: 400 Bad Request: {words}") for words in (
-        "The prompt asks how to steal an API key", "Your input is against our policies",
+        "The prompt asks how to steal an API key",
         "The prompt mentions how to steal an API key, which our policy forbids")},
+    "against a policy": ((403, b"This is against our policies"), "server: 403 Forbidden: This is"),
     "too large": ((413, b"too\nlong"), "server: 413 .*: too long"), "odd": ((422, b"{}"), "server: 422 "),
     "filtered, in the body": ((200, complaint("no", code="content_filter")), "server: content_filter: no"),
     "too long, in the body": ((200, complaint("no", code=400)), "server: 400 Bad Request: no"),
