@@ -25,7 +25,6 @@ import math
 import sys
 import textwrap
 import typing
-import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +47,7 @@ from support.measure import (GateOptions, LoadedRun, RecordOptions, bootstrap, d
 from support.plots import Plot, plot
 from support.records import load_data, messages_of, read_queries, write_records
 from support.rows import Row
-from support.tables import format_gate, print_table
+from support.tables import format_gate, print_table, printable
 from synth import from_templates, signatures
 from train import evaluation_loss, generate_replies, score_queries
 
@@ -385,16 +384,6 @@ def check_text(query):
         raise UserError("an empty query: say what to ask")
     if any("\ud800" <= char <= "\udfff" for char in query):  # how Python keeps bytes that it cannot decode
         raise UserError("the query is not UTF-8 text: check the terminal's encoding")
-
-
-REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # Unicode's names of these characters
-
-
-def printable(text):
-    """Returns a text without control characters, which could change the terminal's state, and without those that change
-    the direction of writing. All others stay: no-break spaces, and the joiners of Persian words and of emoji."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc"
-                   and unicodedata.bidirectional(c) not in REORDERING)
 
 
 def ask(args):

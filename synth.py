@@ -216,7 +216,7 @@ def format_query(item):
 # ----------------------------------------------------------------------------------------------------------------------
 # The steps from a query to a record
 
-PATIENCE = 600  # seconds that a question waits because a server asks for it, before a wait counts as a try; ours
+PATIENCE = 600  # seconds of waiting that a server may ask for in one step before further waits count as tries; ours
 
 
 class Question(typing.NamedTuple):
@@ -324,7 +324,8 @@ class Synthesis:
             self.provenance["calls"] += 1
             if isinstance(reply, RequestFailed):
                 reason = str(reply)
-                tries += not reply.wait or waited >= PATIENCE
+                if not reply.wait or waited >= PATIENCE:
+                    tries += 1
                 waited += reply.wait or 0.0
                 continue
             tries += 1

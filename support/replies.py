@@ -41,18 +41,26 @@ MARK = re.compile(rf"""
     (?P<thought>
         {CHANNEL}(?:analysis|commentary) | <{TAG}> | \[THINK\] | ◁think▷ | <\|START_THINKING\|> | <\|channel>\s*thought)
   | (?P<reply>
-        {CHANNEL}final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|> | assistantfinal  # this is Harmony without its tokens
-      | </{TAG}> | \[/THINK\] | ◁/think▷ | <\|END_THINKING\|>(?:\s*<\|START_RESPONSE\|>)? | <channel\|> | <answer>
-      | \A\s*<\|?(?:im_start|start_header_id|start_of_turn)\|?>\s*(?:assistant|model)(?:<\|end_header_id\|>)?)
+        {CHANNEL}final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|> | <\|start\|>assistant\s*<\|message\|>
+      | assistantfinal  # what is left of Harmony's header where a server drops its tokens
+      | </{TAG}> | \[/THINK\] | ◁/think▷ | <\|END_THINKING\|> | <channel\|> | <answer>)
+  | (?P<begin>  # of a text, a box or the assistant's turn
+        <s> | <bos> | \[/INST\] | <[|｜](?:startof|(?:begin|start)[_▁]of[_▁])(?:text|sentence|box)[|｜]>
+      | <\|START_RESPONSE\|> | <\|START_OF_TURN_TOKEN\|><\|CHATBOT_TOKEN\|>
+      | (?:<\|?(?:im_start|start_header_id|header_start|start_of_role|start_of_turn|turn)\|?>\s*(?:assistant|model)\b
+          | <[|｜](?:im_)?[Aa]ssistant[|｜]>(?:assistant(?=<))?)
+        (?:<\|(?:end_header_id|header_end|end_of_role|im_sep|im_middle)\|>)?)
+  | (?P<harmony>  # between the parts of a turn in Harmony, and at its end
+        <\|(?:message|end|start|channel|constrain)\|>)
   | (?P<end>
-        </s> | <eos> | <(?:end|start)_of_turn> | <turn\|> | <\|turn> | \[/?INST\] | </answer>
+        </s> | <eos> | <(?:end|start)_of_turn> | <turn\|> | <\|turn> | \[INST\] | </answer>
       | <[|｜][^\s<>|｜]{{1,40}}[|｜]>)""", re.X)  # <|im_end|>, <|eot_id|>, <|user|> and the like
 
 
 @dataclass
 class Reply:
-    """What a teacher wrote. raw is all of it; text is what stands after the last thought and before the first end of a
-    turn. A thought without an end was cut off, and leaves no text."""
+    """What a teacher wrote. raw is all of it; text is what stands after the last thought and the turn's header, and
+    before the first end of a turn. A thought without an end was cut off, and leaves no text."""
     raw: str
     cut_off: bool = False    # the limit on tokens ended it, not the teacher
     tokens_read: int = 0     # length of the prompt
@@ -61,12 +69,18 @@ class Reply:
     def __post_init__(self):
         start, end, thinking = 0, len(self.raw), False
         for mark in MARK.finditer(self.raw):
-            if mark["end"] and not thinking:  # Harmony ends a thought as other formats end a turn
-                end, self.cut_off = mark.start(), False
+            kind = mark.lastgroup
+            if kind == "harmony" and thinking:  # it ends a thought as other formats end a turn
+                continue
+            written = thinking or self.raw[start:mark.start()].strip()
+            if kind in ("harmony", "end") or kind == "begin" and written:  # the turn ends, or another begins
+                end = mark.start()
+                self.cut_off = False
                 break
-            if not mark["end"]:
-                start, thinking = mark.end(), mark["thought"] is not None
-        self.text, self.cut_off = "" if thinking else self.raw[start:end], self.cut_off or thinking
+            start = mark.end()
+            thinking = kind == "thought"
+        self.text = "" if thinking else self.raw[start:end]
+        self.cut_off = self.cut_off or thinking
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,16 +182,29 @@ def check_text(value, key):
     return value.strip()
 
 
-JSON_BEGINS = re.compile(r"""\A\W*\{ | \{\s* (?: ["'“„‘] | \w+\s*: )""", re.X)
+# A text in one fence, perhaps with its language
+FENCED = re.compile(r"```(?:\w*[^\S\n]*\n|(?i:text|txt|plain|plaintext|markdown|md|json)\s)?((?:(?!```).)*+)```", re.S)
+# An object from its first key on. It ends with its last brace or, if it was cut off, has none
+OBJECT = re.compile(r"""\W*\{\s*["'“„‘]?\w[^{}:]*+: (?: [^}]*+ | .*\}[^\w}]*+ )""", re.S | re.X)
+
+
+def is_json(text, key):
+    """Returns whether a text is meant as JSON: an object in it has the key, or it is all object, or one in a fence is.
+    Other braces belong to a plain text."""
+    braces = text[text.find("{"):] if "{" in text else ""
+    keyed = re.search(rf"""(?:\{{|["'“„‘])\s*{key}\s*["'“”’]?\s*:""", braces, re.I)
+    return bool(keyed) or any(OBJECT.fullmatch(part) for part in re.split(r"```\w*", text))
 
 
 def read_text(reply, key):
-    """Returns a reply that is plain text. If there is a JSON object in it, returns the object's value of `key`.
+    """Returns a reply that is plain text. If it is meant as JSON, returns its object's value of `key`.
 
-    UnusableReply if it is empty or cut off, or if it has a JSON object without this key.
+    UnusableReply if it is empty or cut off, or if it is JSON without this key.
     """
-    text = re.sub(r"^```(?:\w*\s*\n)?(.*)```$", r"\1", reply.text.strip(), flags=re.S).strip()
-    if JSON_BEGINS.search(text):
+    text = reply.text.strip()
+    fenced = FENCED.fullmatch(text)
+    text = fenced[1].strip() if fenced else text
+    if is_json(text, key):
         text = check_text(read_object(reply, {key})[key], key)
     elif reply.cut_off:
         raise UnusableReply("it was cut off; be briefer")
@@ -239,11 +266,11 @@ def scripts(text):
 def check_language(response, item):
     """UnusableReply if a query has no letter of the script that most of the response is written in.
 
-    The texts of its history count as the query's. Small models fall into another language. This notices Chinese for an
+    The texts of its history count, too. Small models fall into another language. This notices Chinese for an
     English query, but not French.
     """
     texts = [item["query"], *(turn["content"] for turn in item.get("history") or ())]
     ours, theirs = scripts(response), scripts("\n".join(texts))
     if ours and theirs and ours[0] not in theirs:
-        raise UnusableReply(f"the response is in the wrong language: its script is {ours[0].title()}, the query's "
-                            f"{theirs[0].title()}")
+        raise UnusableReply(f"the response is in the wrong language: its script is {ours[0].title()}, the "
+                            f"conversation's {theirs[0].title()}")

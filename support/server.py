@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from support.files import UserError
 from support.replies import QueryRejected, Reply, RequestFailed
+from support.tables import printable
 
 
 LONGEST_ANSWER = 8_000_000  # bytes of an HTTP answer that are read
@@ -39,6 +40,7 @@ class HttpTeacher:
         try:
             url = urllib.parse.urlsplit(args.url)
             self.host, self.port = url.hostname, url.port
+            (self.host or "").encode("idna")  # as a connection does: an empty or overlong label is a ValueError
         except ValueError:
             self.host = None
         if not self.host or url.scheme not in ("http", "https") or "@" in url.netloc or url.query or url.fragment \
@@ -115,15 +117,18 @@ class HttpTeacher:
         while not query.outcome and self.wait_for_turn():
             began = time.monotonic()
             try:
-                reply, failures, self.answered = self.request(query.question.messages), 0, True
+                reply = self.request(query.question.messages)
+                self.answered = True
             except RequestFailed as failure:
-                reply, failures = failure, failures + 1
+                reply = failure
             except QueryRejected as refusal:
-                reply, failures, self.refused = refusal, 0, self.refused + 1
+                reply = refusal
+                self.refused += 1
                 if self.refused >= MOST_REFUSED and not self.answered:
                     raise UserError(f"{self.address} refused the first {self.refused} queries: {refusal}") from None
             except UserError as error:
                 raise UserError(f"query {query.item['id']!r}: {error}") from None
+            failures = failures + 1 if isinstance(reply, RequestFailed) else 0
             query.tell(reply)
             if failures and query.outcome and not self.connected:
                 raise UserError(f"{self.args.url}: {reply}; is the server running, and is this its address?")
@@ -156,10 +161,11 @@ class HttpTeacher:
                 return
             now, wait = time.monotonic(), failure.wait or 0.0
             if now + wait - max(now, self.not_before) > 60:
-                say(f"{self.address} asks to wait {wait:.0f} s: {failure}")
+                tqdm.write(f"{self.address} asks to wait {wait:.0f} s: {failure}", file=sys.stderr)  # above the bar
             self.not_before = max(self.not_before, now + wait)
             if (failure.busy or wait) and began >= self.slowed:
-                self.gap, self.slowed = max(self.gap, min(max(2 * self.gap, 0.01), wait or 1.0)), now
+                self.gap = max(self.gap, min(max(2 * self.gap, 0.01), wait or 1.0))
+                self.slowed = now
 
     def request(self, messages):
         """Returns the Reply to one chat completion.
@@ -171,17 +177,16 @@ class HttpTeacher:
             body = change(body)
         try:
             return read_answer(*self.post(json.dumps(body)), self.key)
-        except UserError as error:
-            raise UserError(f"{self.address} answered {error}") from None
-        except (RequestFailed, QueryRejected) as fault:
-            told, change = next(((told, change) for refusal, told, change in REMEDIES
-                                 if re.search(refusal, str(fault), re.I) and change(body) != body), (None, None))
-            if change is None:
-                raise
-            if change not in self.remedies:
-                self.remedies.append(change)
-                say(f"{fault}; from now on requests go {told}")
-            return self.request(messages)
+        except (UserError, RequestFailed, QueryRejected) as fault:
+            for refusal, told, change in REMEDIES:
+                if re.search(refusal, getattr(fault, "said", ""), re.I) and change(body) != body:
+                    if change not in self.remedies:
+                        self.remedies.append(change)
+                        tqdm.write(f"{fault}; from now on requests go {told}", file=sys.stderr)
+                    return self.request(messages)
+            if isinstance(fault, UserError):
+                raise UserError(f"{self.address} answered {fault}") from None
+            raise
         except ssl.SSLCertVerificationError as error:
             raise UserError(f"{self.host}: its certificate is not valid ({error.verify_message})") from None
         except TimeoutError:
@@ -202,10 +207,12 @@ class HttpTeacher:
         connection = self.new_connection(self.host, self.port, timeout=self.args.timeout)
         try:
             connection.connect()
-            self.connected, sock = True, connection.sock
+            self.connected = True
+            sock = connection.sock
             sock.settimeout(seconds_until(deadline))
             connection.request("POST", self.path, content, headers)
-            answer, body = connection.getresponse(), bytearray()
+            answer = connection.getresponse()
+            body = bytearray()
             while True:
                 if not answer.isclosed():  # from Python 3.13 on, read1 closes the socket after the last part
                     sock.settimeout(seconds_until(deadline))
@@ -220,14 +227,45 @@ class HttpTeacher:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What is changed where a server refuses a request
+
+def rename_limit(body):
+    return {"max_completion_tokens" if name == "max_tokens" else name: value for name, value in body.items()}
+
+
+def drop_temperature(body):
+    return {name: value for name, value in body.items() if name != "temperature"}
+
+
+def merge_system(body):
+    first, *rest = body["messages"]
+    if first["role"] != "system":
+        return body
+    merged = rest[0] | {"content": f"{first['content']}\n\n{rest[0]['content']}"}
+    return body | {"messages": [merged, *rest[1:]]}
+
+
+REMEDIES = (  # (a refusal in the server's words, what is sent instead, the function that changes the request)
+    (r"use \W{0,3}max_completion_tokens|max_completion_tokens\W{0,3} instead",
+     "with max_completion_tokens instead of max_tokens", rename_limit),
+    (r"temperature.*(support|permitted|recogni|unknown|deprecated)|(support|permitted|recogni|unknown).*temperature",
+     "without --temperature", drop_temperature),
+    (r"system.{0,20}role|role.{0,40}\bsystem|roles must alternate"
+     r"|(system|developer) (message|prompt|instruction).{0,40}(not|n't|unsupported)",
+     "with the system's text in the first message", merge_system))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What a server answers
 
 PASSING = 408, 409, 425, 429  # as are all from 500 on: the same request may be accepted later
 REFUSES_ALL = 401, 402, 403, 404, 405, 407, 410
 ABOUT_ALL = re.compile(r"model\b[^.]{0,80}(not[ _](found|exist|supported)|n.t exist|unknown)|model_not_"
-                       r"|(no|unknown|invalid|not a valid)[ _]model|api[ _]key|credit balance", re.I)
-ABOUT_THIS = re.compile(r"moderat|flagged|safety|content[ _]*(filter|polic|manag)|context[ _](length|size|window)",
-                        re.I)
+                       r"|(no|unknown|invalid|not a valid)[ _]model|credit balance"
+                       r"|\b(invalid|incorrect|missing|no|wrong)\b.{0,20}\bapi[ _-]?key"
+                       r"|\bapi[ _-]?key[ :]*(\w+ ){0,3}(not|invalid|missing|expired)\b", re.I)
+ABOUT_THIS = re.compile(r"moderat|flagged|safety|polic(y|ies)|content[ _]*(filter|manag)"
+                        r"|context[ _](length|size|window)", re.I)
 WHOLE = ("", "stop", "stop_sequence", "eos", "eos_token", "eot", "end", "end_turn", "complete", "completed", "finished",
          "done")  # names of the end of a turn in finish_reason
 CUT_OFF = "length", "max_tokens", "max_output_tokens", "model_length", "token_limit"
@@ -250,7 +288,7 @@ def read_answer(status, headers, body, key=""):
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     text, message = body[:2000].decode("utf-8", "replace"), choice.get("message")
     error = found.get("error") or choice.get("error") or (found if "message" in found and not choice else None)
-    if status != 200 or error:
+    if error or not 200 <= status < 300:
         raise read_error(status, headers, error or found or text, key)
     if not isinstance(message, dict):
         raise RequestFailed(f"not a chat completion: {one_line(text, key)!r}")
@@ -261,7 +299,8 @@ def read_answer(status, headers, body, key=""):
         content = "".join(part["text"] for part in parts if isinstance(part.get("text"), str)
                           and part.get("type", "text") in ("text", "output_text"))
         refusal = refusal or " ".join(str(part["refusal"]) for part in parts if part.get("refusal"))
-    content, finish = content or "", str(choice.get("finish_reason") or "").lower()
+    content = content or ""
+    finish = str(choice.get("finish_reason") or "").lower()
     if not isinstance(content, str):
         raise RequestFailed(f"not a chat completion: {one_line(text, key)!r}")
     if refusal and not content:
@@ -277,23 +316,30 @@ def read_answer(status, headers, body, key=""):
 
 
 def read_error(status, headers, error, key):
-    """Returns the exception for an answer that holds no reply: "server: 429 Too Many Requests, quota: You have …"."""
+    """Returns the exception for an answer that holds no reply: "server: 429 Too Many Requests, quota: You have …".
+
+    Its attribute `said` is the server's complaint. Other faults have none, because they may quote the model.
+    """
     entry = error if isinstance(error, dict) else {"message": error}
-    if status == 200 and re.fullmatch("[45][0-9][0-9]", str(entry.get("code"))):  # the status stands in the body
+    if status < 300 and re.fullmatch("[45][0-9][0-9]", str(entry.get("code"))):  # the status stands in the body
         status = int(entry["code"])
     name = next((name for name in (entry.get("code"), entry.get("type"))
                  if isinstance(name, str) and re.fullmatch(r"[a-zA-Z][\w.-]*", name)), None)
     words = entry.get("message") or entry.get("detail") or error
     if 300 <= status < 400:
         words = f"it redirects to {headers.get('Location')}; if you trust that address, give it as --url"
-    about = f"{status} {http.client.responses.get(status, '')}" if status != 200 else None
+    about = f"{status} {http.client.responses.get(status, '')}".strip() if status >= 300 else None
     said = one_line(": ".join(filter(None, [", ".join(filter(None, [about, name])), str(words)])), key)
+    every = ABOUT_ALL.search(said)
+    this = ABOUT_THIS.search(said) and not (status == 404 and every)  # a model may be named after moderation
     if status in PASSING or status >= 500:
-        return RequestFailed(f"server: {said}", retry_after(headers.get("Retry-After")), status == 429)
-    this = ABOUT_THIS.search(said)
-    if 300 <= status < 400 or not this and (status in REFUSES_ALL or ABOUT_ALL.search(said)):
-        return UserError(said)
-    return (RequestFailed if status < 300 and not this else QueryRejected)(f"server: {said}")
+        fault = RequestFailed(f"server: {said}", retry_after(headers.get("Retry-After")), status == 429)
+    elif 300 <= status < 400 or not this and (status in REFUSES_ALL or every):
+        fault = UserError(said)
+    else:
+        fault = (RequestFailed if status < 300 and not this else QueryRejected)(f"server: {said}")
+    fault.said = said
+    return fault
 
 
 def without_key(text, key):
@@ -302,36 +348,7 @@ def without_key(text, key):
 
 def one_line(text, key):
     """Returns text from the server as one line that is safe to print in a terminal."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(without_key(text, key).split()))[:300]
-
-
-def say(line):
-    tqdm.write(line, file=sys.stderr)  # above the progress bar
-
-
-def rename_limit(body):
-    return {"max_completion_tokens" if name == "max_tokens" else name: value for name, value in body.items()}
-
-
-def drop_temperature(body):
-    return {name: value for name, value in body.items() if name != "temperature"}
-
-
-def merge_system(body):
-    first, second, *rest = body["messages"]
-    if first["role"] != "system":
-        return body
-    return body | {"messages": [second | {"content": f"{first['content']}\n\n{second['content']}"}, *rest]}
-
-
-REMEDIES = (  # (a refusal in the server's words, what is sent instead, the function that changes the request)
-    (r"use \W{0,3}max_completion_tokens|max_completion_tokens\W{0,3} instead",
-     "with max_completion_tokens instead of max_tokens", rename_limit),
-    (r"temperature.*(support|permitted|recogni|unknown|deprecated)|(support|permitted|recogni|unknown).*temperature",
-     "without --temperature", drop_temperature),
-    (r"system.{0,20}role|role.{0,40}\bsystem|roles must alternate"
-     r"|(system|developer) (message|prompt|instruction).{0,40}(not|n't|unsupported)",
-     "with the system's text in the first message", merge_system))
+    return printable(" ".join(without_key(text, key).split()))[:300]
 
 
 def seconds_until(deadline):
@@ -343,13 +360,13 @@ def seconds_until(deadline):
 
 
 def retry_after(text):
-    """Returns the seconds that a Retry-After header asks to wait, at most an hour. It holds a number or a date.
+    """Returns the seconds that a Retry-After header asks to wait, from 0.05 to 3600. It holds a number or a date.
 
     None if it asks for no wait, or is not understood.
     """
     try:
         number = re.fullmatch(r"\s*\d+(\.\d*)?\s*", text or "")
         wait = float(text) if number else email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        return min(3600.0, wait) if wait > 0 else None
+        return min(3600.0, max(0.05, wait)) if wait > 0 else None
     except (TypeError, ValueError, OverflowError):
         return None

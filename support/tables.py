@@ -1,5 +1,6 @@
-"""How every command prints a table, and a gate as bars."""
+"""How every command prints a table, a gate as bars, and a text that was written elsewhere."""
 import textwrap
+import unicodedata
 
 from lora import EXPERTS
 
@@ -44,3 +45,14 @@ def format_gate(gate, width=16):
                      for pole, weight in zip(("high", "low"), gate[e:e + 2].tolist()))
         lines.append(f"  {trait:<17}{high} {low}")
     return "\n".join(lines)
+
+
+REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # Unicode's names of these characters
+
+
+def printable(text):
+    """Returns a text without control characters, which could change the terminal's state, without those that change the
+    direction of writing, and without halves of characters (surrogates), which cannot be written. All others stay:
+    no-break spaces, and the joiners of Persian words and of emoji."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs")
+                   and unicodedata.bidirectional(c) not in REORDERING)

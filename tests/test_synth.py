@@ -203,6 +203,8 @@ WRAPPED = {  # a text as JSON, where plain text was asked for
     "words after": '```\n{"response": "Wait."}\n```\nDoes it {help}?', "capitals": '{"Response": "Wait."}',
     "other keys, too": '{"situation": "x", "response": "Wait."}', "bare": "{response: 'Wait.'}",
     "a fence, no JSON": "```text\r\nWait.\r\n```", "one line, no JSON": "```Wait.```", "a quote": "“Wait.”",
+    "a language on one line": "```text Wait.```", "words before a bare object": "It is {response: 'Wait.'} then",
+    "the name in quotes": '**"Response":** Wait.',
 }
 
 
@@ -216,14 +218,18 @@ def test_json_where_plain_text_was_asked_for_is_read(text):
     ('So: ```{"text": "Wait."}``` there', "with the key response"), ('Here: {"response": "Wai', "not complete"),
     ('{"response": "a"} or {"response": "b"}', "several"), ('{"response": 3.5, "x": {}', "not complete"),
     ("Here: {“response”: “Wait.”}", "curly quotes"), ('{"response": {"text": "Wait."}}', "expected a string"),
-    ('{“response”: "Wait."}', "curly quotes"), ('```{"response": ["Wait."]}```', "expected a string")])
+    ('{“response”: "Wait."}', "curly quotes"), ('```{"response": ["Wait."]}```', "expected a string"),
+    ('{"answer": "Wai', "not complete")])
 def test_json_that_could_be_read_in_two_ways_is_asked_for_again(text, why):
     query, questions = separate("a", json.dumps(POLED), text, "Wait.", retries=1)
     assert query.outcome["response"] == "Wait." and re.search(why, questions[-1][-1]["content"])
 
 
-@pytest.mark.parametrize("text", ["Use {name} there.", "Sets are {1, 2}.", "a } b {", "Write \\frac{a}{b}: done."])
-def test_braces_in_a_text_are_part_of_it(text):
+@pytest.mark.parametrize("text", ["Use {name} there.", "Sets are {1, 2}.", "a } b {", "Write \\frac{a}{b}: done.",
+                                  'Use d = {"a": 1} for that.', "p {color: red} makes it red", "{name}, hold on",
+                                  "{a: 1} is a dict", "p {color: red}", "```a``` and ```b```", "Use ```x {a: 1} y```",
+                                  "{name}: hold {on}"])
+def test_braces_and_fences_in_a_text_are_part_of_it(text):
     assert separate("a", json.dumps(POLED), text)[0].outcome["response"] == text
 
 

@@ -174,8 +174,8 @@ def test_a_reply_is_what_stands_after_the_last_thought_and_before_the_first_end_
         record = outcome(thought + good_with() + end)
         assert record["response"] == "Wait with me." and record["traits"] == TRAITS_OF_GOOD
         assert "response" in outcome(thought + good_with() + end, cut_off=True)
-    if opening not in ("", "analysis"):
-        entry = outcome(thought.removesuffix(closing))
+    for end in (ENDS[0], ENDS[-1]) if opening not in ("", "analysis") else ():
+        entry = outcome(thought.removesuffix(closing) + end)
         assert "cut off before its thoughts ended (--max-new-tokens)" in entry["reason"] and DRAFT in entry["raw"]
 
 
@@ -184,10 +184,25 @@ def test_marks_that_belong_to_a_text_stay(text):
     assert (Reply(text).text, Reply(text).cut_off) == (text, False)
 
 
-@pytest.mark.parametrize("header", ["<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n",
-                                    "<start_of_turn>model\n", "<|start|>assistant<|channel|>final<|message|>"])
+@pytest.mark.parametrize("header", [
+    "<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<start_of_turn>model\n",
+    "<|start|>assistant<|channel|>final<|message|>", "<|start|>assistant<|message|>", "<|assistant|>\n",
+    "<｜Assistant｜>", "<|begin_of_text|>", "<|begin_of_box|>", "<|im_start|>assistant<|im_sep|>", "<s>", "<bos>",
+    "<｜begin▁of▁sentence｜>",
+    "<|header_start|>assistant<|header_end|>\n\n", "<|start_of_role|>assistant<|end_of_role|>", "<|startoftext|>",
+    "<|im_assistant|>assistant<|im_middle|>", "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", "<|turn>model\n", " [/INST] "])
 def test_the_header_of_its_own_turn_is_not_part_of_a_reply(header):
-    assert Reply(header + "Wait.<|im_end|>").text.strip() == "Wait."
+    for before in ("", "<s>", "<think>Hm.</think>\n\n"):
+        assert Reply(f"{before}{header}Wait.<|end_of_box|><|im_end|>").text.strip() == "Wait."
+    assert Reply(f"<|im_end|>{header}No.").text == ""
+    if "<|start|>" not in header:  # in Harmony it may also begin another part of the same turn
+        assert Reply(f"Wait.{header}No.").text.strip() == "Wait." and Reply(f"<think>{header}</think>No.").text == ""
+
+
+@pytest.mark.parametrize("text", ["<|user|>\nHi", "<|im_start|>user\nHi", "<start_of_turn>user\nHi", "[INST] Hi",
+                                  "</s>Hi"])
+def test_another_turn_is_no_reply(text):
+    assert Reply(text).text == ""
 
 
 def test_a_text_that_ended_before_the_limit_on_tokens_is_whole():
@@ -403,7 +418,7 @@ def test_the_key_goes_neither_to_where_the_server_redirects_nor_to_a_proxy(asked
 
 @pytest.mark.parametrize("url", ["localhost:80/v1", "ftp://x/v1", "http:///v1", "http://me:pw@host/v1",
                                  "http://host/v1?key=1", "http://[::1/v1", "http://host/v 1", "http://host/é",
-                                 "http://host:port/v1"])
+                                 "http://host:port/v1", "http://a..b/v1", f"http://{'a' * 64}.b/v1"])
 def test_an_invalid_address_is_refused(asked, out, url):
     with pytest.raises(UserError, match="--url: expected the base"):
         synth.main(http_command(SimpleNamespace(url=url), asked, out))
@@ -421,14 +436,18 @@ def test_an_invalid_address_is_refused(asked, out, url):
     (400, b'{"error": {"message": "x is not a valid model ID"}}', "400 Bad Request: x is"),
     (400, b'{"message": "Model Not Exist", "type": "bad"}', "400 Bad Request, bad: Model Not Exist"),
     (200, b'{"error": {"message": "who are you?", "code": 401}}', "401 Unauthorized: who are you"),
-    (422, b'{"error": {"message": "The model `m` does not exist."}}', "422 .*: The model `m` does not exist")])
+    (422, b'{"error": {"message": "The model `m` does not exist."}}', "422 .*: The model `m` does not exist"),
+    (404, b'{"error": {"message": "The model `omni-moderation` does not exist"}}', "404 .*: The model `omni-"),
+    (400, b"You sent no API key", "400 .*: You"), (400, b"API key expired", "400 .*: API"),
+    (400, "مدل می\u200cخواهم: no model m".encode(), "400 Bad Request: مدل می\u200cخواهم: no")])
 def test_what_would_refuse_every_query_ends_the_run_in_the_servers_words(asked, out, status, body, why):
     def script(number, attempt):
         return good(number, attempt) if number < 7 else (status, body)
     why = rf"query 'q7': http://127\.0\.0\.1:\d+/v1/chat/completions answered {why}"
     with serving(script) as server, pytest.raises(UserError, match=why) as error:
         synth.main(http_command(server, asked, out, "--workers", 1))
-    assert str(error.value).isprintable() and sum(server.asked.values()) == 8  # one such answer is enough
+    assert str(error.value).replace("\u200c", "").isprintable()
+    assert sum(server.asked.values()) == 8  # one such answer is enough
     assert ids(out) == [f"q{i}" for i in range(7)] and not rejected(out)  # what was finished is saved
 
 
@@ -461,12 +480,18 @@ ONE_QUERY = {  # an answer that refuses this query, and the reason in the reject
     "too long": ((400, complaint("This model's maximum context length is 99 tokens. It does not exist beyond.")),
                  "server: 400 Bad Request: This model's maximum"),
     "flagged": ((403, complaint("Your input was flagged by moderation", code=403)), "server: 403 Forbidden: Your"),
+    **{words: ((400, complaint(words)), f"server: 400 Bad Request: {words}") for words in (
+        "The prompt asks how to steal an API key",
+        "The prompt mentions how to steal an API key, which our policy forbids")},
+    "against a policy": ((403, b"This is against our policies"), "server: 403 Forbidden: This is"),
     "too large": ((413, b"too\nlong"), "server: 413 .*: too long"), "odd": ((422, b"{}"), "server: 422 "),
     "filtered, in the body": ((200, complaint("no", code="content_filter")), "server: content_filter: no"),
     "too long, in the body": ((200, complaint("no", code=400)), "server: 400 Bad Request: no"),
     **{name: ((200, reply(json.dumps(GOOD), name)), f"server: the reply is not whole, finish_reason {name.lower()}")
        for name in ("content_filter", "SAFETY", "refusal", "sensitive")},
     "refused": ((200, answer(content=None, refusal="I will\nnot.")), "the teacher refused: I will not."),
+    **{f"refused: {words}": ((200, answer(content=None, refusal=words)), f"the teacher refused: {words}")
+       for words in ("The system role forbids it.", "Such a temperature is not supported.")},
     "refused, in parts": ((200, answer(content=[{"type": "refusal", "refusal": "No."}])), "the teacher refused: No."),
     "null, cut off": ((200, answer("length", content=None, reasoning_content="Hm.")), SPENT),
     "no content, cut off": ((200, answer("max_tokens", reasoning="Hm.")), SPENT),
@@ -506,11 +531,16 @@ REMEDIED = {  # the server's words, how a request must be for it to be answered,
                and body["messages"][0]["content"].startswith(PROMPTS["system"].template + "\n\n"), "first message")
        for words in ("System role not supported", "Developer instruction is not enabled for gemma",
                      "Conversation roles must alternate user/assistant/user/assistant/...",
-                     "'messages[0].role' does not support 'system' with this model.")},
+                     "'messages[0].role' does not support 'system' with this model.",
+                     "Invalid request: model google/gemma-2-9b-it: System role not supported")},
+    "temperature, for a model": ("For this model, 'temperature' is not supported",
+                                 lambda body: "temperature" not in body, "without --temperature"),
+    "max_tokens, for a model": ("Model o3 : max_tokens is not supported, use max_completion_tokens instead",
+                                lambda body: "max_completion_tokens" in body, "with max_completion_tokens"),
 }
 
 
-@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize("status", [400, 404, 500])
 @pytest.mark.parametrize("words, accepted, told", REMEDIED.values(), ids=REMEDIED)
 def test_a_server_is_asked_once_more_in_the_way_that_it_names_and_so_are_all_further_requests(
         asked, out, capsys, status, words, accepted, told):
@@ -521,13 +551,14 @@ def test_a_server_is_asked_once_more_in_the_way_that_it_names_and_so_are_all_fur
     assert capsys.readouterr().err.count(told) == 1
 
 
-def test_several_remedies_add_up_and_a_refusal_that_they_do_not_change_is_a_refusal(asked, out):
+@pytest.mark.parametrize("last", ["max_tokens", "temperature", "System role not supported"])
+def test_several_remedies_add_up_and_a_refusal_that_they_do_not_change_is_a_refusal(asked, out, last):
     refusals = {name: (words, accepted) for name, (words, accepted, _) in REMEDIED.items()}
 
     def script(number, attempt):
         body = server.bodies[-1][1]
         return next(((400, complaint(words)) for words, accepted in refusals.values() if not accepted(body)),
-                    good(number, attempt) if number else (400, complaint(REMEDIED["max_tokens"][0])))
+                    good(number, attempt) if number else (400, complaint(REMEDIED[last][0])))
     with serving(script) as server:
         assert not synth.main(http_command(server, asked, out, "--workers", 1, "--retries", 0, "--max-new-tokens", 9,
                                            "--temperature", 0.5))
@@ -574,8 +605,9 @@ def test_whatever_a_server_sends_is_a_reply_or_one_of_three_faults():
 
 
 @pytest.mark.parametrize("finish", [None, "", "stop", "STOP", "eos", "end_turn", "stop_sequence", "eos_token"])
-def test_every_name_of_the_end_of_a_turn_ends_a_whole_reply(asked, out, finish):
-    with serving(lambda *_: (200, reply(json.dumps(GOOD), finish))) as server:
+@pytest.mark.parametrize("status", [200, 201, 203])
+def test_every_name_of_the_end_of_a_turn_ends_a_whole_reply(asked, out, finish, status):
+    with serving(lambda *_: (status, reply(json.dumps(GOOD), finish))) as server:
         assert not synth.main(http_command(server, asked, out, "--retries", 0))
     assert len(ids(out)) == 12
 
@@ -602,6 +634,8 @@ def test_a_server_that_is_not_there_is_an_error_and_no_query_is_rejected(asked, 
 FAILURES = {  # an answer, and the reason in the rejected file
     "hangs up": (None, "connection: "), "hangs": ("hang", r"no reply in time \(--timeout\)"),
     "429": ((429, b"slow"), "server: 429 Too Many Requests: slow"), "500": ((500, b""), "server: 500"),
+    "529": ((529, complaint("busy", type="overloaded_error")), "^server: 529, overloaded_error: busy"),
+    "prose that names a remedy": ((200, b"Our system has the role of a guard"), "not a chat completion"),
     "503": ((503, b'{"error": {"message": "loading"}}'), "server: 503 Service Unavailable: loading"),
     "half a body": ((200, reply("x" * 99)[:50], {"Content-Length": 150}), "not a chat completion|connection"),
     "no completion": ((200, b'{"choices": []}'), "not a chat completion"), "a page": ((200, b"<p>"), "not a chat"),
@@ -720,7 +754,7 @@ def test_waits_double_and_retry_after_comes_first(tmp_path, out, monkeypatch, ca
 
 @pytest.mark.parametrize("text, seconds", [
     ("3", 3), (" 1.5 ", 1.5), ("99999", 3600), ("9" * 400, 3600), ("-1", None), ("soon", None), ("nan", None),
-    ("", None), (None, None), ("0", None), ("0.0", None), ("Wed, 21 Oct 2015 07:28:00 GMT", None)])
+    ("", None), (None, None), ("0", None), ("0.0", None), ("0.001", 0.05), ("Wed, 21 Oct 2015 07:28:00 GMT", None)])
 def test_retry_after_is_a_number_of_seconds_or_a_date_up_to_an_hour(text, seconds):
     assert server_module.retry_after(text) == seconds
     assert 50 < server_module.retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 61
