@@ -248,7 +248,15 @@ def test_emobench_reads_json_and_nothing_else(rows, texts, strict, lenient):
     (EU[0], "第一题选F。第二题：（B）", "FB"), (EU[0], "1. F\n2. B", "FB"), (EU[0], "q1 = f, q2 = b", "FB"),
     (EU[0], '```json\n{"answer_q1": "（F）",\n"answer_q2": "B"', "FB"), (EU[0], '{"answer_q1": "F"}', "F-"),
     (EU[0], "Question 1: A or B?\nQuestion 2: it is two", "-B"), (EU[0], "F", "--"),
-    (EU[0], "Question 1: F\nQuestion 2: B\nQuestion 1 is OK.", "FB")])
+    (EU[0], "Question 1: F\nQuestion 2: B\nQuestion 1 is OK.", "FB"),
+    # the JSON object of a reply counts more than its other text
+    (EU[0], '{"answer_q1": "F", "answer_q2": "B"}\n\nBecause in question 1 A is bad and question 2 asks C', "FB"),
+    (EA[0], "<think>{'answer': 'A'}</think>{'answer': 'B',} A is bad", "B"),
+    (EA[0], '<think>```json\n{"answer": "A"}```</think>{"answer": "B"}', "B"),
+    (EA[0], '{"answer": "A"}? No: {"answer": "B"}', "B"),
+    # names of the two questions
+    (EU[0], "答案1：F\n答案2：B", "FB"), (EU[0], "(1) F\n(2) B", "FB"), (EU[0], "① F\n②B因为", "FB"),
+    (EU[0], "First question: F\nSecond answer: B", "FB"), (EU[0], "Q1: F\n2 friends, A too\nQ2: B", "FB")])
 def test_emobench_read_leniently(row, text, letters):
     assert make(EmoBench).parse_leniently(row, text) == [None if letter == "-" else letter for letter in letters]
 
@@ -281,6 +289,18 @@ def test_emobench_cannot_parse_what_is_no_json_object(text):
     ("I would wait, A or B", None), ("B. Answer: ∅", "B"),
     ("Answer: A. Final answer: B or C", None), ("A or (B)", None), ("As an AI, I can't choose A or B", None),
     ("I cannot pick A.", None), ("不选A", None), ("Not A but B", "B"), ("不是A，是B", "B"), ("neither A nor B", None),
+    ("B is wrong", None), ("Option B is incorrect", None), ("(B) is not the best", None), ("选项B不对", None),
+    ("B isn't right, so C", "C"), ("I don't think B is right", None), ("I would not pick b.", None), ("B错", None),
+    ("I wouldn't go with option A, so B", "B"), ("The answer is not B but C", "C"), ("不应该选择B", None),
+    # "not" denies a letter in its own line, with nothing but words of choosing between
+    ("The cat could not\n\nAnswer: C", "C"), ("I can't\nAnswer: C", "C"), ("不会\nC", "C"), ("不会C", "C"),
+    ("I'm not sure (C)", "C"), ("I do not know (C)", "C"), ("whether or not Answer: B", "B"), ("A is not\nright", "A"),
+    # a reason after the choice is no list
+    ("Answer: C, A is too hasty", "C"), ("Answer: C, (A) is too hasty", "C"), ("答案是C，A不对", "C"),
+    ("选C，A太急", "C"), ("The correct answer is C and D is wrong", "C"), ("Answer: A or B is fine", None),
+    ("答案是A或B不对", None), ("Answer: A, B and C are fine", None),
+    # thoughts and what follows the end of a turn
+    ("<think>hm A</think>", None), ("<think>hm A", None), ("[THINK]A[/THINK]B<|im_end|>C", "B"),
     # a letter in a word, or an article
     ("As an AI", None), ("Answer: Bromine", None), ("Answer: BCD", None), ("B-cells", None), ("A's", None),
     ("A friend", None), ("the answer is a matter of taste", None), ("25 °C", None)])
@@ -298,7 +318,8 @@ LETTER_FORMS = [
     "{}：", "Answer: {}.", "Answer:{}\n", "answer : ${}$", "Answer: ({})", "Final Answer: **{}**", "答案是（{}）。", "选{}。",
     "\\boxed{{{}}}", "option {}.", '{{"answer": "{}"}}', "({}) ({})", "Answer: {}, {}."]
 REST = ["As an AI,", "I think", "because", "Dear", "cab", "the answer", "Answer:", "答案", "我认为", "选项", "Options:",
-        "(", ")", "**", "$", "1", "e.g.", "?", "。", "，", "\n", "\n\n", " ", "[[", "]]", "{}", "\\", "ＡＩ", "°", "é", "∅"]
+        "(", ")", "**", "$", "1", "e.g.", "?", "。", "，", "\n", "\n\n", " ", "[[", "]]", "{}", "\\", "ＡＩ", "°", "é", "∅",
+        "not\n", "can't\n", "不会\n", "不会", "not sure", "is", "\nwrong", "the best", "or"]
 
 
 @hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=2000)
