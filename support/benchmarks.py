@@ -229,25 +229,25 @@ NO_WORD_CONTINUES = rf"(?!{WORD_CHARACTER}|['’–-]{WORD_CHARACTER})"
 CAPITAL = rf"(?<!{WORD_CHARACTER})(?<!°)([A-G]){NO_WORD_CONTINUES}"
 SMALL = rf"([a-g]){NO_WORD_CONTINUES}(?![ \t]+\S|\.{WORD_CHARACTER})"
 LETTER_OR_LIST = rf"(?:([A-G∅]){NO_WORD_CONTINUES}|{SMALL})"
-NO_ARTICLE = r"(?!(?<=A)[ \t]+(?!(?:is|are|or|and|as|because|since|seems)\b)[a-z])"  # "A friend" names no option
+NO_ARTICLE = r"(?!(?<=A)[ \t]+(?!(?:is|or|and|because|seems)\b)[a-z])"  # "A friend" names no option
 # Step 1: "A or B", "(A), (B), and (C)", but not "C, A is too hasty", where a sentence begins
 OPENING, CLOSING = r"""[\s(\[{"'*$]*+""", r"""[\])}"'*$]*"""
-NO_SENTENCE = rf"(?:(?<=\bor)|(?<=或)|(?!{OPENING}[A-G]{CLOSING}[ \t]*(?:(?:is|was|would|seems|does)\b|[不太错])))"
-SEVERAL = rf"""{CAPITAL}{NO_ARTICLE}(?:{CLOSING}[ \t]*+(?:(?<=[ \t])|[,、/&+或和与及]|\b(?:or|and)\b)
-    (?:\s*(?:or|and)\b)?{NO_SENTENCE}{OPENING}[A-G]{NO_WORD_CONTINUES}{NO_ARTICLE})+"""
+NO_SENTENCE = rf"(?:(?<=\bor)|(?<=或)|(?!{OPENING}[A-G]{CLOSING}[ \t]*(?:(?:is|was|would|seems)\b|[不太错])))"
+SEVERAL = rf"""{CAPITAL}{NO_ARTICLE}(?:{CLOSING}[ \t]*(?:[,、/&+或和与及]|\b(?:or|and)\b)(?:\s*(?:or|and)\b)?
+    {NO_SENTENCE}{OPENING}[A-G]{NO_WORD_CONTINUES}{NO_ARTICLE})+"""
 # Step 2. Between "not" and its letter stand only words that carry the denial, not those of "not sure (B)"
-RIGHT = r"(?:the[ \t]+)?(?:most[ \t]+|best[ \t]+)?(?:right|correct|best|answer|appropriate)\b"
+RIGHT = r"(?:the[ \t]+)?(?:most[ \t]+)?(?:right|correct|best|answer|appropriate)\b"
 DENIED = rf"""(?:(?i:(?:\b(?:not|cannot|never|neither|nor)|n['’]t)[ \t]++
         (?:(?:be|choose|pick|select|want|take|recommend|think|believe|go|with|the|option|choice)[ \t]++)*)
         |不(?:是|(?:能|会|要|应该?|可以)*选择?)(?:选项)?)[ \t(\[{{"'*$]*{LETTER_OR_LIST}
     |{CAPITAL}{CLOSING}[ \t]*(?:(?i:(?:is|was|seems)(?:[ \t]+(?:wrong|incorrect)\b|(?:[ \t]+not|n['’]t)[ \t]+{RIGHT}))
-        |不(?:对|是|正确|合适)|错)"""
+        |不(?:对|是|正确)|是?错)"""
 # Step 3. Words announce an answer: "the answer is", "I choose option", "**Choice:", "答案是", "\boxed", "[[". The letter
 # is right after them, with any marks but the end of a sentence between, as in ": (B", "=**B" or ": $\text{B"
-ANNOUNCED = r"""(?i:(?:answer|choose|pick|select|go\ with|答案|选择|选(?!项|择)|\\boxed|\[(?=\[)
+ANNOUNCED = r"""(?i:(?:answer|choose|pick|select|go\ with|答案|选择?|\\boxed|\[(?=\[)
     |(?:option|choice|选项)(?=[\s*"']*(?:[:=是为应]|(?:is|would)\b)))
-    [\s*"'_]{0,9}+(?:(?:is|would\ be|should\ be|must\ be)\b|[应该]*(?:是|为|选择?))?
-    (?:\W{0,9}(?:option|choice|letter|therefore|clearly|likely|probably|选项))?)"""
+    [\s*"'_]{0,9}+(?:(?:is|would\ be|should\ be|must\ be)\b|[应该]*[是为])?
+    (?:\W{0,9}(?:option|therefore|clearly|likely|probably|选项))?)"""
 MARKS = r"(?:\\[a-zA-Z]*|</?[a-zA-Z]{1,9}>|[^\w.,;!?。、∅\\]|_){0,40}+"
 CHOSEN = rf"""{ANNOUNCED}{MARKS}{LETTER_OR_LIST}
     |{CAPITAL}[\])}}"'*.]*\s*(?:(?i:(?:is|seems|would\ be)\s+{RIGHT})|是?(?:正确|最佳|最合适))"""
@@ -749,7 +749,7 @@ class GPQA(Benchmark):
         if strict is None:
             return f"({letter})" if letter else ""
         if letter is None:
-            return f"Answer: {strict} A, B"  # a list, which is no choice
+            return f"Answer: {strict}\nAnswer: A or B"  # a list, which is no choice
         return f"Answer: {strict}" if strict.upper() == letter else f"Answer: {strict}\nAnswer: {letter}"
 
     def score(self, rows, replies):
