@@ -256,8 +256,8 @@ def test_emobench_reads_json_and_nothing_else(rows, texts, strict, lenient):
     (EA[0], '{"answer": "A"}? No: {"answer": "B"}', "B"),
     # names of the two questions
     (EU[0], "答案1：F\n答案2：B", "FB"), (EU[0], "(1) F\n(2) B", "FB"), (EU[0], "① F\n②B因为", "FB"),
-    (EU[0], "First question: F\nSecond answer: B", "FB"), (EU[0], "Q1: F\n2 friends, A too\nQ2: B\nQ12: A", "FB"),
-    (EU[0], "问题一：F\n问题二：B", "FB"), (EU[0], "第一问：F\n第二个是B", "FB")])
+    (EU[0], "First question: F\nSecond answer: B", "FB"), (EU[0], "Q1: F\nQ2: B\n2 friends, A too\nQ12: A", "FB"),
+    (EU[0], "<think>Question 1: A</think>Question 2: B", "-B"), (EU[0], "问题一：F\n问题二：B", "FB"), (EU[0], "第一问：F\n第二个是B", "FB")])
 def test_emobench_read_leniently(row, text, letters):
     assert make(EmoBench).parse_leniently(row, text) == [None if letter == "-" else letter for letter in letters]
 
@@ -298,12 +298,14 @@ def test_emobench_cannot_parse_what_is_no_json_object(text):
     ("B isn't right, so C", "C"), ("I don't think B is right", None), ("I would not pick b.", None), ("B错", None),
     ("I wouldn't go with option A, so B", "B"), ("The answer is not B but C", "C"), ("不应该选择B", None),
     # "not" denies a letter in its own line, with nothing but words of choosing between
-    ("The cat could not\n\nAnswer: C", "C"), ("I can't\nAnswer: C", "C"), ("不会\nC", "C"), ("不会C", "C"),
+    ("The cat could not\n\nAnswer: C", "C"), ("I can't\nAnswer: C", "C"), ("It could not\n(C)", "C"),
+    ("It is not \n(C)", "C"), ("A is\nwrong", "A"), ("不会\nC", "C"), ("不会C", "C"),
     ("I'm not sure (C)", "C"), ("I do not know (C)", "C"), ("whether or not Answer: B", "B"), ("A is not\nright", "A"),
     # a reason after the choice is no list
     ("Answer: C, A is too hasty", "C"), ("Answer: C, (A) is too hasty", "C"), ("答案是C，A不对", "C"),
     ("选C，A太急", "C"), ("The correct answer is C and D is wrong", "C"), ("选C，A错了", "C"), ("Answer: A or B is fine", None),
-    ("答案是A或B不对", None), ("Answer: A, B and C are fine", None), ("Answer: **A**, **B**", None), ("Answer: A, or B", None),
+    ("答案是A或B不对", None), ("Answer: A, B and C are fine", None), ("Answer: **A**, **B**", None),
+    ("Answer: A, or B", None),
     # thoughts and what follows the end of a turn
     ("<think>hm A</think>", None), ("<think>hm A", None), ("[THINK]A[/THINK]B<|im_end|>C", "B"),
     # a letter in a word, or an article
