@@ -257,7 +257,8 @@ def test_emobench_reads_json_and_nothing_else(rows, texts, strict, lenient):
     # names of the two questions
     (EU[0], "答案1：F\n答案2：B", "FB"), (EU[0], "(1) F\n(2) B", "FB"), (EU[0], "① F\n②B因为", "FB"),
     (EU[0], "First question: F\nSecond answer: B", "FB"), (EU[0], "Q1: F\nQ2: B\n2 friends, A too\nQ12: A", "FB"),
-    (EU[0], "<think>Question 1: A</think>Question 2: B", "-B"), (EU[0], "问题一：F\n问题二：B", "FB"), (EU[0], "第一问：F\n第二个是B", "FB")])
+    (EU[0], "<think>Question 1: A. Question 2: A</think>Question 2: B", "-B"),
+    (EU[0], "问题一：F\n问题二：B", "FB"), (EU[0], "第一问：F\n第二个是B", "FB")])
 def test_emobench_read_leniently(row, text, letters):
     assert make(EmoBench).parse_leniently(row, text) == [None if letter == "-" else letter for letter in letters]
 
