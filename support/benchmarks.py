@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.files import UserError, read_json, read_lines
+from support.replies import Reply, UnusableReply, read_object
 
 LETTERS = "ABCDEFG"
 OUR_INSTRUCTIONS = Path(__file__).parent.parent / "data" / "benchmark_prompts.json"
@@ -214,49 +215,61 @@ def list_options(options, form="{}. {}"):
     return "\n".join(form.format(letter, option) for letter, option in zip(LETTERS, options))
 
 
-# The lenient reading. A letter is a capital A–G that is not part of a word, also not of "A-level" or "B's". Chinese
-# characters (⺀ to ￿) may stand right beside it: Chinese puts no spaces between words.
-WORD = r"[^\W_\u2e80-\uffff]"
-APART_FROM_WORDS = rf"(?!{WORD}|['’–-]{WORD})"
-LETTER = rf"(?<!{WORD})(?<!°)([A-G]){APART_FROM_WORDS}"
-NO_ARTICLE = r"(?!(?<=A)\s+(?!(?:is|are|or|and|as|because|since|seems)\b)[a-z])"  # "A friend" names no option
-# Words that announce an answer: "the answer is", "I choose option", "**Choice:", "答案是", "\boxed", "[["
-ANNOUNCED = r"""(?i:(?:answer|choose|pick|select|go\ with|答案|选择|选(?!项|择)|\\boxed|\[(?=\[)
+# The lenient reading, in this order:
+# 1. A list of several letters ("A or B") is no choice. It becomes ∅.
+# 2. A letter that the reply denies ("not A", "A is wrong") is removed.
+# 3. The last letter that the reply announces ("the answer is B") or confirms ("B is correct") counts.
+# 4. Without one, the only letter that stands for itself counts, or else the only option whose text is quoted.
+#
+# A letter is no part of a word, also not of "A-level" or "B's". Chinese characters (⺀ to ￿) may stand right beside it:
+# Chinese puts no spaces between words. A small letter counts only where words make it a choice and nothing else follows
+# in its line: not that of "a friend".
+WORD_CHARACTER = r"[^\W_\u2e80-\uffff]"
+NO_WORD_CONTINUES = rf"(?!{WORD_CHARACTER}|['’–-]{WORD_CHARACTER})"
+CAPITAL = rf"(?<!{WORD_CHARACTER})(?<!°)([A-G]){NO_WORD_CONTINUES}"
+SMALL = rf"([a-g]){NO_WORD_CONTINUES}(?![ \t]+\S|\.{WORD_CHARACTER})"
+LETTER_OR_LIST = rf"(?:([A-G∅]){NO_WORD_CONTINUES}|{SMALL})"
+NO_ARTICLE = r"(?!(?<=A)[ \t]+(?!(?:is|or|and|because|seems)\b)[a-z])"  # "A friend" names no option
+# Step 1: "A or B", "(A), (B), and (C)", but not "C, A is too hasty", where a sentence begins
+OPENING, CLOSING = r"""[\s(\[{"'*$]*+""", r"""[\])}"'*$]*"""
+NO_SENTENCE = rf"(?:(?<=\bor)|(?<=或)|(?!{OPENING}[A-G]{CLOSING}[ \t]*(?:(?:is|was|would|seems)\b|[不太错])))"
+SEVERAL = rf"""{CAPITAL}{NO_ARTICLE}(?:{CLOSING}[ \t]*(?:[,、/&+或和与及]|\b(?:or|and)\b)(?:\s*(?:or|and)\b)?
+    {NO_SENTENCE}{OPENING}[A-G]{NO_WORD_CONTINUES}{NO_ARTICLE})+"""
+# Step 2. Between "not" and its letter stand only words that carry the denial, not those of "not sure (B)"
+RIGHT = r"(?:the[ \t]+)?(?:most[ \t]+)?(?:right|correct|best|answer|appropriate)\b"
+DENIED = rf"""(?:(?i:(?:\b(?:not|cannot|never|neither|nor)|n['’]t)[ \t]++
+        (?:(?:be|choose|pick|select|want|take|recommend|think|believe|go|with|the|option|choice)[ \t]++)*)
+        |不(?:是|(?:能|会|要|应该?|可以)*选择?)(?:选项)?)[ \t(\[{{"'*$]*{LETTER_OR_LIST}
+    |{CAPITAL}{CLOSING}[ \t]*(?:(?i:(?:is|was|seems)(?:[ \t]+(?:wrong|incorrect)\b|(?:[ \t]+not|n['’]t)[ \t]+{RIGHT}))
+        |不(?:对|是|正确)|是?错)"""
+# Step 3. Words announce an answer: "the answer is", "I choose option", "**Choice:", "答案是", "\boxed", "[[". The letter
+# is right after them, with any marks but the end of a sentence between, as in ": (B", "=**B" or ": $\text{B"
+ANNOUNCED = r"""(?i:(?:answer|choose|pick|select|go\ with|答案|选择?|\\boxed|\[(?=\[)
     |(?:option|choice|选项)(?=[\s*"']*(?:[:=是为应]|(?:is|would)\b)))
-    [\s*"'_]{0,9}(?:(?:is|would\ be|should\ be|must\ be)\b|[应该]*(?:是|为|选择?))?
-    (?:\W{0,9}(?:option|choice|letter|therefore|clearly|likely|probably|选项))?)"""
-# The letter right after them, with any marks but the end of a sentence between, as in ": (B", "=**B" or ": $\text{B".
-# It may be small if nothing follows it in its line, or a mark does. ∅ stands for several letters
-SMALL = rf"([a-g]){APART_FROM_WORDS}(?![ \t]+\S|\.{WORD})"  # not that of "a friend" or "e.g."
-LETTER_AFTER = rf"""(?:\\[a-zA-Z]*|</?[a-zA-Z]{{1,9}}>|[^\w.,;!?。、∅\\]|_){{0,40}}
-    (?:([A-G∅]){APART_FROM_WORDS}|{SMALL})"""
-SEVERAL = rf"""{LETTER}{NO_ARTICLE}(?:[\])}}"'*$ \t]*(?:[ \t]|(?:[,、/&+或和与及]|\b(?:or|and)\b)[\s(\[{{"'*$]*
-    (?:(?:or|and)\b[\s(\[{{"'*$]*)?)[A-G]{APART_FROM_WORDS}{NO_ARTICLE})+"""  # "A or B", "(A), (B), and (C)"
-DENIED = rf"""(?:(?i:\b(?:not|cannot|never|neither|nor)|n['’]t)\s+(?:\w+\s+)?|不(?:是|能|会|要|应该?|可以)*)
-    (?:{ANNOUNCED})?{LETTER_AFTER}"""
-CHOSEN = rf"""{ANNOUNCED}{LETTER_AFTER}|{LETTER}[\])}}"'*.]*\s*(?i:(?:is|seems|would\ be)\s+(?:the\s+)?(?:most\s+)?
-    (?:right|correct|best|answer)|是?(?:正确|最佳|最合适))"""  # or "(B) is correct"
-# Without a choice in words: a letter alone in its line; then one in brackets, after "option" or first in its line with
-# a mark after it; then any
+    [\s*"'_]{0,9}+(?:(?:is|would\ be|should\ be|must\ be)\b|[应该]*[是为])?
+    (?:\W{0,9}(?:option|therefore|clearly|likely|probably|选项))?)"""
+MARKS = r"(?:\\[a-zA-Z]*|</?[a-zA-Z]{1,9}>|[^\w.,;!?。、∅\\]|_){0,40}+"
+CHOSEN = rf"""{ANNOUNCED}{MARKS}{LETTER_OR_LIST}
+    |{CAPITAL}[\])}}"'*.]*\s*(?:(?i:(?:is|seems|would\ be)\s+{RIGHT})|是?(?:正确|最佳|最合适))"""
+# Step 4: the letters alone in their lines; if there are none, those in brackets, after "option", or first in a line
+# with a mark after them; if there are none either, all others
 UNANNOUNCED = (
-    rf"(?m:^[^\w\n]*([A-Ga-g]){APART_FROM_WORDS}[^\w\n]*$)",
-    rf"""[(\[{{"'“‘«「『【〔〖《〈*`]\s*{LETTER}\s*[)\]}}"'”’»」』】〕〗》〉*`.:]
-    |(?i:option|choice|选项)\s*(?:{LETTER}|{SMALL})|(?m:^[ \t]*{LETTER}[ \t]*[).:、。])""",
-    LETTER + NO_ARTICLE)
+    rf"(?m:^[^\w\n]*([A-Ga-g]){NO_WORD_CONTINUES}[^\w\n]*$)",
+    rf"""[(\[{{"'“‘«「『【〔〖《〈*`]\s*{CAPITAL}\s*[)\]}}"'”’»」』】〕〗》〉*`.:]
+    |(?i:option|choice|选项)\s*(?:{CAPITAL}|{SMALL})|(?m:^[ \t]*{CAPITAL}[ \t]*[).:、。])""",
+    CAPITAL + NO_ARTICLE)
 
 
 def lenient_letter(text, options):
     """Returns the letter that a person would take a reply to mean, or None if it is unclear or no option has it.
 
-    It is the last letter that the reply announces or confirms as its answer. Without one, it is the only letter that
-    stands for itself, or else the letter of the only option whose text the reply quotes. Thoughts and letters that the
-    reply denies ("not A") do not count, and a list of several letters is no choice.
+    The rules are above. Only the text of a Reply counts: what stands after its last thought and before the end of its
+    turn. A thought without an end leaves nothing.
 
-    What the authors' code reads is read here as well. The two differ only where a reply names several letters, denies
-    one, or has it inside a word: ToMBench's code takes the A of "AI" for an answer.
+    What the authors' code reads in this text is read here as well. The two differ only where it names several letters,
+    denies one, or has it inside a word: ToMBench's code takes the A of "AI" for an answer.
     """
-    text = (text.rpartition("</think>")[2].strip() or text).replace("∅", " ")
-    text = unicodedata.normalize("NFKC", text)  # turns "（Ｂ）" and "⒝" into "(B)" and "(b)"
+    text = unicodedata.normalize("NFKC", Reply(text).text.replace("∅", " "))  # "（Ｂ）" and "⒝" become "(B)" and "(b)"
     text = re.sub(f"(?x){SEVERAL}", lambda m: "∅" if len(set(re.findall("[A-G]", m[0]))) > 1 else m[0], text)
     text = re.sub(f"(?x){DENIED}", " ", text)
     chosen = list(re.finditer(f"(?x){CHOSEN}", text))[-1:]
@@ -326,18 +339,25 @@ class EmoBench(Benchmark):
         value = self.parse_json(output)
         return [value.get(key, "") for key in row["keys"]] if isinstance(value, dict) else None
 
-    # The names of a reply's questions: "Question 1", "answer_q1", "问题1", "第一题", or "1." at the beginning of a line
-    NAMED = r"(?i:q(?:uestion)?|answer|问题)[ _]*([12一二])(?!\d)|第\s*([12一二])\s*[题问个]|(?m:^\s*([12])\s*[.):、])"
+    # The names of a reply's questions: "Question 1", "answer_q1", "First question", "答案1", "第一题"; at the beginning of a
+    # line also "(1)", or the 1 of "① F", which NFKC makes "1 F"
+    NAMED = rf"""(?i:q(?:uestion)?|answer|问题|答案)[ _]*([12一二])(?!\d)|第\s*([12一二])\s*[题问个]
+        |\b(?i:(first|second)\s+(?:question|answer))
+        |(?m:^[ \t]*\(?([12])(?=[ \t]*(?:[.):、]|[("'*\[]*[A-G]{NO_WORD_CONTINUES})))"""
 
     def parse_leniently(self, row, output):
-        """Returns a letter or None for each question: of its JSON value where there is one; else of the reply or, if
-        there are two questions, of the last part of the reply that is named after this one and has a letter."""
-        options, text = row["options"], unicodedata.normalize("NFKC", output)
-        answers = self.parse(row, output) or [""] * len(options)
-        whole, names = (text, []) if len(options) == 1 else ("", list(re.finditer(self.NAMED, text)))
+        """Returns a letter or None for each question: of the reply's JSON object if it has one. Else it is that of the
+        text or, if there are two questions, of the last part that is named after this one and has a letter."""
+        reply, options = Reply(output), row["options"]
+        try:
+            answers = self.parse(row, reply.text) or list(map(read_object(reply, {*row["keys"]}).get, row["keys"]))
+        except UnusableReply:
+            answers = [None] * len(options)
+        text = unicodedata.normalize("NFKC", reply.text)
+        whole, names = (text, []) if len(options) == 1 else ("", list(re.finditer(f"(?x){self.NAMED}", text)))
         letters = [lenient_letter(str(answer) if answer else whole, o) for answer, o in zip(answers, options)]
         for name, following in itertools.zip_longest(names, names[1:]):
-            question = "12一二".index(name.group(name.lastindex)) % 2
+            question = name[name.lastindex].lower() in ("2", "二", "second")
             if not answers[question]:
                 part = text[name.end():following and following.start()]
                 letters[question] = lenient_letter(part, options[question]) or letters[question]
@@ -729,7 +749,7 @@ class GPQA(Benchmark):
         if strict is None:
             return f"({letter})" if letter else ""
         if letter is None:
-            return f"Answer: {strict} A, B"  # a list, which is no choice
+            return f"Answer: {strict}\nAnswer: A or B"  # a list, which is no choice
         return f"Answer: {strict}" if strict.upper() == letter else f"Answer: {strict}\nAnswer: {letter}"
 
     def score(self, rows, replies):

@@ -248,7 +248,17 @@ def test_emobench_reads_json_and_nothing_else(rows, texts, strict, lenient):
     (EU[0], "第一题选F。第二题：（B）", "FB"), (EU[0], "1. F\n2. B", "FB"), (EU[0], "q1 = f, q2 = b", "FB"),
     (EU[0], '```json\n{"answer_q1": "（F）",\n"answer_q2": "B"', "FB"), (EU[0], '{"answer_q1": "F"}', "F-"),
     (EU[0], "Question 1: A or B?\nQuestion 2: it is two", "-B"), (EU[0], "F", "--"),
-    (EU[0], "Question 1: F\nQuestion 2: B\nQuestion 1 is OK.", "FB")])
+    (EU[0], "Question 1: F\nQuestion 2: B\nQuestion 1 is OK.", "FB"),
+    # the JSON object of a reply counts more than its other text
+    (EU[0], '{"answer_q1": "F", "answer_q2": "B"}\n\nBecause in question 1 A is bad and question 2 asks C', "FB"),
+    (EA[0], "<think>{'answer': 'A'}</think>{'answer': 'B',} A is bad", "B"),
+    (EA[0], '<think>```json\n{"answer": "A"}```</think>{"answer": "B"}', "B"),
+    (EA[0], '{"answer": "A"}? No: {"answer": "B"}', "B"),
+    # names of the two questions
+    (EU[0], "答案1：F\n答案2：B", "FB"), (EU[0], "(1) F\n(2) B", "FB"), (EU[0], "① F\n②B因为", "FB"),
+    (EU[0], "First question: F\nSecond answer: B", "FB"), (EU[0], "Q1: F\nQ2: B\n2 friends, A too\nQ12: A", "FB"),
+    (EU[0], "<think>Question 1: A. Question 2: A</think>Question 2: B", "-B"),
+    (EU[0], "问题一：F\n问题二：B", "FB"), (EU[0], "第一问：F\n第二个是B", "FB")])
 def test_emobench_read_leniently(row, text, letters):
     assert make(EmoBench).parse_leniently(row, text) == [None if letter == "-" else letter for letter in letters]
 
@@ -281,11 +291,42 @@ def test_emobench_cannot_parse_what_is_no_json_object(text):
     ("I would wait, A or B", None), ("B. Answer: ∅", "B"),
     ("Answer: A. Final answer: B or C", None), ("A or (B)", None), ("As an AI, I can't choose A or B", None),
     ("I cannot pick A.", None), ("不选A", None), ("Not A but B", "B"), ("不是A，是B", "B"), ("neither A nor B", None),
+    ("B is wrong", None), ("Option B is incorrect", None), ("(B) is not the best", None), ("选项B不对", None),
+    *((f"{words} B", None) for words in (
+        "It isn’t", "can't be", "Never choose", "do not pick", "cannot select", "don't want", "won't take",
+        "not recommend", "nor the option", "not the choice", "I don't believe", "不是选项", "不能选", "不要选", "不会选", "不可以选")),
+    ("B was wrong", None), ("B is not appropriate", None), ("B是错的", None), ("B不是", None), ("B不正确", None),
+    ("B isn't right, so C", "C"), ("I don't think B is right", None), ("I would not pick b.", None), ("B错", None),
+    ("I wouldn't go with option A, so B", "B"), ("The answer is not B but C", "C"), ("不应该选择B", None),
+    # "not" denies a letter in its own line, with nothing but words of choosing between
+    ("The cat could not\n\nAnswer: C", "C"), ("I can't\nAnswer: C", "C"), ("It could not\n(C)", "C"),
+    ("It is not \n(C)", "C"), ("A is\nwrong", "A"), ("不会\nC", "C"), ("不会C", "C"),
+    ("I'm not sure (C)", "C"), ("I do not know (C)", "C"), ("whether or not Answer: B", "B"), ("A is not\nright", "A"),
+    # a reason after the choice is no list
+    ("Answer: C, A is too hasty", "C"), ("Answer: C, (A) is too hasty", "C"), ("答案是C，A不对", "C"),
+    ("选C，A太急", "C"), ("The correct answer is C and D is wrong", "C"), ("选C，A错了", "C"), ("Answer: A or B is fine", None),
+    ("答案是A或B不对", None), ("Answer: A, B and C are fine", None), ("Answer: **A**, **B**", None),
+    ("Answer: A, or B", None),
+    # thoughts and what follows the end of a turn
+    ("<think>hm A</think>", None), ("<think>hm A", None), ("[THINK]A[/THINK]B<|im_end|>C", "B"),
     # a letter in a word, or an article
     ("As an AI", None), ("Answer: Bromine", None), ("Answer: BCD", None), ("B-cells", None), ("A's", None),
-    ("A friend", None), ("the answer is a matter of taste", None), ("25 °C", None)])
+    ("A friend", None), ("the answer is a matter of taste", None), ("25 °C", None), ("Answer: e.g. wait", "C")])
 def test_lenient_reading(text, letter):
     assert lenient_letter(text, ["go", "stay", "wait", "ask"]) == letter
+
+
+@pytest.mark.parametrize("before, texts", [
+    ("(A) go; (D) ask; ", [  # announced or confirmed, among letters that are neither
+        "the answer is B", "I choose B", "I'd pick B", "I select B", "I go with B", "答案：B", "选择B", "选B", "\\boxed{B}",
+        "[[B]]", "Option: B", "选项是B", "The best option is B", "choice = B", "the answer should be B", "应选B", "答案应该是B",
+        "answer: option B", "the answer is therefore (B)", "答案是选项B", "Answer: \\(\\text{B}\\)", "Answer: <i>B</i>",
+        "Answer: _B_", "(B) is correct", "**B.** is the most appropriate", "B seems best", "B是正确的", "B最合适"]),
+    ("Vitamin C and plan D. ", [  # in a form that stands out
+        "(B)", "“B”", "‘B’", "«B»", "「B」", "『B』", "【B】", "〔B〕", "〖B〗", "《B》", "〈B〉", "*B*", "`B`", "Option B", "选项b",
+        "\nB. stay", "\nB) stay", "\nB: stay", "\nB、stay", "\nB"])])
+def test_a_letter_that_stands_out_counts(before, texts):
+    assert [text for text in texts if lenient_letter(before + text, ["go", "stay", "wait", "ask"]) != "B"] == []
 
 
 @pytest.mark.parametrize("text, letter", [("是", "A"), ("否。", "B"), ("不", "B"), ("是B", "B")])
@@ -298,7 +339,8 @@ LETTER_FORMS = [
     "{}：", "Answer: {}.", "Answer:{}\n", "answer : ${}$", "Answer: ({})", "Final Answer: **{}**", "答案是（{}）。", "选{}。",
     "\\boxed{{{}}}", "option {}.", '{{"answer": "{}"}}', "({}) ({})", "Answer: {}, {}."]
 REST = ["As an AI,", "I think", "because", "Dear", "cab", "the answer", "Answer:", "答案", "我认为", "选项", "Options:",
-        "(", ")", "**", "$", "1", "e.g.", "?", "。", "，", "\n", "\n\n", " ", "[[", "]]", "{}", "\\", "ＡＩ", "°", "é", "∅"]
+        "(", ")", "**", "$", "1", "e.g.", "?", "。", "，", "\n", "\n\n", " ", "[[", "]]", "{}", "\\", "ＡＩ", "°", "é", "∅",
+        "not\n", "can't\n", "不会\n", "不会", "not sure", "is", "\nwrong", "the best", "or"]
 
 
 @hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=2000)
