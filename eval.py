@@ -249,10 +249,10 @@ def plain_rows(run, texts):
     A long text is cut to what fits into a batch and into the model's context.
     """
     limit = min(run.args.tokens, run.model.context or run.args.tokens)
-    first = [] if run.chat.bos is None else [run.chat.bos]
     rows = []
     for i, text in enumerate(texts):
-        ids = [*first, *encode(run.chat.tokenizer, text), run.chat.end]
+        ids = [run.chat.bos, *encode(run.chat.tokenizer, text), run.chat.end]
+        ids = [id for id in ids if id is not None]  # not every format has them
         rows.append(Row(str(i), torch.zeros(len(EXPERTS)), np.array(ids[:limit], dtype=np.int32), 1,
                         np.array(query_ids(run.tokenizer, text), dtype=np.int32)))
     return rows

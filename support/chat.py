@@ -207,7 +207,7 @@ class Chat:
         any_token = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) matches nothing
         self.pattern, self.begins = re.compile(f"({any_token})"), re.compile(f"(?={any_token}).", re.S)
         self.is_protected = all(self.pattern.search(gap) for gap in gaps[1:])
-        ids = self.encode(text)
+        ids = self.encode_rendered(text)
         self.bos = ids[0] if self.pattern.match(text) and ids.count(ids[0]) == 1 else None
         try:
             self.end = self.example([user], reply["content"])[0][-1]
@@ -226,11 +226,11 @@ class Chat:
 
     def protect(self, texts):
         """Returns (texts, mark): wherever a control token begins in what someone typed, one private-use character
-        comes after its first character. `encode` removes it. The template sees everything else as it is."""
+        comes after its first character. `encode_rendered` removes it. The template sees everything else as it is."""
         mark = next(chr(code) for code in range(0xE000, 0xF900) if not any(chr(code) in text for text in texts))
         return [self.begins.sub(lambda first: first[0] + mark, text) for text in texts], mark
 
-    def encode(self, text, mark=""):
+    def encode_rendered(self, text, mark=""):
         """What the template has written -> ids. Control tokens become their ids, each text between them is encoded in
         one piece, and marks are left out."""
         ids, pieces = [], self.pattern.split(text)  # text, token, text, token, …, text
@@ -249,7 +249,7 @@ class Chat:
         """The ids of a conversation, up to where the assistant's next reply begins."""
         texts, mark = self.protect([m["content"] for m in messages])
         messages = [{**m, "content": text} for m, text in zip(messages, texts)]
-        return self.encode(self.render(messages, add_generation_prompt=True), mark)
+        return self.encode_rendered(self.render(messages, add_generation_prompt=True), mark)
 
     def example(self, messages, response):
         """A training example, (ids, supervised): the prompt, then the response and the token that ends its turn.
@@ -277,7 +277,7 @@ class Chat:
             elif following:  # an empty response, or one that the template has changed, cannot be told from what follows
                 ends = []
             if ends:
-                prompt, reply = self.encode(prompt, mark), self.encode(reply[:ends[-1]], mark)
+                prompt, reply = self.encode_rendered(prompt, mark), self.encode_rendered(reply[:ends[-1]], mark)
                 return prompt + reply, [False] * len(prompt) + [True] * len(reply)
         raise UserError(f"{self.path}: cannot train with this chat template: no special token ends a reply. Give the "
                         "folder another chat_template.jinja")
