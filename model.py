@@ -299,10 +299,12 @@ class Transformer(nn.Module):
         files = find_tensors(weight_files(path), shapes, "config.json describes another model",
                              optional=["lm_head.weight"] if config.tied or not head else [])
         state = load_tensors(files, dtype, device)
-        embedding = state["model.embed_tokens.weight"]
-        if config.tied and not torch.equal(state.pop("lm_head.weight", embedding), embedding):
-            raise UserError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
-        if not config.tied and "lm_head.weight" not in state:
+        if config.tied:
+            embedding = state["model.embed_tokens.weight"]
+            if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
+                raise UserError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the "
+                                "embedding")
+        elif "lm_head.weight" not in state:
             model.lm_head = None
         model.load_state_dict(state, strict=True, assign=True)  # assign: the loaded tensors become the parameters
         return model

@@ -221,9 +221,9 @@ def list_options(options, form="{}. {}"):
 # 3. The last letter that the reply announces ("the answer is B") or confirms ("B is correct") counts.
 # 4. Without one, the only letter that stands for itself counts, or else the only option whose text is quoted.
 #
-# A letter is no part of a word, also not of "A-level" or "B's". Chinese characters (⺀ to ￿) may stand right beside it:
-# Chinese puts no spaces between words. A small letter counts only where words make it a choice and nothing else follows
-# in its line: not that of "a friend".
+# A letter is no part of a word, also not of "A-level" or "B's". Chinese characters (from U+2E80 on) may stand right
+# beside it: Chinese puts no spaces between words. A small letter counts only alone in its line, or where words make it
+# a choice and nothing else follows in the line: not that of "a friend".
 WORD_CHARACTER = r"[^\W_\u2e80-\uffff]"
 NO_WORD_CONTINUES = rf"(?!{WORD_CHARACTER}|['’–-]{WORD_CHARACTER})"
 CAPITAL = rf"(?<!{WORD_CHARACTER})(?<!°)([A-G]){NO_WORD_CONTINUES}"
@@ -266,8 +266,8 @@ def lenient_letter(text, options):
     The rules are above. Only the text of a Reply counts: what stands after its last thought and before the end of its
     turn. A thought without an end leaves nothing.
 
-    What the authors' code reads in this text is read here as well. The two differ only where it names several letters,
-    denies one, or has it inside a word: ToMBench's code takes the A of "AI" for an answer.
+    What the authors' code reads in this text is read here as well. The two differ only where it names several letters
+    or options, denies one, or has it inside a word: ToMBench's code takes the A of "AI" for an answer.
     """
     text = unicodedata.normalize("NFKC", Reply(text).text.replace("∅", " "))  # "（Ｂ）" and "⒝" become "(B)" and "(b)"
     text = re.sub(f"(?x){SEVERAL}", lambda m: "∅" if len(set(re.findall("[A-G]", m[0]))) > 1 else m[0], text)

@@ -95,7 +95,7 @@ class LoadedRun:
             tau=args.tau or config["stages"].get("joint", {}).get("tau", 1.0),
             eval_records=0,  # only for train.py's closing table, which is not printed here
             **(config["setup"] | in_use))
-        # A run that trained only the router has no base. Then the base of the run that --experts comes from is taken.
+        # A run without a base or an encoder takes that of the run that --experts or --router comes from.
         for part, role in TRAINED_ON.items():
             if getattr(self.setup, role) is None and (trained_by := self.run_of(part)):
                 folder, known = trained_by

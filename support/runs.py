@@ -73,7 +73,7 @@ class Setup:
     encoder: str | None
     data: str | None
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # the base's; None, in an export, for each tensor's own
     seed: int
     tau: float
     rank: int
@@ -197,7 +197,8 @@ def make_setup(args, stages):
 
 
 def stage_settings(args, stage, dtype=torch.float32):
-    """The settings of one stage: the command line's values, else the preset's. dtype: the base's."""
+    """The settings of one stage: the command line's values, else the preset's. dtype: the base's; bfloat16
+    also means autocast."""
     s = PRESETS[args.preset][stage] | {"tokens": PRESETS[args.preset]["tokens"],
                                        "dtype": str(dtype).removeprefix("torch.")}
     for key in ("steps", "batch", "lr", "router_lr", "tokens", "frozen_layers"):

@@ -116,7 +116,7 @@ def weight_files(path):
     if not files:
         raise UserError(f"{index}: no weight_map")
     for file in files:
-        if not os.path.lexists(file):
+        if not os.path.lexists(file):  # open_safetensors says what is wrong with one that is there
             raise UserError(f"{file}: no such file, but {index.name} lists it: download the missing part again")
     return files
 
@@ -246,10 +246,11 @@ def check_adapter(file, expected):
         if isinstance(value, list):  # PEFT writes target_modules in any order
             value = sorted(value, key=str)
         empty = value in ("", [], {}) or value is False  # not 0, which may be the number of a layer
-        if key not in PEFT_HARMLESS and value not in allowed.get(key, []) and not (
-                empty and key not in (*expected, "peft_type")):
-            names = " or ".join(map(repr, allowed.get(key, ["nothing"])))
-            way_out = "" if key in expected else ": this is not plain LoRA on an unchanged base. " + (
-                "PEFT can make that of it: save_pretrained with path_initial_model_for_weight_conversion"
-                if key == "init_lora_weights" else "Train it again without")
-            raise UserError(f"{file}: {key} is {shorten(value)}, expected {names}{way_out}")
+        may_be_empty = key not in (*expected, "peft_type")
+        if key in PEFT_HARMLESS or value in allowed.get(key, []) or empty and may_be_empty:
+            continue
+        names = " or ".join(map(repr, allowed.get(key, ["nothing"])))
+        way_out = "" if key in expected else ": this is not plain LoRA on an unchanged base. " + (
+            "PEFT can make that of it: save_pretrained with path_initial_model_for_weight_conversion"
+            if key == "init_lora_weights" else "Train it again without")
+        raise UserError(f"{file}: {key} is {shorten(value)}, expected {names}{way_out}")
