@@ -336,7 +336,7 @@ class Synthesis:
                 if len(reply.text) > LONGEST:
                     raise UnusableReply(f"it is longer than {LONGEST:,} characters")
                 if reply.cut_off and not reply.text:
-                    raise UnusableReply("it was cut off before its thoughts ended (--max-new-tokens); think less")
+                    raise UnusableReply("it was cut off before the reply began (--max-new-tokens); think less")
                 return read(reply)
             except UnusableReply as problem:
                 reason = str(problem)
@@ -461,7 +461,7 @@ class Args:
     backoff: float = 1.0
     """http: seconds to wait after a failed request. The wait doubles with each further failure of the same query, up to
     60, and is shortened at random by up to half. If the server sends Retry-After, that is used instead. After each 429
-    requests follow each other more slowly for a while."""
+    and each such wait, requests follow each other more slowly for a while."""
     batch: int = 16
     """local: how many replies are written at the same time."""
     device: str | None = None

@@ -1,9 +1,10 @@
 """Tokenizers and chat formats: from messages to ids and back.
 
 A model folder's own chat template, a Jinja text, says how a conversation is written. It is rendered as transformers
-renders it, so that ids equal those of `apply_chat_template`, with two exceptions. Control tokens that a user types stay
-ordinary text. And templates that ask for today's date, as Llama 3.2's does, get 26 July 2024, so that a run can be
-repeated.
+renders it, so that ids equal those of `apply_chat_template`, with these exceptions. Control tokens that a user types
+stay ordinary text. Templates that ask for today's date, as Llama 3.2's does, get 26 July 2024, so that a run can be
+repeated. No `tools` and `documents` are passed, not even None: some templates fail with None. And a response is encoded
+apart from its prompt.
 """
 import datetime
 import json
@@ -148,9 +149,7 @@ class Chat:
         their eos tokens are stops, too. UserError if a file is broken, if the template does not work, and if there is
         no template and the tokenizer has neither Llama 3's nor ChatML's control tokens."""
         self.path, self.tokenizer = path, load_tokenizer(path)
-        template, settings = read_template(path), tokenizer_settings(path)
-        if not template:
-            template = self.plain_template()
+        template, settings = read_template(path) or self.plain_template(), tokenizer_settings(path)
         # Tokens may be written as text, or as {"content": text, …}
         names = {key: value.get("content") if isinstance(value, dict) else value
                  for key, value in settings.items() if key.endswith("_token")}
@@ -197,7 +196,7 @@ class Chat:
             scaffold = gaps
         # Some checkpoints do not call the tokens of their turns special. The library would go on recognising them in a
         # user's text. White space, words and <think> may be added tokens, too, but open no turn; templates look for
-        # the last in a message.
+        # <think> in a message.
         written = {text: token for text, token in added.items()
                    if not token.special and re.search(r"[^\w\s]", text) and not re.fullmatch(r"</?think\w*>", text)
                    and any(text in part for part in scaffold)}
@@ -214,21 +213,22 @@ class Chat:
         except UserError:
             self.end = None
 
-    def render(self, messages, **variables):
+    def render(self, messages, add_generation_prompt=False):
         """The conversation as the template writes it. UserError if the template refuses it or fails."""
         try:
-            text = self.template.render(messages=messages, **self.variables, **variables)
+            text = self.template.render(self.variables, messages=messages, add_generation_prompt=add_generation_prompt)
             text.encode()  # fails for half of a character, which tokenizers do not take
             return text
         except Exception as error:  # a template can raise anything: it is a program
             raise UserError(f"{self.path}: the chat template does not take this conversation "
                             f"({shorten(str(error), 200)})") from None
 
-    def protect(self, texts):
-        """Returns (texts, mark): wherever a control token begins in what someone typed, one private-use character
+    def protect(self, messages):
+        """Returns (messages, mark): wherever a control token begins in what someone typed, one private-use character
         comes after its first character. `encode_rendered` removes it. The template sees everything else as it is."""
-        mark = next(chr(code) for code in range(0xE000, 0xF900) if not any(chr(code) in text for text in texts))
-        return [self.begins.sub(lambda first: first[0] + mark, text) for text in texts], mark
+        texts = "".join(m["content"] for m in messages)
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in texts)
+        return [{**m, "content": self.begins.sub(lambda first: first[0] + mark, m["content"])} for m in messages], mark
 
     def encode_rendered(self, text, mark=""):
         """What the template has written -> ids. Control tokens become their ids, each text between them is encoded in
@@ -247,8 +247,7 @@ class Chat:
 
     def prompt(self, messages):
         """The ids of a conversation, up to where the assistant's next reply begins."""
-        texts, mark = self.protect([m["content"] for m in messages])
-        messages = [{**m, "content": text} for m, text in zip(messages, texts)]
+        messages, mark = self.protect(messages)
         return self.encode_rendered(self.render(messages, add_generation_prompt=True), mark)
 
     def example(self, messages, response):
@@ -259,11 +258,9 @@ class Chat:
         prompt, because a generated reply begins there, too. UserError for a template that writes a past reply in
         another way than a new one, or that shows no end of a reply.
         """
-        (*texts, response), mark = self.protect([*(m["content"] for m in messages), response.strip()])
-        messages = [{**m, "content": text} for m, text in zip(messages, texts)]
-        prompt = self.render(messages, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": response})
-        for following in ([], [{"role": "user", "content": "And?"}]):
+        messages, mark = self.protect([*messages, {"role": "assistant", "content": response.strip()}])
+        prompt, response = self.render(messages[:-1], add_generation_prompt=True), messages[-1]["content"]
+        for following in ([], [{"role": "user", "content": "And?"}]):  # some templates end a turn only before another
             whole = self.render(messages + following)
             if not whole.startswith(prompt):
                 raise UserError(f"{self.path}: cannot train with this chat template: its prompt for a reply ends in "

@@ -62,7 +62,7 @@ class Reply:
     """What a teacher wrote. raw is all of it; text is what stands after the last thought and the turn's header, and
     before the first end of a turn. A thought without an end was cut off, and leaves no text."""
     raw: str
-    cut_off: bool = False    # the limit on tokens ended it, not the teacher
+    cut_off: bool = False    # given: the limit on tokens ended it. Kept: no end of a turn came, or none of a thought
     tokens_read: int = 0     # length of the prompt
     tokens_written: int = 0
 
@@ -70,7 +70,7 @@ class Reply:
         start, end, thinking = 0, len(self.raw), False
         for mark in MARK.finditer(self.raw):
             kind = mark.lastgroup
-            if kind == "harmony" and thinking:  # it ends a thought as other formats end a turn
+            if kind == "harmony" and thinking:  # parts of the thought: only the next header begins the reply
                 continue
             written = thinking or self.raw[start:mark.start()].strip()
             if kind in ("harmony", "end") or kind == "begin" and written:  # the turn ends, or another begins

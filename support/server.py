@@ -25,7 +25,7 @@ from support.tables import printable
 
 
 LONGEST_ANSWER = 8_000_000  # bytes of an HTTP answer that are read
-MOST_REFUSED = 100  # queries that a server may refuse before it has answered any
+MOST_REFUSED = 100  # refused queries that end the run, if the server has written no reply yet
 WORKER_ENDED = object()
 
 
@@ -198,7 +198,8 @@ class HttpTeacher:
         """Send one request. Returns (status, headers, body) of the answer.
 
         Connecting may take up to --timeout. Whatever remains of it then limits the wait for each piece of the headers
-        and the time for the whole body, so that only a server that sends its headers in many pieces takes longer.
+        and the time for the whole body, so that only a server that is slow to connect or
+        sends its headers in many pieces takes longer.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
@@ -290,8 +291,9 @@ def read_answer(status, headers, body, key=""):
     error = found.get("error") or choice.get("error") or (found if "message" in found and not choice else None)
     if error or not 200 <= status < 300:
         raise read_error(status, headers, error or found or text, key)
+    no_completion = RequestFailed(f"not a chat completion: {one_line(text, key)!r}")
     if not isinstance(message, dict):
-        raise RequestFailed(f"not a chat completion: {one_line(text, key)!r}")
+        raise no_completion
     content, refusal = message.get("content"), message.get("refusal")
     if isinstance(content, (list, dict)):  # parts, some of which are thoughts
         parts = [part if isinstance(part, dict) else {"text": part}
@@ -300,9 +302,9 @@ def read_answer(status, headers, body, key=""):
                           and part.get("type", "text") in ("text", "output_text"))
         refusal = refusal or " ".join(str(part["refusal"]) for part in parts if part.get("refusal"))
     content = content or ""
-    finish = str(choice.get("finish_reason") or "").lower()
+    finish = without_key(str(choice.get("finish_reason") or ""), key).lower()
     if not isinstance(content, str):
-        raise RequestFailed(f"not a chat completion: {one_line(text, key)!r}")
+        raise no_completion
     if refusal and not content:
         raise QueryRejected(f"the teacher refused: {one_line(str(refusal), key)}")
     if finish in CUT_OFF and not content.strip():

@@ -47,7 +47,7 @@ def format_gate(gate, width=16):
     return "\n".join(lines)
 
 
-REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # Unicode's names of these characters
+REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # embeddings, overrides, isolates, ends
 
 
 def printable(text):

@@ -349,7 +349,7 @@ def test_a_model_folder_writes_thoughts_and_turns_that_are_not_kept(folder, aske
     assert [(r["cot"]["situation"], r["traits"], r["response"]) for r in lines(out)] == [
         ("They wait.", TRAITS_OF_GOOD, "Wait.")] * 2
     (entry,) = rejected(out)
-    assert entry["raw"] == "<think>Wait." and "cut off before its thoughts ended" in entry["reason"]
+    assert entry["raw"] == "<think>Wait." and "cut off before the reply began" in entry["reason"]
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -176,7 +176,7 @@ def test_a_reply_is_what_stands_after_the_last_thought_and_before_the_first_end_
         assert "response" in outcome(thought + good_with() + end, cut_off=True)
     for end in (ENDS[0], ENDS[-1]) if opening not in ("", "analysis") else ():
         entry = outcome(thought.removesuffix(closing) + end)
-        assert "cut off before its thoughts ended (--max-new-tokens)" in entry["reason"] and DRAFT in entry["raw"]
+        assert "cut off before the reply began (--max-new-tokens)" in entry["reason"] and DRAFT in entry["raw"]
 
 
 @pytest.mark.parametrize("text", ["a < b and b > c", "<b>Wait.</b>", "[Sigh] I think so.", "f <|> g", "a|>b", "End."])
@@ -653,7 +653,7 @@ FAILURES = {  # an answer, and the reason in the rejected file
     "an error alone": ((200, b'{"object": "error", "message": "busy", "code": 50001}'), "^server: busy"),
     "an error beside a choice": ((200, json.dumps({"choices": [{"error": {"message": "torn", "code": 504}, "message": {
         "content": json.dumps(GOOD)}}]}).encode()), "^server: 504 Gateway Timeout: torn"),
-    "an unclosed thought": ((200, reply("<think>" + json.dumps(GOOD))), "cut off before its thoughts ended"),
+    "an unclosed thought": ((200, reply("<think>" + json.dumps(GOOD))), "cut off before the reply began"),
     "empty": ((200, reply("")), "no JSON object"), "another language": ((200, reply("Подождите.")), "no JSON object"),
     "all zero": ((200, reply(json.dumps(GOOD | {"traits": {}}))), "all-zero vector"),
     "not HTTP": ((99999, b""), "connection: |not a chat|server"), "8 MB": ((200, b" " * 8_200_000), "longer than 8 MB"),
