@@ -393,6 +393,16 @@ def test_the_key_goes_into_its_header_and_nowhere_else(asked, out, tmp_path, cap
     assert KEY not in text and KEY.split("/")[1] not in text
 
 
+@pytest.mark.parametrize("status, answer", [
+    (200, {"choices": [{"message": {"content": "a"}, "finish_reason": "sk-Echoed"}]}),
+    (200, {"choices": [{"message": {"content": None, "refusal": "sk-Echoed"}}]}), (200, {"choices": "sk-Echoed"}),
+    (500, {"error": {"code": "sk-Echoed", "message": "sk-Echoed"}}), (401, {"error": "sk-Echoed"})])
+def test_no_fault_shows_the_key_in_any_case_of_letters(status, answer):
+    with pytest.raises((RequestFailed, QueryRejected, UserError)) as fault:
+        server_module.read_answer(status, {}, json.dumps(answer).encode(), "sk-Echoed")
+    assert "echoed" not in str(fault.value).lower()
+
+
 @pytest.mark.parametrize("key", [None, "", "two words", "line\nfeed", "ü"])
 def test_a_variable_without_a_key_is_refused_and_not_shown(asked, out, monkeypatch, key):
     monkeypatch.delenv("MY_KEY", raising=False)
