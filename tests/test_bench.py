@@ -143,8 +143,9 @@ def test_what_is_saved_for_backward_is_counted_once_and_without_parameters():
 
 
 def test_the_work_of_a_step_is_what_pytorch_counts():
-    """FlopCounterMode leaves out attention on a CPU, and what the experts add in place. The profiler counts products
-    only."""
+    """FlopCounterMode leaves out what the experts add in place, and attention where it is one fused kernel. In releases
+    of PyTorch without that kernel for a CPU, attention is six plain products, none of them halved by the causal mask.
+    The profiler counts products only."""
     from torch.utils.flop_counter import FlopCounterMode
     model = Transformer(SHAPES["Llama-3.1-8B"])
     parameters, c = with_experts(model), model.config
@@ -155,9 +156,10 @@ def test_the_work_of_a_step_is_what_pytorch_counts():
         our_step(model, batch, torch.optim.AdamW(parameters), gate)()
     in_place = 2 * 80 * (c.n_layers * sum(out for _, out in linears(c)) * 64 - sum(out for _, out in linears(c)[4:]) * 32)
     attention = c.n_layers * 7 * c.n_heads * c.head_dim * 4 * 16**2  # 2 products forward and 5 backward, half of each
-    assert counter.get_total_flops() + in_place + attention == whole
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiled:
         our_step(model, batch, torch.optim.AdamW(parameters, fused=True), gate)()
+    fused = any("flash_attention" in event.name for event in profiled.events())
+    assert counter.get_total_flops() + in_place + (attention if fused else -attention * 5 // 7) == whole
     found = Counter()
     for event in profiled.events():
         kind, work = operation(event, c.vocab_size)

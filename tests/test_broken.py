@@ -303,7 +303,7 @@ BROKEN = {  # (program, arguments, file or folder): {how it is broken: (damage, 
         "NaN": (tensor(Q, number(torch.nan, 3)), f"{Q} has values that are NaN")}),
     "overwrite, rank": (train, [*OVERWRITE, "--rank", "999"], DATA, {"999": (nothing, "--rank is 999, expected at")}),
     "overwrite, tokens": (train, [*OVERWRITE, "--tokens", "5"], DATA, {"5": (nothing, "no record is short")}),
-    "overwrite, loss": (train, [*OVERWRITE, "--lr", "1e9", "--clip", "1e9"], DATA, {
+    "overwrite, loss": (train, [*OVERWRITE, "--stage", "router", "--router-lr", "2e9"], DATA, {
         "NaN": (nothing, "training ends here; no checkpoint is kept")}),
     "rank beyond the width": (train, [*WARMUP, "--rank", "999"], DATA, {
         "999": (nothing, "--rank is 999, expected at")}),
