@@ -142,7 +142,7 @@ def compared(nats, split, reference, part=slice(None), seed=0):
     for name, of_seeds in nats.items():
         difference = (np.mean(of_seeds, 0) - np.mean(nats[reference], 0))[part]
         rows.append([name, mean_and_std([values[part].sum() / counts.sum() for values in of_seeds]),
-                     "" if name == reference else [*map(float, bootstrap(difference, counts, seed))]])
+                     "" if name == reference else bootstrap(difference, counts, seed)])
     return rows
 
 
@@ -412,7 +412,7 @@ def changes_without_cues(pairs, before, after, seed):
             numbers, poles = zip(*looked_at)
             with_cue, without = before[numbers, poles].numpy(), after[numbers, poles].numpy()
             rows.append([name, len(numbers), float(with_cue.mean()),
-                         [*map(float, bootstrap(without - with_cue, np.ones(len(numbers)), seed))]])
+                         bootstrap(without - with_cue, np.ones(len(numbers)), seed)])
     return rows
 
 

@@ -329,7 +329,7 @@ def domain_subsets(new_domain):
 
 
 def bootstrap(difference, counts, seed=0, n=2000):
-    """Returns (mean, low, high): the weighted mean difference and its 95 % interval from a paired bootstrap.
+    """Returns (mean, low, high), floats: the weighted mean difference and its 95 % interval from a paired bootstrap.
 
     difference (N,): for each record, usually its nats under one gate minus those under another. counts (N,): the
     weights, such as its tokens, for a mean per token, or ones.
@@ -338,4 +338,4 @@ def bootstrap(difference, counts, seed=0, n=2000):
     size = len(counts)
     drawn = [rng.integers(0, size, size) for _ in range(n)]
     means = [difference[i].sum() / counts[i].sum() for i in drawn]
-    return difference.sum() / counts.sum(), *np.percentile(means, (2.5, 97.5))
+    return float(difference.sum() / counts.sum()), *np.percentile(means, (2.5, 97.5)).tolist()

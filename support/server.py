@@ -198,8 +198,8 @@ class HttpTeacher:
         """Send one request. Returns (status, headers, body) of the answer.
 
         Connecting may take up to --timeout. Whatever remains of it then limits the wait for each piece of the headers
-        and the time for the whole body, so that only a server that is slow to connect or
-        sends its headers in many pieces takes longer.
+        and the time for the whole body, so that only a server that is slow to connect or sends its headers in many
+        pieces takes longer.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
