@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,11 +132,9 @@ class Setup:
         if Path(self.data) != self.run / "data":
             return
         counts = PRESETS[self.preset]["records"]
-        try:
+        with suppress(UserError):  # missing or cut off
             if [len(records) for records in load_data(self.data)[0].values()] == list(counts):
                 return
-        except UserError:
-            pass  # missing or cut off
         for name, count in zip(SPLITS, counts):
             file, records = self.run / "data" / f"{name}.jsonl", template_records(name, count, self.seed)
             if file.exists() and not record_lines(records).startswith(read_bytes(file)):
