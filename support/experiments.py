@@ -27,7 +27,7 @@ from support.files import UserError, atomic, read_json, read_lines
 from support.measure import (RunOptions, LoadedRun, bootstrap, domain_subsets, load_run, load_split, losses,
                              one_hot_gate, one_pole_only, update_gram)
 from support.records import read_records, write_records
-from support.runs import STAGES, Setup, read_run, write_config
+from support.runs import STAGES, Setup, read_run, unfinished_stages, write_config
 from support.tables import print_table
 from synth import from_templates
 import train
@@ -480,10 +480,9 @@ def experiment(args):
         raise UserError("an experiment chooses the experts and the router that it measures: leave out --stage, "
                         "--experts and --router")
     run = LoadedRun(args)
-    for stage in STAGES:
-        if not (run.setup.run / stage).is_dir():
-            raise UserError(f"{args.run} has no {stage} stage yet: python train.py --preset {run.setup.preset} "
-                            f"--stage {stage} --run {args.run}")
+    for stage in unfinished_stages(run.setup.run, STAGES):
+        raise UserError(f"{args.run} has no {stage} stage yet: python train.py --preset {run.setup.preset} "
+                        f"--stage {stage} --run {args.run}")
     settings = {"tau": run.setup.tau, "stages": read_run(args.run)["stages"],
                 **{key: getattr(args, key) for key in ("seed", "seeds", "records")}}
     for name in args.names:
