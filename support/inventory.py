@@ -142,13 +142,11 @@ def yes_or_no(run, args):
     shares, own, undecided = [[name] for name in ("base", *SHORT_NAMES)], [], []
     for trait in TRAITS:
         questions, high_says_yes = read_statements(args.items, trait, args.statements, args.seed)
-        as_high, log_odds = {}, {}
-        for name, gate in GATES.items():
+        as_high = {}
+        for row, (name, gate) in zip(shares, GATES.items()):
             yes, no = first_token_logits(run, questions, ["Yes", "No"], gate).numpy().T
-            log_odds[name] = (yes - no).mean()
             as_high[name] = ((yes > no) == high_says_yes).astype(float)
-        for row, name in zip(shares, GATES):
-            row.append(f"{as_high[name].mean():.3f} ({log_odds[name]:+.1f})")
+            row.append(f"{as_high[name].mean():.3f} ({(yes - no).mean():+.1f})")
         ones, pair = np.ones(len(questions)), (f"high_{trait}", f"low_{trait}")
         own += [[name, float(as_high["base"].mean()), float(as_high[name].mean()),
                  bootstrap(as_high[name] - as_high["base"], ones, args.seed)] for name in pair]
