@@ -372,7 +372,7 @@ def open_run(setup, settings, args, locks):
     config = {"version": VERSION, "setup": config.get("setup", shared) | given,
               "fingerprints": config.get("fingerprints", {}), "stages": stages | settings}
     if args.overwrite and started_before:
-        move_aside(run, [*stages, "models", "data"] if stages else [], config, locks)
+        move_aside(run, prepared, [*stages, "models", "data"] if stages else [], config, locks)
     else:
         write_config(run, config)
     complete_setup(setup)
@@ -389,11 +389,11 @@ def complete_setup(setup):
     setup.base, setup.encoder = (Setup.restore_path(found[key], setup.run) for key in ("base", "encoder"))
 
 
-def move_aside(run, kept, config, locks):
+def move_aside(run, prepared, kept, config, locks):
     """Rename the run folder to RUN.replaced-N, with everything in it. The new run folder gets copies of the stages and
-    folders in `kept`, and `config`."""
+    folders in `kept`, and `config`. It is complete as `prepared` before anything is renamed."""
     aside = next(path for n in itertools.count(1) if not (path := Path(f"{run}.replaced-{n}")).exists())
-    with atomic(run) as new:
+    with atomic(prepared) as new:
         new.mkdir()
         locks.enter_context(lock(new))  # a lock stays with its folder when that is renamed
         for name in kept:
@@ -405,6 +405,7 @@ def move_aside(run, kept, config, locks):
         kept_stages = {*kept, "pretrain"} if kept else set()
         lines = [line + b"\n" for line, entry in read_log(run) if entry["stage"] in kept_stages]
         (new / "log.jsonl").write_bytes(b"".join(lines))
-        write_config(new, config)  # last: where it is there, the copy is complete
-        print(f"{run}: the earlier run is now in {aside}")
-        os.replace(run, aside)
+        write_config(new, config)
+    print(f"{run}: the earlier run is now in {aside}")
+    os.replace(run, aside)
+    os.replace(prepared, run)
