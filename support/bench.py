@@ -101,7 +101,8 @@ class Models:
         self.run = LoadedRun(replace(args, data=None)) if args.run else None  # --data is the benchmarks' folder here
         self.base = self.run.model_folder("experts") if self.run else args.base
         self.dtype = pick_dtype(args.dtype, pick_device(args.device))
-        fused = "by hand" if args.persona or args.gate else "PersonaFuse"
+        self.gate_by_hand = gate_from_options(self.run, args) if self.run else None  # (1, E), if the user set it
+        fused = "PersonaFuse" if self.gate_by_hand is None else "by hand"
         names = {"base": ["base"], "personafuse": [fused], None: ["base", fused]}
         self.names = names[args.only] if self.run else ["base"]
         self.gate_of_query = {}  # {query: gate (E,)}
@@ -131,11 +132,6 @@ class Models:
             settings["router"] = fingerprint(self.run.folder("router") / "model.safetensors")
             settings["encoder"] = fingerprint(self.run.model_folder("router"))
         return settings
-
-    @cached_property
-    def gate_by_hand(self):
-        """The gate (1, E) that the user set."""
-        return gate_from_options(self.run, self.args)
 
     def route(self, prompts):
         """Returns the router's gates (B, E) for prompts. It reads each query once, however often that is asked."""

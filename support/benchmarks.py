@@ -34,7 +34,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.files import UserError, read_json, read_lines
+from support.files import UserError, read_bytes, read_json, read_lines
 from support.replies import Reply, UnusableReply, read_object
 
 LETTERS = "ABCDEFG"
@@ -608,8 +608,7 @@ class SafetyBench(Benchmark):
     @staticmethod
     def find(folder, name):
         """Returns the file of this name in a folder or its subfolders; if there is none, where it is expected."""
-        return next((file for pattern in (name, f"*/{name}") for file in sorted(Path(folder).glob(pattern))),
-                    Path(folder) / name)
+        return next(iter(sorted(Path(folder).rglob(name))), Path(folder) / name)
 
     def load(self, folder):
         present = [name for name in SAFETYBENCH if self.find(folder, f"test_{name}.json").exists()]
@@ -701,11 +700,10 @@ class GPQA(Benchmark):
             raise UserError(f"{file} is encrypted, to keep its questions out of training data. The authors' README has "
                             "the password: put it into an environment variable and name that with --password-env")
         member = f"dataset/gpqa_{name}.csv"
+        content = io.BytesIO(read_bytes(file))
         try:
-            with zipfile.ZipFile(file) as archive:
+            with zipfile.ZipFile(content) as archive:
                 text = archive.read(member, pwd=self.password.encode()).decode("utf-8")
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror or error}; expected GPQA's folder as published") from None
         except (KeyError, RuntimeError, zlib.error, zipfile.BadZipFile, UnicodeDecodeError) as error:
             raise UserError(f"{file}: {member} cannot be read ({error}). Is the password in the variable of "
                             "--password-env right, and the download complete?") from None

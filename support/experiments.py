@@ -27,7 +27,7 @@ from support.files import UserError, atomic, read_json, read_lines
 from support.measure import (RunOptions, LoadedRun, bootstrap, domain_subsets, load_run, load_split, losses,
                              one_hot_gate, one_pole_only, update_gram)
 from support.records import read_records, write_records
-from support.runs import STAGES, Setup, read_run, write_config
+from support.runs import STAGES, Setup, read_run, unfinished_stages, write_config
 from support.tables import print_table
 from synth import from_templates
 import train
@@ -86,8 +86,7 @@ def variant(args, source, name, stages, untrained=(), data=None, **changes):
     stored = read_run(folder)
     if any(stored["stages"].get(stage) != s for stage, s in kept.items()):
         raise UserError(f"{folder} was made from other stages than {source} has now: remove it to train it again")
-    if stored["setup"] | models != stored["setup"]:
-        write_config(folder, stored | {"setup": stored["setup"] | models})
+    write_config(folder, stored | {"setup": stored["setup"] | models})
 
     setup = load_run(args, folder).setup
     for stage in untrained:
@@ -142,7 +141,7 @@ def compared(nats, split, reference, part=slice(None), seed=0):
     for name, of_seeds in nats.items():
         difference = (np.mean(of_seeds, 0) - np.mean(nats[reference], 0))[part]
         rows.append([name, mean_and_std([values[part].sum() / counts.sum() for values in of_seeds]),
-                     "" if name == reference else [*map(float, bootstrap(difference, counts, seed))]])
+                     "" if name == reference else bootstrap(difference, counts, seed)])
     return rows
 
 
@@ -412,7 +411,7 @@ def changes_without_cues(pairs, before, after, seed):
             numbers, poles = zip(*looked_at)
             with_cue, without = before[numbers, poles].numpy(), after[numbers, poles].numpy()
             rows.append([name, len(numbers), float(with_cue.mean()),
-                         [*map(float, bootstrap(without - with_cue, np.ones(len(numbers)), seed))]])
+                         bootstrap(without - with_cue, np.ones(len(numbers)), seed)])
     return rows
 
 
@@ -481,10 +480,9 @@ def experiment(args):
         raise UserError("an experiment chooses the experts and the router that it measures: leave out --stage, "
                         "--experts and --router")
     run = LoadedRun(args)
-    for stage in STAGES:
-        if not (run.setup.run / stage).is_dir():
-            raise UserError(f"{args.run} has no {stage} stage yet: python train.py --preset {run.setup.preset} "
-                            f"--stage {stage} --run {args.run}")
+    for stage in unfinished_stages(run.setup.run, STAGES):
+        raise UserError(f"{args.run} has no {stage} stage yet: python train.py --preset {run.setup.preset} "
+                        f"--stage {stage} --run {args.run}")
     settings = {"tau": run.setup.tau, "stages": read_run(args.run)["stages"],
                 **{key: getattr(args, key) for key in ("seed", "seeds", "records")}}
     for name in args.names:

@@ -74,13 +74,13 @@ def read_bytes(path):
         raise UserError(f"{path}: {error.strerror or error}") from None
 
 
-def read_lines(path):
-    """Yield (line number, value) for every line of a .jsonl file that is not blank. UserError names file and line."""
+def read_lines(path, parse=json.loads):
+    """Yield (line number, parse(line)) for every line of a file that is not blank. UserError names file and line."""
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line.decode("utf-8"))
+            yield number, parse(line.decode("utf-8"))
         except UnicodeDecodeError:
             raise UserError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:

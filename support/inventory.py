@@ -17,7 +17,7 @@ from model import last_positions, pad
 from support.chat import encode
 from support.files import UserError, read_lines, read_table
 from support.measure import RunOptions, LoadedRun, bootstrap, one_hot_gate
-from support.rows import Row, micro_batches
+from support.rows import micro_batches
 from support.tables import print_table
 
 
@@ -36,6 +36,7 @@ class Inventory(RunOptions):
 
 OUR_ITEMS = Path(__file__).parent.parent / "data" / "inventory.csv"
 INITIALS = [trait[0].upper() for trait in TRAITS]
+GATES = {"base": None} | {name: one_hot_gate(e) for e, name in enumerate(EXPERTS)}
 ANSWERS = ("very accurate", "moderately accurate", "neither accurate nor inaccurate", "moderately inaccurate",
            "very inaccurate")
 
@@ -46,8 +47,7 @@ def read_items(path):
     if not table:
         raise UserError(f"{path}: no statements in it")
     for number, item in table:
-        if not item.get("text", "").strip() or item.get("key") not in ("1", "-1") or \
-                item.get("label_ocean") not in INITIALS:
+        if not item["text"].strip() or item["key"] not in ("1", "-1") or item["label_ocean"] not in INITIALS:
             raise UserError(f"{path}, row {number}: found {item}, expected text, label_ocean (O, C, E, A or N) and key "
                             "(1 or -1)")
     return [item for _, item in table]
@@ -58,14 +58,14 @@ def first_token_logits(run, questions, words, gate):
     """Returns the logits, as a reply's first token, of each word's first token: (len(questions), len(words)), fp32, on
     the CPU. gate: (1, E), or None for the base."""
     tokens = [encode(run.chat.tokenizer, word)[0] for word in words]
-    prompts = [run.chat.prompt([{"role": "user", "content": question}]) for question in questions]
-    rows = [Row(i, active=None, ids=np.array(ids)) for i, ids in enumerate(prompts)]  # only id and ids are used
+    prompts = [(i, run.chat.prompt([{"role": "user", "content": question}])) for i, question in enumerate(questions)]
     found = torch.zeros(len(questions), len(words))
-    for group in micro_batches(rows, run.args.tokens):
-        ids, lengths = pad([row.ids for row in group], run.model.device)
+    for group in micro_batches(prompts, run.args.tokens, lambda prompt: len(prompt[1])):
+        numbers, rows = zip(*group)
+        ids, lengths = pad(rows, run.model.device)
         h = run.model.hidden(ids, None if gate is None else gate.to(ids.device),
                              positions=last_positions(ids, lengths))                      # (B, D)
-        found[[row.id for row in group]] = run.model.head(h)[:, tokens].float().cpu()
+        found[list(numbers)] = run.model.head(h)[:, tokens].float().cpu()
     return found
 
 
@@ -93,8 +93,7 @@ def inventory(args):
         return yes_or_no(run, args)
     items = read_items(args.items or OUR_ITEMS)
     keys, letters = np.array([int(item["key"]) for item in items]), np.array([item["label_ocean"] for item in items])
-    gates = {"base": None} | {name: one_hot_gate(e) for e, name in enumerate(EXPERTS)}
-    agreed = np.stack([ratings(run, [item["text"].strip() for item in items], gate) for gate in gates.values()])
+    agreed = np.stack([ratings(run, [item["text"].strip() for item in items], gate) for gate in GATES.values()])
     scores = np.where(keys > 0, agreed, 6 - agreed)  # (1 + E, 2, I)
     traits = [letter for letter in INITIALS if letter in letters]
 
@@ -102,7 +101,7 @@ def inventory(args):
         return score[:, mask].mean() if mask.any() else math.nan
 
     both_orders, both_keys = [], []
-    for name, score in zip(gates, scores):
+    for name, score in zip(GATES, scores):
         both_orders.append([name, *(f"{mean(score, letters == t):.2f}±"
                                     f"{np.abs(np.subtract(*score[:, letters == t])).mean():.2f}" for t in traits)])
         both_keys.append([name, *(f"{mean(score, (letters == t) & (keys > 0)):.2f}/"
@@ -140,22 +139,19 @@ def read_statements(folder, trait, n, seed):
 def yes_or_no(run, args):
     """Ask the base and each expert alone whether a statement is something they would say. Print, for each trait, the
     share answered as someone high in it would. The answer is the likelier of Yes and No as the reply's first token."""
-    gates = {"base": None} | {name: one_hot_gate(e) for e, name in enumerate(EXPERTS)}
     shares, own, undecided = [[name] for name in ("base", *SHORT_NAMES)], [], []
     for trait in TRAITS:
         questions, high_says_yes = read_statements(args.items, trait, args.statements, args.seed)
-        as_high, log_odds = {}, {}
-        for name, gate in gates.items():
+        as_high = {}
+        for row, (name, gate) in zip(shares, GATES.items()):
             yes, no = first_token_logits(run, questions, ["Yes", "No"], gate).numpy().T
-            log_odds[name] = (yes - no).mean()
             as_high[name] = ((yes > no) == high_says_yes).astype(float)
-        for row, name in zip(shares, gates):
-            row.append(f"{as_high[name].mean():.3f} ({log_odds[name]:+.1f})")
+            row.append(f"{as_high[name].mean():.3f} ({(yes - no).mean():+.1f})")
         ones, pair = np.ones(len(questions)), (f"high_{trait}", f"low_{trait}")
         own += [[name, float(as_high["base"].mean()), float(as_high[name].mean()),
-                 [*map(float, bootstrap(as_high[name] - as_high["base"], ones, args.seed))]] for name in pair]
+                 bootstrap(as_high[name] - as_high["base"], ones, args.seed)] for name in pair]
         own.append([f"high minus low {trait}", "", "",
-                    [*map(float, bootstrap(as_high[pair[0]] - as_high[pair[1]], ones, args.seed))]])
+                    bootstrap(as_high[pair[0]] - as_high[pair[1]], ones, args.seed)])
         _, low, high = bootstrap(as_high["base"], ones, args.seed)
         if low <= 0.5 <= high:
             undecided.append(trait)

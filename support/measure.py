@@ -149,43 +149,40 @@ class LoadedRun:
             raise UserError(f"{folder}: no such folder, expected the {role}'s. --{role} names it, if it has moved")
         return folder
 
-    def check_trained_on(self, part):
-        """Raise a UserError if the experts were trained on another base, or the router on another encoder.
+    def checked_folder(self, part):
+        """Returns the folder of the "experts" or the "router" to measure. UserError if the experts were trained on
+        another base, or the router on another encoder.
 
         --base and --encoder can name any folder, and a wrong model of the same shape would load without an error. The
         run that trained the part has a fingerprint of its model. Experts that PEFT trained elsewhere are not checked.
         """
-        role, folder, trained_by = TRAINED_ON[part], self.model_folder(part), self.run_of(part)
+        role, folder, trained_by = TRAINED_ON[part], self.folder(part), self.run_of(part)
+        model = self.model_folder(part)
         known = trained_by and trained_by[1]["fingerprints"].get(role)
-        if known and fingerprint(folder) != known:
-            raise UserError(f"{folder}: not the {role} that {getattr(self.args, part) or self.setup.run} was trained "
+        if known and fingerprint(model) != known:
+            raise UserError(f"{model}: not the {role} that {getattr(self.args, part) or self.setup.run} was trained "
                             f"on: its config.json, tokenizer or tensors differ. --{role} names the folder, if it has "
                             "moved")
+        return folder
 
     @cached_property
     def model(self):
         """The base with its experts."""
-        folder = self.folder("experts")
-        self.check_trained_on("experts")
-        return self.setup.load_base(folder)
+        return self.setup.load_base(self.checked_folder("experts"))
 
     @cached_property
     def chat(self):
         """The base's chat format and tokenizer."""
-        self.folder("experts")  # a run without experts may have no base either
         return Chat.from_dir(self.model_folder("experts"))
 
     @cached_property
     def router(self):
         """The router at the temperature τ of this measurement."""
-        folder = self.folder("router")
-        self.check_trained_on("router")
-        return self.setup.load_router(folder)
+        return self.setup.load_router(self.checked_folder("router"))
 
     @cached_property
     def tokenizer(self):
         """The encoder's tokenizer."""
-        self.folder("router")  # a run without a router may have no encoder either
         return load_tokenizer(self.model_folder("router"))
 
     def records(self, split="test", need_response=True, limit=None):
@@ -332,7 +329,7 @@ def domain_subsets(new_domain):
 
 
 def bootstrap(difference, counts, seed=0, n=2000):
-    """Returns (mean, low, high): the weighted mean difference and its 95 % interval from a paired bootstrap.
+    """Returns (mean, low, high), floats: the weighted mean difference and its 95 % interval from a paired bootstrap.
 
     difference (N,): for each record, usually its nats under one gate minus those under another. counts (N,): the
     weights, such as its tokens, for a mean per token, or ones.
@@ -341,4 +338,4 @@ def bootstrap(difference, counts, seed=0, n=2000):
     size = len(counts)
     drawn = [rng.integers(0, size, size) for _ in range(n)]
     means = [difference[i].sum() / counts[i].sum() for i in drawn]
-    return difference.sum() / counts.sum(), *np.percentile(means, (2.5, 97.5))
+    return float(difference.sum() / counts.sum()), *np.percentile(means, (2.5, 97.5)).tolist()

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from router import active_experts
-from support.files import UserError, atomic, read_bytes, read_lines, read_table, shorten
+from support.files import UserError, atomic, read_lines, read_table, shorten
 
 
 SPLITS = ("train", "validation", "test")
@@ -175,11 +175,7 @@ def query_rows(path):
         return [(number, {k: v for k, v in row.items() if v.strip()}) for number, row in read_table(path, ["query"])]
     if kind != ".txt":
         raise UserError(f"{path}: expected queries in a .txt, .jsonl or .csv file")
-    try:
-        lines = read_bytes(path).decode("utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
-    return [(number, {"query": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()]
+    return [(number, {"query": line}) for number, line in read_lines(path, str.strip) if line]
 
 
 def messages_of(record):

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from model import Transformer
 from router import Router, load_router
 from support.checkpoints import checkpoint_files, read_log
 from support.command import pick_device, pick_dtype
-from support.files import UserError, atomic, check_settings, read_bytes, read_json, remove, shorten
+from support.files import UserError, atomic, check_settings, read_bytes, read_json, shorten
 from support.records import SPLITS, load_data, record_lines, write_records
 from synth import template_records
 
@@ -132,11 +132,9 @@ class Setup:
         if Path(self.data) != self.run / "data":
             return
         counts = PRESETS[self.preset]["records"]
-        try:
+        with suppress(UserError):  # missing or cut off
             if [len(records) for records in load_data(self.data)[0].values()] == list(counts):
                 return
-        except UserError:
-            pass  # missing or cut off
         for name, count in zip(SPLITS, counts):
             file, records = self.run / "data" / f"{name}.jsonl", template_records(name, count, self.seed)
             if file.exists() and not record_lines(records).startswith(read_bytes(file)):
@@ -216,8 +214,7 @@ def stage_settings(args, stage, dtype=torch.float32):
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json
 
-# What config.json may hold, for check_settings: {key: allowed values}
-CONFIG = {"setup": (dict,), "fingerprints": (dict,), "stages": (dict,)}
+# What config.json may hold under setup, for check_settings: {key: allowed values}
 SETUP_VALUES = {"preset": (*PRESETS,), "base": (str, None), "encoder": (str, None), "data": (str,), "seed": (0, int),
                 "rank": (int,), "alpha": (float,)}
 
@@ -232,13 +229,13 @@ def read_run(run):
     if config["version"] != VERSION:
         raise UserError(f"{file}: version is {shorten(config['version'])}, expected {VERSION}: another version of this "
                         "program made the run. Give another --run")
-    check_settings(file, config, CONFIG)
+    check_settings(file, config, dict.fromkeys(("setup", "fingerprints", "stages"), (dict,)))
     check_settings(file, config["setup"], SETUP_VALUES)
     unknown = (config["setup"].keys() - SETUP_VALUES.keys()) | (config["stages"].keys() - set(STAGES))
     if unknown:
         raise UserError(f"{file}: {min(unknown)!r} is no setting or stage of a run. Was the file edited?")
-    for stage, settings in config["stages"].items():
-        check_settings(file, {stage: settings}, {stage: (dict,)})
+    check_settings(file, config["stages"], dict.fromkeys(config["stages"], (dict,)))
+    for settings in config["stages"].values():
         check_settings(file, settings, {"tau": (float, None)})
     return config
 
@@ -332,9 +329,9 @@ def open_run(setup, settings, args, locks):
     settings: {stage: settings} of the stages asked for. locks: an ExitStack that keeps the lock on the folder.
     Settings are checked before anything is written or moved; models and data are checked later, by check_fingerprints.
     """
-    run, new = setup.run, copy_of(setup.run)
-    if not run.exists() and (new / "config.json").exists():  # killed between the two renames of move_aside
-        os.replace(new, run)
+    run, prepared = setup.run, setup.run.with_name(setup.run.name + ".~part")
+    if not run.exists() and (prepared / "config.json").exists():  # killed between the two renames of move_aside
+        os.replace(prepared, run)
     if args.resume and not (run / "config.json").exists():
         raise UserError(f"{run}: no config.json, so there is no run to resume; without --resume one is started here")
     if not (run / "config.json").exists() and run.exists() and (
@@ -375,7 +372,7 @@ def open_run(setup, settings, args, locks):
     config = {"version": VERSION, "setup": config.get("setup", shared) | given,
               "fingerprints": config.get("fingerprints", {}), "stages": stages | settings}
     if args.overwrite and started_before:
-        move_aside(run, [*stages, "models", "data"] if stages else [], config, locks)
+        move_aside(run, prepared, [*stages, "models", "data"] if stages else [], config, locks)
     else:
         write_config(run, config)
     complete_setup(setup)
@@ -392,20 +389,13 @@ def complete_setup(setup):
     setup.base, setup.encoder = (Setup.restore_path(found[key], setup.run) for key in ("base", "encoder"))
 
 
-def copy_of(run):
-    """Where `move_aside` prepares the new run folder."""
-    return run.with_name(run.name + ".~part")
-
-
-def move_aside(run, kept, config, locks):
+def move_aside(run, prepared, kept, config, locks):
     """Rename the run folder to RUN.replaced-N, with everything in it. The new run folder gets copies of the stages and
-    folders in `kept`, and `config`."""
+    folders in `kept`, and `config`. It is complete as `prepared` before anything is renamed."""
     aside = next(path for n in itertools.count(1) if not (path := Path(f"{run}.replaced-{n}")).exists())
-    new = copy_of(run)
-    remove(new)
-    new.mkdir()
-    locks.enter_context(lock(new))  # a lock stays with its folder when that is renamed
-    try:
+    with atomic(prepared) as new:
+        new.mkdir()
+        locks.enter_context(lock(new))  # a lock stays with its folder when that is renamed
         for name in kept:
             if (run / name).is_dir():
                 shutil.copytree(run / name, new / name)
@@ -415,10 +405,7 @@ def move_aside(run, kept, config, locks):
         kept_stages = {*kept, "pretrain"} if kept else set()
         lines = [line + b"\n" for line, entry in read_log(run) if entry["stage"] in kept_stages]
         (new / "log.jsonl").write_bytes(b"".join(lines))
-    except OSError as error:
-        remove(new)
-        raise UserError(f"{run}: cannot be copied ({error.strerror or error}); nothing was changed") from None
-    write_config(new, config)  # last: where it is there, the copy is complete
+        write_config(new, config)
     print(f"{run}: the earlier run is now in {aside}")
     os.replace(run, aside)
-    os.replace(new, run)
+    os.replace(prepared, run)

@@ -6,6 +6,7 @@ read in one place, `read_answer`.
 """
 import email.utils
 import http.client
+import itertools
 import json
 import os
 import queue
@@ -26,7 +27,6 @@ from support.tables import printable
 
 LONGEST_ANSWER = 8_000_000  # bytes of an HTTP answer that are read
 MOST_REFUSED = 100  # refused queries that end the run, if the server has written no reply yet
-WORKER_ENDED = object()
 
 
 class HttpTeacher:
@@ -67,47 +67,42 @@ class HttpTeacher:
         self.slowed = 0.0          # when the gap last grew
         self.pace = threading.Lock()  # for the three above
         self.stop = threading.Event()
-        self.finished = queue.SimpleQueue()  # outcomes, errors, and WORKER_ENDED from each worker
+        self.finished = queue.SimpleQueue()  # outcomes and errors
 
     def run(self, queries, save):
         """Take every query (an iterator of Synthesis) to its outcome, and save([outcome]) each one in this thread.
 
         After an error or Ctrl-C, workers stop waiting and ask nothing more, and all finished outcomes are saved.
         """
-        lock = threading.Lock()
-        # The number of queries that may be in progress or finished but not saved. A kill loses at most these
-        unsaved = threading.Semaphore(2 * self.args.workers)
+        todo, unsaved = queue.SimpleQueue(), 0
 
         def work():
             try:
-                while True:
-                    unsaved.acquire()
-                    with lock:
-                        query = next(queries, None)
-                    if query is None or self.stop.is_set():
-                        return self.finished.put(WORKER_ENDED)
+                while (query := todo.get()) is not None:
                     self.converse(query)
-                    if query.outcome:
-                        self.finished.put(query.outcome)
+                    self.finished.put(query.outcome)
             except BaseException as error:
                 self.finished.put(error)
 
-        running = self.args.workers
-        for _ in range(running):  # daemons end with the program, whatever they are waiting for
+        for _ in range(self.args.workers):  # daemons end with the program, whatever they are waiting for
             threading.Thread(target=work, daemon=True).start()
         try:
-            while running:
+            while True:
+                # `unsaved` queries wait, are in progress, or are finished but not saved. A kill loses at most these
+                for query in itertools.islice(queries, 2 * self.args.workers - unsaved):
+                    todo.put(query)
+                    unsaved += 1
+                if not unsaved:
+                    return
                 outcome = self.finished.get()
-                if outcome is WORKER_ENDED:
-                    running -= 1
-                elif isinstance(outcome, BaseException):
+                if isinstance(outcome, BaseException):
                     raise outcome
-                else:
-                    save([outcome])
-                    unsaved.release()
+                save([outcome])
+                unsaved -= 1
         finally:
             self.stop.set()
-            unsaved.release(self.args.workers)
+            for _ in range(self.args.workers):
+                todo.put(None)
             left = [self.finished.get() for _ in range(self.finished.qsize())]
             save([outcome for outcome in left if isinstance(outcome, dict)])
 
@@ -198,8 +193,8 @@ class HttpTeacher:
         """Send one request. Returns (status, headers, body) of the answer.
 
         Connecting may take up to --timeout. Whatever remains of it then limits the wait for each piece of the headers
-        and the time for the whole body, so that only a server that is slow to connect or
-        sends its headers in many pieces takes longer.
+        and the time for the whole body, so that only a server that is slow to connect or sends its headers in many
+        pieces takes longer.
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
