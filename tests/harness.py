@@ -273,5 +273,5 @@ def stage(name, config, args, encoder=None, tokens=2048):
         with_experts(model)
     route = None
     if name != "warmup":
-        route = Router(fresh(config if name == "router" else encoder, args, torch.float32)).to(args.device)
+        route = Router(fresh(config if name == "router" else encoder, args, torch.float32))
     return Stage(name, model, route, s), [m for m in (model, route and route.encoder) if m is not None]
