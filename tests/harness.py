@@ -1,10 +1,13 @@
 """What the commands of bench.py share: turns, the machine's limits, peak memory, and the same weights in two models."""
+import functools
 import gc
+import os
+import signal
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 from lora import add_experts, expert_layers
 from model import CONFIGS, Config, Transformer
 from router import Router
+from support.files import UserError
 from support.rows import Row
 from support.tables import print_table
 from train import Stage, row_losses
@@ -68,6 +72,7 @@ def print_times(title, times, tokens=None, work=None, rate=1.0):
     print_table(head, rows, title)
 
 
+@functools.cache
 def ceiling(device, dtype):
     """Returns what this machine can do: FLOP/s in matrix products and bytes/s from memory, the best of ten tries."""
     n = 2048 if device.type == "cpu" else 8192
@@ -94,6 +99,89 @@ def prepare(make, *args):
 
 def run_prepared(*which):
     prepared(*which)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A plan with an end: steps in a process that can be stopped
+
+class Worker:
+    """A process that calls one function after another and can be stopped meanwhile, with the compilers it started."""
+
+    def __init__(self):
+        context = get_context("spawn")  # a forked process could not use the GPU
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def run(self, function, seconds):
+        """Call function() there. Returns what went wrong, in one line or None, and whether the worker is as good as
+        new."""
+        try:
+            self.connection.send(function)
+            if not self.connection.poll(seconds):
+                return f"stopped after {seconds:.0f} s", False
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(1)
+            return f"the process ended by itself, with status {self.process.exitcode}", False
+
+    def stop(self):
+        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join(5)  # one that hangs in the GPU's driver is left behind
+
+
+def work(connection):
+    """What a Worker's process does."""
+    os.setpgid(0, 0)
+    while True:
+        answer = None, True
+        try:
+            connection.recv()()
+        except EOFError:  # the program that started this process has ended
+            return
+        except UserError as error:
+            answer = str(error), True
+        except ModuleNotFoundError as error:
+            answer = f"{error.name} is not installed here", True
+        except Exception as error:  # one of CUDA's may leave the GPU unusable in this process
+            answer = " ".join(f"{type(error).__name__}: {error}".split())[:300], False
+        sys.stdout.flush()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        connection.send(answer)
+
+
+LEAST = 10  # seconds below which no step is begun: a process needs about as many to start
+
+
+def run_plan(plan, minutes, start=Worker, clock=time.monotonic):
+    """Call the functions of plan, {title: function}, one after the other, and end after so many minutes at the latest.
+
+    A step may take half of the time that is left, so that one that hangs does not take all. Steps for which no time is
+    left are listed as not measured.
+    """
+    end, worker = clock() + 60 * minutes, None
+    try:
+        for title, function in plan.items():
+            left = end - clock()
+            if left < LEAST:
+                print(f"{title}: not measured, the time is up")
+                continue
+            print(f"{title} (at {60 * minutes - left:.0f} s)", flush=True)
+            worker = worker or start()
+            problem, usable = worker.run(function, left / 2)
+            if problem:
+                print(f"  not measured: {problem}", flush=True)
+            if not usable:
+                worker.stop()
+                worker = None
+    finally:
+        if worker is not None:
+            worker.stop()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(torch.__version__ < (2, 14) and not torch.cuda.is_available(),
                        reason="there is no GPU, and before PyTorch 2.14 (2.6 was tried) random numbers on it need one")]
 BASE, ENCODER = (replace(CONFIGS[name], n_layers=2) for name in ("Llama-3.1-8B", "Qwen2.5-0.5B"))
-ARGS = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, weights=None)
+ARGS = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, weights=None, int8=False)
 
 
 @pytest.fixture(autouse=True)

@@ -88,10 +88,10 @@ def main():
           f"of 1.02 promised", flush=True)
     for split in ("train", "validation", "test"):
         write_records(args.folder / "data" / f"{split}.jsonl", records(10))
-    frozen = str(Config.from_dir(args.encoder).n_layers)
+    frozen = ["--frozen-layers", str(Config.from_dir(args.encoder).n_layers)]
     command = [*f"--preset paper --run {run} --base {base} --encoder {args.encoder} --data {args.folder / 'data'} "
                "--device cpu --dtype bfloat16 --recompute --steps 1 --batch 10 --stage".split()]
-    for stage, more in (("router", ["--frozen-layers", frozen]), ("warmup", []), ("joint", ["--frozen-layers", frozen])):
+    for stage, more in (("router", frozen), ("warmup", []), ("joint", frozen)):
         part(f"a step of {stage}", partial(train.main, show_results=False), [*command, stage, *more])
     opened = ["--run", str(run), "--device", "cpu"]
     part("eight tokens of the base and eight of the mixture", eval.main,
@@ -99,7 +99,8 @@ def main():
     part("exporting the mixture, merged", eval.main,
          ["export", *opened, "--as", "merged", "--persona", "O+", "--out", str(out)])
     files = sorted(out.glob("*.safetensors"))
-    print(f"  {len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB; {args.folder} can be removed")
+    size = sum(file.stat().st_size for file in files)
+    print(f"  {len(files)} files, {size / 1e9:.2f} GB. {args.folder} can be removed")
 
 
 if __name__ == "__main__":
