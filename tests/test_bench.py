@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from contextlib import redirect_stdout
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ from lora import ExpertLinear, merged_tensors
 from model import CONFIGS, Config, Transformer
 from support.checkpoints import checkpoint_files
 from support.files import UserError
+from support.rows import micro_batches
+from support.runs import PRESETS
 from support.tiny import make_tiny
 from synth import template_records
+from train import Stage
 
 pytest.importorskip("transformers", reason="transformers is in requirements-dev.txt")
 pytest.importorskip("peft", reason="peft is in requirements-dev.txt")
@@ -172,7 +176,7 @@ def test_a_worker_says_how_a_step_failed_and_can_be_stopped():
         assert worker.run(partial(int, "7"), 60) == (None, True)
         assert worker.run(partial(int, "x"), 60) == ("ValueError: invalid literal for int() with base 10: 'x'", False)
         assert worker.run(partial(importlib.import_module, "peft2"), 60) == ("peft2 is not installed here", True)
-        assert worker.run(partial(small.run_quietly, None), 60)[1] is False
+        assert worker.run(partial(on_device.cuda_graph, "cpu"), 60) == ("a CUDA graph needs a GPU", True)
         assert worker.run(signal.pause, 0.01) == ("stopped after 0 s", False)
         assert worker.process.is_alive()
     finally:
@@ -225,6 +229,25 @@ def test_a_check_says_what_is_wrong(step, module, name, broken, monkeypatch, cap
     monkeypatch.setattr(importlib.import_module(module), name, broken)
     getattr(on_device, step)("cpu")
     assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, rows", [("warmup", 16), ("router", 128), ("joint", 16)])
+def test_a_measured_step_is_that_of_the_paper_preset(name, rows, monkeypatch):
+    """Its tokens are those that train.py counts, without padding. A micro-batch of long rows is full."""
+    args = SimpleNamespace(weights=None, queries=None, shape="Llama-3.1-8B", layers=None, device=torch.device("cpu"),
+                           dtype=torch.float32, tokens=8192, length=2048, recompute=True, int8=False)
+    seen = []
+    monkeypatch.setattr(Stage, "step", lambda stage, rows: seen.append((stage, rows)))
+    run, tokens, work = bench.stage_step(args, name, 4)
+    run()
+    (stage, step), = seen
+    assert stage.name == name and stage.settings.tokens == PRESETS["paper"]["tokens"] and len(step) == rows
+    assert all(part.recompute for part in (stage.model, stage.router and stage.router.encoder) if part)
+    full = [len(group) for group in micro_batches(step, 8192)] == [4] * 4
+    assert name == "router" or full and {len(row.ids) for row in step} == {2048}
+    base, encoder = sum(len(row.ids) for row in step if row.ids is not None), sum(len(row.query) for row in step)
+    assert tokens == {"warmup": base, "router": encoder, "joint": base + encoder}[name]
+    assert {row.expert is None for row in step} == {name != "warmup"} and work > 0
 
 
 @pytest.mark.slow
