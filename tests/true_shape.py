@@ -59,6 +59,7 @@ def main():
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder with Llama 3.1's tokenizer")
     parser.add_argument("--encoder", required=True, help="the persona encoder's model folder")
     parser.add_argument("--layers", type=int, default=32, help="fewer layers than the 8B's 32")
+    parser.add_argument("--int8", action="store_true", help="load, train and ask with the base in 8 bits; no export")
     args = parser.parse_args()
     config, base, run, out = replace(CONFIGS["Llama-3.1-8B"], n_layers=args.layers), *(
         args.folder / name for name in ("base", "run", "export"))
@@ -83,24 +84,26 @@ def main():
         part(f"writing {size / 1e9:.2f} GB", write_base, base, config, args.tokenizer)
     if Config.from_dir(base) != config:
         raise UserError(f"{base} has another shape: remove it")
-    loaded, most = part("loading", Transformer.from_pretrained, base, torch.bfloat16, measure=bytes_of)
+    load = partial(Transformer.from_pretrained, **{"int8": True} if args.int8 else {})
+    loaded, most = part("loading", load, base, torch.bfloat16, measure=bytes_of)
     print(f"    the loaded model has {loaded / 1e9:.2f} GB; the peak is {most / loaded:.2f} times that, "
           f"of 1.02 promised", flush=True)
     for split in ("train", "validation", "test"):
         write_records(args.folder / "data" / f"{split}.jsonl", records(10))
     frozen = ["--frozen-layers", str(Config.from_dir(args.encoder).n_layers)]
     command = [*f"--preset paper --run {run} --base {base} --encoder {args.encoder} --data {args.folder / 'data'} "
-               "--device cpu --dtype bfloat16 --recompute --steps 1 --batch 10 --stage".split()]
+               "--device cpu --dtype bfloat16 --recompute --steps 1 --batch 10".split(), *["--int8"] * args.int8, "--stage"]
     for stage, more in (("router", frozen), ("warmup", []), ("joint", frozen)):
         part(f"a step of {stage}", partial(train.main, show_results=False), [*command, stage, *more])
     opened = ["--run", str(run), "--device", "cpu"]
     part("eight tokens of the base and eight of the mixture", eval.main,
          ["ask", *opened, "--dtype", "bfloat16", "--max-new-tokens", "8", "What should I do on Sunday?"])
-    part("exporting the mixture, merged", eval.main,
-         ["export", *opened, "--as", "merged", "--persona", "O+", "--out", str(out)])
-    files = sorted(out.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    print(f"  {len(files)} files, {size / 1e9:.2f} GB. {args.folder} can be removed")
+    if not args.int8:
+        part("exporting the mixture, merged", eval.main,
+             ["export", *opened, "--as", "merged", "--persona", "O+", "--out", str(out)])
+        sizes = [file.stat().st_size for file in out.glob("*.safetensors")]
+        print(f"  {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB")
+    print(f"{args.folder} can be removed")
 
 
 if __name__ == "__main__":
