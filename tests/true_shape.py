@@ -92,7 +92,8 @@ def main():
         write_records(args.folder / "data" / f"{split}.jsonl", records(10))
     frozen = ["--frozen-layers", str(Config.from_dir(args.encoder).n_layers)]
     command = [*f"--preset paper --run {run} --base {base} --encoder {args.encoder} --data {args.folder / 'data'} "
-               "--device cpu --dtype bfloat16 --recompute --steps 1 --batch 10".split(), *["--int8"] * args.int8, "--stage"]
+               "--device cpu --dtype bfloat16 --recompute --steps 1 --batch 10".split(), *["--int8"] * args.int8,
+               "--stage"]
     for stage, more in (("router", frozen), ("warmup", []), ("joint", frozen)):
         part(f"a step of {stage}", partial(train.main, show_results=False), [*command, stage, *more])
     opened = ["--run", str(run), "--device", "cpu"]
