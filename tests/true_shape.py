@@ -2,11 +2,9 @@
 
     python tests/true_shape.py FOLDER --tokenizer weights/Llama-3.1-8B-Instruct --encoder weights/Qwen2.5-0.5B
 
-A person runs this by hand, on a machine with 24 GB of memory that does nothing else. Each part is a process of its own,
-and a line says how long it took and its peak memory, in which the mapped files count. The base goes to FOLDER/base and
-stays for the next run. A step has ten rows of a few words, one for each expert. The encoder's layers stay as they are
-(--frozen-layers), because with its moments the joint stage would need more than 24 GB. --layers 2 tries this script in
-a few minutes.
+For a person, on a machine with 24 GB of memory that does nothing else. Each part is a process of its own; its peak
+memory counts mapped files. FOLDER/base stays for the next run. A step has ten short rows, one for each expert. The
+encoder's layers are frozen, because the joint stage would not fit otherwise. --layers 2 takes a few minutes.
 """
 import argparse
 import json
@@ -21,7 +19,6 @@ from safetensors.torch import save_file
 
 from harness import alone, published
 from small import records
-
 import eval
 import train
 from model import CONFIGS, Config, Transformer
@@ -45,12 +42,18 @@ def write_base(folder, config, tokenizer):
                       part / file, metadata={"format": "pt"})
         (part / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
         (part / "config.json").write_text(json.dumps(published(config)))
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(tokenizer / name, part / name)
+        for file in tokenizer.glob("tokenizer*.json"):
+            shutil.copyfile(file, part / file.name)
 
 
 def bytes_of(model):
     return sum(p.nbytes for p in model.parameters())
+
+
+def part(what, function, *given, measure=None):
+    result, seconds, most = alone(function, *given, measure=measure)
+    print(f"  {what}: {seconds:,.0f} s, peak {most / 1e9:.2f} GB", flush=True)
+    return result
 
 
 def main():
@@ -69,16 +72,11 @@ def main():
     for file in args.folder.iterdir():
         if file != base:
             raise UserError(f"{file} is there already: give a new folder, or one that holds nothing but base/")
-    # the base and its export, and for two stages the experts with their checkpoints, four times as much
+    # the base, its export, two stages' experts with checkpoints (four times as much), two routers
     need, free = size * (2 - base.exists()) + 8 * args.layers * 26.3e6 + 6e9, shutil.disk_usage(args.folder).free
     if need > free:
-        raise UserError(f"{args.folder}: its disk has {human_readable_size(free)} free, and this needs "
-                        f"{human_readable_size(need)}: nothing was done")
-
-    def part(what, function, *given, measure=None):
-        result, seconds, most = alone(function, *given, measure=measure)
-        print(f"  {what}: {seconds:,.0f} s, peak {most / 1e9:.2f} GB", flush=True)
-        return result
+        free, need = map(human_readable_size, (free, need))
+        raise UserError(f"{args.folder}: its disk has {free} free, and this needs {need}: nothing was done")
 
     if not base.exists():
         part(f"writing {size / 1e9:.2f} GB", write_base, base, config, args.tokenizer)
@@ -92,19 +90,16 @@ def main():
         write_records(args.folder / "data" / f"{split}.jsonl", records(10))
     frozen = ["--frozen-layers", str(Config.from_dir(args.encoder).n_layers)]
     command = [*f"--preset paper --run {run} --base {base} --encoder {args.encoder} --data {args.folder / 'data'} "
-               "--device cpu --dtype bfloat16 --recompute --steps 1 --batch 10".split(), *["--int8"] * args.int8,
-               "--stage"]
+               "--device cpu --dtype bfloat16 --recompute --steps 1 --batch 10".split(), *["--int8"] * args.int8]
     for stage, more in (("router", frozen), ("warmup", []), ("joint", frozen)):
-        part(f"a step of {stage}", partial(train.main, show_results=False), [*command, stage, *more])
+        part(f"a step of {stage}", partial(train.main, show_results=False), [*command, "--stage", stage, *more])
     opened = ["--run", str(run), "--device", "cpu"]
     part("eight tokens of the base and eight of the mixture", eval.main,
          ["ask", *opened, "--dtype", "bfloat16", "--max-new-tokens", "8", "What should I do on Sunday?"])
     if not args.int8:
         part("exporting the mixture, merged", eval.main,
              ["export", *opened, "--as", "merged", "--persona", "O+", "--out", str(out)])
-        sizes = [file.stat().st_size for file in out.glob("*.safetensors")]
-        print(f"  {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB")
-    print(f"{args.folder} can be removed")
+    print(f"{len([*out.glob('*.safetensors')])} merged files; {args.folder} can be removed")
 
 
 if __name__ == "__main__":
