@@ -15,33 +15,34 @@ measured first.
     python tests/bench.py load --weights weights/SmolLM2-135M-Instruct weights/Qwen2.5-0.5B
     python tests/bench.py data --weights weights/SmolLM2-135M-Instruct weights/Qwen2.5-0.5B
     python tests/bench.py growth --layers 8 --out growth.png
-    python tests/bench.py gpu                        # training and decoding at the 8B's true shape, on a GPU
+    python tests/bench.py gpu --minutes 8            # a GPU: correctness, then the 8B's shape; what matters first
+    python tests/bench.py gpu --device cpu --shape SmolLM2-135M --layers 2 --minutes 2      # its rehearsal
 
 Without --weights, models have random weights and the shape --shape. pytest does not collect this file.
 """
 import argparse
 import functools
+import gc
 import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", KINETO_LOG_LEVEL="99")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", KINETO_LOG_LEVEL="99", PYTHONWARNINGS="ignore")
 warnings.filterwarnings("ignore")
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import on_device
 from harness import alone, ceiling, fresh, gates, in_another_process, interleaved, linears, our_step, pair, peak
-from harness import print_times, reference, rows_of, saved_bytes, shape, stage, step_flops, token_bytes, wait
-from harness import with_experts, with_weights
+from harness import print_times, reference, rows_of, run_plan, saved_bytes, shape, stage, step_flops, token_bytes
+from harness import wait, with_experts, with_weights
 from lora import EXPERTS, TARGETS, merged_tensors
 from model import CONFIGS, Transformer, generate, pad
 from router import MAX_QUERY_TOKENS, contrastive_loss, query_ids
@@ -90,10 +91,12 @@ def our_steps(args):
     model, rows, length = fresh(shape(args), args), args.batch, args.length
     optimizer = torch.optim.AdamW(with_experts(model), fused=True)
     gate = gates(rows, args.device).requires_grad_()
+    model.recompute = args.recompute
 
     def run(prompt, compiled=False):
         compile_blocks(model, compiled)  # compiled code is found again
-        our_step(model, rows_of(model.config, rows, length, prompt), optimizer, gate)()
+        with autocast(args):
+            our_step(model, rows_of(model.config, rows, length, prompt), optimizer, gate)()
         wait(args.device)
     return run
 
@@ -104,6 +107,9 @@ def their_steps(args):
     (ours, theirs), rows, length = pair(args), args.batch, args.length
     settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS))
     model, config = peft.get_peft_model(theirs, settings, EXPERTS[0]), ours.config
+    if args.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # else transformers does not recompute
 
     @functools.cache
     def optimizer(adapters):
@@ -117,27 +123,34 @@ def their_steps(args):
         ids = torch.tensor(np.stack([row.ids for row in batch]), device=args.device)
         labels = ids.clone()
         labels[:, :prompt] = -100
-        model(input_ids=ids, labels=labels).loss.backward()
+        with autocast(args):
+            model(input_ids=ids, labels=labels).loss.backward()
         adam.step()
         adam.zero_grad()
         wait(args.device)
     return run
 
 
-def profile(args):
-    """Where the time of a training step goes, by PyTorch's profiler.
+def autocast(args):
+    """In bf16, as train.py and the trainers of `transformers` compute."""
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16)
+
+
+def profile(args, run=None):
+    """Where the time of a training step, run(), goes, by PyTorch's profiler.
 
     Matrix products are told apart by whose weights they multiply. Between operations, Python works. On a GPU, the time
     of an operation is that of its kernels.
     """
-    run, vocabulary, on_gpu = our_steps(args), shape(args).vocab_size, args.device.type == "cuda"
+    run = run or partial(our_steps(args), 1, args.compile)
+    vocabulary, on_gpu = shape(args).vocab_size, args.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     found, wall = {}, 0.0  # {kind: [operations, seconds, FLOPs]}
-    run(1, args.compile)  # the first step is slower
+    run()  # the first step is slower
     for _ in range(args.rounds):
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiled:
             began = time.perf_counter()
-            run(1, args.compile)
+            run()
             wall += time.perf_counter() - began
         for event in profiled.events():
             if event.device_type == torch.autograd.DeviceType.CPU:  # a kernel's time is its operation's, too
@@ -152,8 +165,7 @@ def profile(args):
         cells.append([kind, f"{n / args.rounds:,.0f}", f"{seconds / args.rounds * 1e3:,.0f}", f"{seconds / wall:.0%}",
                       *rate])
     print_table(["", "operations", "ms", "share", "GFLOP/s", "ceiling"], cells,
-                f"A training step, {args.batch} x {args.length} tokens, all supervised: "
-                f"{wall / args.rounds * 1e3:,.0f} ms, profiled")
+                f"A training step, {args.batch} x {args.length} tokens: {wall / args.rounds * 1e3:,.0f} ms, profiled")
 
 
 def operation(event, vocabulary, width=8 * len(EXPERTS)):
@@ -512,59 +524,124 @@ def plot(times, most, file):
 # gpu
 
 def gpu(args):
-    """The 8B's true shape with random weights: the three stages with and without recomputation and compilation, and
-    decoding, as written and compiled, against the bandwidth."""
-    config, encoder = shape(args, "Llama-3.1-8B"), CONFIGS["Qwen2.5-0.5B"]
-    encoder = replace(encoder, n_layers=min(args.layers or encoder.n_layers, encoder.n_layers))
-    lengths, on_off, rows = [args.length] if args.length else [2048, 512], (False, True), []
-    for name in ("warmup", "router", "joint"):
-        task, models = stage(name, encoder if name == "router" else config, args, encoder, args.tokens)
-        for length, compiled, recompute in product(lengths, on_off, on_off):
-            batch = whole_rows(name, config, encoder, 4 * args.tokens // length, length)
-            tokens = sum(length * (name != "router") + length // 4 * (name != "warmup") for _ in batch)
-            for model in models:
-                model.recompute = recompute
-                compile_blocks(model, compiled)
-            run = partial(task.step, batch)
-            cells = [name, f"{length}", ("no", "yes")[recompute], ("no", "yes")[compiled]]
-            try:
-                run()  # makes moments and kernels
-                most = ""
-                if args.device.type == "cuda":
-                    held = torch.cuda.memory_allocated(args.device)
-                    most = f"{(held + peak(run, args.device)[0]) / 1e9:.1f}"
-                times = interleaved({"": run}, args.rounds, args.device)[""]
-                cells += [f"{tokens / statistics.median(times):,.0f}", f"{min(times):.2f} to {max(times):.2f}", most]
-            except torch.OutOfMemoryError:
-                cells += ["out of memory", "", ""]
-                for p in (*task.parameters(), *(p for model in models for p in model.parameters())):
-                    p.grad = None
-                torch.cuda.empty_cache()
-            print(*cells, sep="  ", file=sys.stderr, flush=True)
-            rows.append(cells)
-        del run, task, models, model  # the next stage needs the memory
-    print_table(["stage", "tokens a row", "recompute", "compile", "tokens/s", "s a step", "peak"], rows,
-                f"Training, 4 micro-batches of {args.tokens:,} tokens a step; peak in GB")
-    model, new = fresh(config, args), args.steps
+    """What matters first on a GPU, within --minutes; see `run_plan` in harness.py. Models have random weights."""
+    if args.weights:
+        raise UserError("gpu makes its models of the shape --shape: leave --weights out")
+    device, args.recompute, args.shape = str(args.device), True, args.shape or "Llama-3.1-8B"
+    sizes = {"tokens": 8192, "length": 2048, "steps": 64, "rounds": 2}
+    if args.device.type == "cpu":
+        sizes = {"tokens": 256, "length": 64, "steps": 8, "rounds": 1}
+    for name, value in sizes.items():
+        setattr(args, name, getattr(args, name) or value)
+    in_full = argparse.Namespace(**vars(args) | {"recompute": False})
+    in_int8 = argparse.Namespace(**vars(args) | {"int8": True})
+    run_plan({
+        "The limits of this machine": partial(limits, args),
+        "1. Correctness: training": partial(on_device.stages, device),
+        "1. Correctness: logits": partial(on_device.logits, device),
+        "1. Correctness: experts": partial(on_device.experts, device),
+        "1. Correctness: CUDA graph": partial(on_device.cuda_graph, device),
+        "2. Warm-up, recomputed": partial(train_stage, args, "warmup"),
+        "2. Joint, recomputed": partial(train_stage, args, "joint"),
+        "2. Router": partial(train_stage, in_full, "router"),
+        "2. Warm-up": partial(train_stage, in_full, "warmup"),
+        "2. Joint": partial(train_stage, in_full, "joint"),
+        "2. Warm-up in 8 bits, recomputed": partial(train_stage, in_int8, "warmup"),
+        "2. Warm-up, recomputed and compiled": partial(train_stage, args, "warmup", compiled=True),
+        "3. One adapter of peft, recomputed": partial(beside_peft, args),
+        "4. Decoding, a row": partial(decode_random, args, 1),
+        "4. Decoding, a batch": partial(decode_random, args, args.batch),
+        "4. Decoding by CUDA graph, a row": partial(decode_random, args, 1, compiled=True),
+        "4. Decoding by CUDA graph, a batch": partial(decode_random, args, args.batch, compiled=True),
+        "5. Profile of a warm-up step, recomputed": partial(profile_warmup, args),
+    }, args.minutes)
+
+
+def limits(args):
+    args.flops, args.bandwidth = ceiling(args.device, args.dtype)
+    print(f"  {args.flops / 1e12:,.2f} TFLOP/s in products, {args.bandwidth / 1e9:,.1f} GB/s from memory", flush=True)
+
+
+def stage_step(args, name, micro_batches, compiled=False):
+    """Returns a function that makes a step of a stage with the paper preset's settings, its tokens, without padding,
+    and its FLOPs, without recomputation."""
+    if getattr(args, "int8", False):
+        raise UserError("the base in 8 bits is not there yet")
+    sizes = argparse.Namespace(weights=None, shape=None, layers=args.layers)
+    config = encoder = shape(args)  # a rehearsal's encoder has the same shape
+    if args.shape == "Llama-3.1-8B":
+        encoder = shape(sizes, "Qwen2.5-0.5B")
+    if compiled and args.device.type != "cuda":
+        raise UserError("compiling takes minutes on a CPU: see step --compile")
+    task, models = stage(name, encoder if name == "router" else config, args, encoder, args.tokens)
+    for model in models:
+        model.recompute = args.recompute
+        compile_blocks(model, compiled)
+    # the preset's router stage has 128 rows and 8,192 tokens
+    rows = max(1, args.tokens // 64) if name == "router" else micro_batches * args.tokens // args.length
+    rows = query_rows(encoder, args, rows)
+    tokens = sum(len(row.query) for row in rows if name != "warmup")
+    work = step_flops(encoder, [len(row.query) for row in rows], len(rows), 0, frozen=False, head=False) * bool(tokens)
+    if name != "router":
+        for i, (row, whole) in enumerate(zip(rows, rows_of(config, len(rows), args.length - 1, args.length // 3))):
+            row.ids, row.n_prompt, row.expert = whole.ids, whole.n_prompt, i % 10 if name == "warmup" else None
+        tokens += len(rows) * args.length
+        work += step_flops(config, [args.length - 1] * len(rows), sum(row.n_supervised for row in rows))
+
+    def run():
+        task.step(rows)
+        wait(args.device)
+    return run, tokens, work
+
+
+def print_rate(args, what, run, tokens, work=None):
+    """Measure run() and print its rate and its peak memory. Returns the seconds of each round."""
+    if args.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(args.device)
+    seconds = interleaved({"": run}, args.rounds, args.device)[""]
+    median, peak = statistics.median(seconds), "no peak on a CPU"
+    if args.device.type == "cuda":
+        peak = f"peak {torch.cuda.max_memory_allocated(args.device) / 1e9:.1f} GB"
+    print(f"  {what}{tokens / median:,.0f} tokens/s, {tokens:,} in {min(seconds):.2f} to {max(seconds):.2f} s"
+          + (f", {work / median / args.flops:.0%} of the limit" if work else "") + f"; {peak}", flush=True)
+    return seconds
+
+
+def train_stage(args, name, compiled=False):
+    args.flops, _ = ceiling(args.device, args.dtype)
+    print_rate(args, "", *stage_step(args, name, 4, compiled))
+
+
+def beside_peft(args):
+    """A micro-batch through ten experts and through one adapter of peft, the same rows."""
+    args.batch, times = args.tokens // args.length, {}
+    for who, make in (("peft", their_steps), ("ours", our_steps)):
+        run = partial(make(args), args.length // 3)
+        times[who] = print_rate(args, f"{who}: ", run, args.batch * args.length)
+        del run  # the other needs the memory
+    print(f"  ours takes {statistics.median(times['ours']) / statistics.median(times['peft']):.2f} of the time of peft")
+
+
+def decode_random(args, rows, compiled=False):
+    if compiled and args.device.type != "cuda":
+        raise UserError("a CUDA graph needs a GPU")
+    _, args.bandwidth = ceiling(args.device, args.dtype)
+    model, new, config = fresh(shape(args), args), args.steps, shape(args)
     with_experts(model)
-    for n in (1, args.batch):
-        prompts, gate = torch.randint(3, config.vocab_size, (n, 64)).tolist(), gates(n, args.device)
-        calls = {"no experts": (prompts, None, new), f"{n} gate(s)": (prompts, gate, new)}
-        runs = {name: partial(generate, model, *given) for name, given in calls.items()}
-        runs |= decoding_compiled(model, calls)
-        print_times(f"Decoding, {n} x {new} tokens", interleaved(runs, args.rounds, args.device), n * new,
-                    {name: new * token_bytes(model, "gate" in name) for name in runs}, args.bandwidth)
+    prompts = torch.randint(3, config.vocab_size, (rows, 64)).tolist()
+    calls = {"no experts": (prompts, None, new), "gates": (prompts, gates(rows, args.device), new)}
+    runs = {name: partial(generate, model, *given) for name, given in calls.items()}
+    if compiled:
+        runs = decoding_compiled(model, {"gates": calls["gates"]})
+    print_times(f"Decoding, {rows} x {new} tokens", interleaved(runs, args.rounds, args.device), rows * new,
+                {name: new * token_bytes(model, "gates" in name) for name in runs}, args.bandwidth)
 
 
-def whole_rows(name, config, encoder, rows, length):
-    """Rows of `length` tokens, a third of them prompt, with queries of a quarter of that."""
-    batch = rows_of(config, rows, length - 1, length // 3)
-    for i, row in enumerate(batch):
-        row.active = torch.eye(len(EXPERTS))[i % len(EXPERTS)]
-        row.query = np.random.default_rng(i).integers(encoder.vocab_size, size=length // 4)
-        row.expert = i % len(EXPERTS) if name == "warmup" else None
-        row.ids = None if name == "router" else row.ids
-    return batch
+def profile_warmup(args):
+    args.flops, args.rounds, args.batch = ceiling(args.device, args.dtype)[0], 1, args.tokens // args.length
+    profile(args, stage_step(args, "warmup", 1)[0])
 
 
 def compile_blocks(model, compiled):
@@ -584,9 +661,9 @@ COMMANDS = {  # the function, and what --batch, --length and --steps are if they
     "load": (load, {}),
     "data": (data, {}),
     "growth": (growth, {}),
-    "gpu": (gpu, {"batch": 16, "steps": 128}),
+    "gpu": (gpu, {"batch": 16}),
 }
-NO_CEILING = ("load", "data", "memory", "growth")
+NO_CEILING = ("load", "data", "memory", "growth", "gpu")
 
 
 def main(argv=None):
@@ -599,8 +676,10 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, help="rows; generate and gpu: those of the second decoding table")
     parser.add_argument("--length", type=int, help="tokens a row")
     parser.add_argument("--steps", type=int, help="router: steps a round; generate, teacher, gpu: new tokens a row")
-    parser.add_argument("--tokens", type=int, default=PRESETS["paper"]["tokens"], help="gpu: tokens a micro-batch")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one that is not counted (5)")
+    parser.add_argument("--tokens", type=int, help="gpu: tokens a micro-batch (8192; on a CPU 256)")
+    parser.add_argument("--rounds", type=int, help="measured rounds, after one that is not counted (5; gpu: 2)")
+    parser.add_argument("--minutes", type=float, default=8, help="gpu: when it ends at the latest (8)")
+    parser.add_argument("--recompute", action="store_true", help="step, profile: with gradient checkpointing, both")
     parser.add_argument("--compile", action="store_true",
                         help="step, generate: with torch.compile as well; profile: with it")
     parser.add_argument("--natural", action="store_true", help="teacher: replies end at a stop token")
@@ -611,12 +690,12 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
     args = parser.parse_args(argv)
     command, defaults = COMMANDS[args.what]
-    for name, value in defaults.items():
+    for name, value in ({"rounds": 5 if args.what != "gpu" else None} | defaults).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.what == "gpu" and not args.device and not torch.cuda.is_available():
-        raise UserError("gpu needs a CUDA GPU, and there is none here; --device cpu --shape SmolLM2-135M --layers 1 "
-                        "--tokens 512 --length 128 only tries the code")
+        raise UserError("gpu needs a CUDA GPU, and there is none here; --device cpu --shape SmolLM2-135M --layers 2 "
+                        "--minutes 2 only tries the code")
     args.device = pick_device(args.device or ("cuda" if args.what == "gpu" else "cpu"))
     args.dtype = pick_dtype(args.dtype, args.device)
     args.flops, args.bandwidth = (0, 0) if args.what in NO_CEILING else ceiling(args.device, args.dtype)

@@ -1,10 +1,13 @@
 """What the commands of bench.py share: turns, the machine's limits, peak memory, and the same weights in two models."""
+import functools
 import gc
+import os
+import signal
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 from lora import add_experts, expert_layers
 from model import CONFIGS, Config, Transformer
 from router import Router
+from support.files import UserError
 from support.rows import Row
 from support.tables import print_table
 from train import Stage, row_losses
@@ -68,6 +72,7 @@ def print_times(title, times, tokens=None, work=None, rate=1.0):
     print_table(head, rows, title)
 
 
+@functools.cache
 def ceiling(device, dtype):
     """Returns what this machine can do: FLOP/s in matrix products and bytes/s from memory, the best of ten tries."""
     n = 2048 if device.type == "cpu" else 8192
@@ -94,6 +99,89 @@ def prepare(make, *args):
 
 def run_prepared(*which):
     prepared(*which)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A plan with an end: steps in a process that can be stopped
+
+class Worker:
+    """A process that calls one function after another and can be stopped meanwhile, with the compilers it started."""
+
+    def __init__(self):
+        context = get_context("spawn")  # a forked process could not use the GPU
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def run(self, function, seconds):
+        """Call function() there. Returns what went wrong, in one line or None, and whether the worker is as good as
+        new."""
+        try:
+            self.connection.send(function)
+            if not self.connection.poll(seconds):
+                return f"stopped after {seconds:.0f} s", False
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(1)
+            return f"the process ended by itself, with status {self.process.exitcode}", False
+
+    def stop(self):
+        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join(5)  # one that hangs in the GPU's driver is left behind
+
+
+def work(connection):
+    """What a Worker's process does."""
+    os.setpgid(0, 0)
+    while True:
+        answer = None, True
+        try:
+            connection.recv()()
+        except EOFError:  # the program that started this process has ended
+            return
+        except UserError as error:
+            answer = str(error), True
+        except ModuleNotFoundError as error:
+            answer = f"{error.name} is not installed here", True
+        except Exception as error:  # one of CUDA's may leave the GPU unusable in this process
+            answer = " ".join(f"{type(error).__name__}: {error}".split())[:300], False
+        sys.stdout.flush()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        connection.send(answer)
+
+
+LEAST = 10  # seconds below which no step is begun: a process needs about as many to start
+
+
+def run_plan(plan, minutes, start=Worker, clock=time.monotonic):
+    """Call the functions of plan, {title: function}, one after the other, and end after so many minutes at the latest.
+
+    A step may take half of the time that is left, so that one that hangs does not take all. Steps for which no time is
+    left are listed as not measured.
+    """
+    end, worker = clock() + 60 * minutes, None
+    try:
+        for title, function in plan.items():
+            left = end - clock()
+            if left < LEAST:
+                print(f"{title}: not measured, the time is up")
+                continue
+            print(f"{title} (at {60 * minutes - left:.0f} s)", flush=True)
+            worker = worker or start()
+            problem, usable = worker.run(function, left / 2)
+            if problem:
+                print(f"  not measured: {problem}", flush=True)
+            if not usable:
+                worker.stop()
+                worker = None
+    finally:
+        if worker is not None:
+            worker.stop()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,6 +268,16 @@ def token_bytes(model, experts=True):
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and batches
 
+STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 64}  # far below 512 tokens, so that every part of the formula matters
+SMALL = {  # vocab, dim, layers, heads, kv heads, d, hidden, eps, theta
+    "Llama-3.1": Config(320, 96, 2, 4, 2, 32, 160, 1e-5, 5e5, STRETCHED),
+    "Llama-3.2": Config(352, 128, 2, 8, 2, 64, 192, 1e-5, 5e5, STRETCHED | {"factor": 32.0}, tied=True),
+    "SmolLM2": Config(320, 144, 2, 9, 3, 32, 208, 1e-5, 1e5, tied=True),
+    "Qwen2.5": Config(384, 112, 2, 6, 2, 32, 176, 1e-6, 1e6, qkv_bias=True, tied=True),
+}
+
+
 def shape(args, default="SmolLM2-135M", whole_head=False):
     """Returns the Config that the options name.
 
@@ -213,16 +311,39 @@ def with_weights(config, state):
     return model.requires_grad_(False)
 
 
+def published(config):
+    """A Config as the contents of config.json, in the style of published models."""
+    return {
+        "model_type": "qwen2" if config.qkv_bias else "llama", "hidden_act": "silu", "vocab_size": config.vocab_size,
+        "hidden_size": config.dim, "intermediate_size": config.hidden_dim, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps, "max_position_embeddings": 2048, "tie_word_embeddings": config.tied,
+        "bos_token_id": None, "eos_token_id": None, "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling}
+
+
 def reference(config, args):
     """Returns a model of `transformers` of this shape."""
     import transformers
-    kind = "Qwen2" if config.qkv_bias else "Llama"
-    settings = getattr(transformers, kind + "Config")(
-        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
-        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
-        head_dim=config.head_dim, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
-        tie_word_embeddings=config.tied, max_position_embeddings=8192)
-    return getattr(transformers, kind + "ForCausalLM")(settings).to(args.device, args.dtype)
+    settings = transformers.AutoConfig.for_model(**published(config) | {"max_position_embeddings": 8192})
+    with args.device:  # an 8B would take minutes on the CPU
+        return transformers.AutoModelForCausalLM.from_config(settings, dtype=args.dtype)
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Make every parameter random and large enough to matter. Embeddings are small, as trained ones are, so that eps
+    matters, too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters()):
+        noise = torch.randn(p.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            p.copy_(1 + noise / 2)
+        elif "embed_tokens" in name:
+            p.copy_(noise / 50)
+        else:
+            p.copy_(noise if p.dim() == 1 else noise * (0.5 if "lm_head" in name else 1.5) / p.shape[1] ** 0.5)
+    return model
 
 
 def pair(args):
@@ -273,5 +394,5 @@ def stage(name, config, args, encoder=None, tokens=2048):
         with_experts(model)
     route = None
     if name != "warmup":
-        route = Router(fresh(config if name == "router" else encoder, args, torch.float32)).to(args.device)
+        route = Router(fresh(config if name == "router" else encoder, args, torch.float32))
     return Stage(name, model, route, s), [m for m in (model, route and route.encoder) if m is not None]

@@ -1,22 +1,33 @@
 """Every command of bench.py runs, on tiny models, and the figures in its tables are what they claim to be."""
+import importlib
 import io
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import redirect_stdout
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
+import on_device
 from bench import main, operation
-from harness import interleaved, linears, our_step, peak, print_times, rows_of, saved_bytes, step_flops, token_bytes
-from harness import with_experts
-from lora import ExpertLinear
+from harness import Worker, interleaved, linears, our_step, peak, print_times, rows_of, run_plan, saved_bytes
+from harness import step_flops, token_bytes, with_experts
+from lora import ExpertLinear, merged_tensors
 from model import CONFIGS, Config, Transformer
+from support.checkpoints import checkpoint_files
 from support.files import UserError
+from support.rows import micro_batches
+from support.runs import PRESETS
 from support.tiny import make_tiny
 from synth import template_records
+from train import Stage
 
 pytest.importorskip("transformers", reason="transformers is in requirements-dev.txt")
 pytest.importorskip("peft", reason="peft is in requirements-dev.txt")
@@ -84,18 +95,6 @@ def test_runs_in_other_processes(folders):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", ["none", "inductor"])
-def test_gpu_runs_on_a_cpu(compiler, monkeypatch):
-    if compiler == "none":
-        do_not_compile(monkeypatch)
-    out = output("gpu --device cpu --tokens 48 --rounds 1 --steps 2 --batch 2 --length 24")
-    rows = [line.split()[:4] for line in out.splitlines() if line.split()[1:2] == ["24"]]
-    assert rows == [[stage, "24", recompute, compiled] for stage in ("warmup", "router", "joint")
-                    for compiled in ("no", "yes") for recompute in ("no", "yes")]
-    assert "Decoding, 2 x 2 tokens" in out and "compiled, 2 gate(s)" in out and "out of memory" not in out
-
-
-@pytest.mark.slow
 def test_growth_is_a_table_and_a_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is in requirements-dev.txt")
     monkeypatch.chdir(tmp_path)
@@ -114,6 +113,151 @@ def test_names_what_is_missing(command, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=words):
         main([command])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan for a GPU
+
+class Stub:
+    """Stands in for a Worker. `steps`: for each call the seconds that it takes, what went wrong, and Worker.run's
+    second answer."""
+    time, limits, started, stopped = 0.0, [], 0, 0
+
+    def __init__(self, steps=()):
+        self.steps = iter(steps)
+
+    def start(self):
+        self.started += 1
+        return self
+
+    def run(self, function, seconds):
+        takes, problem, usable = next(self.steps, (0.0, None, True))
+        function()
+        self.limits = [*self.limits, seconds]
+        self.time += min(takes, seconds)
+        return (problem, usable) if takes <= seconds else ("stopped", False)
+
+    def stop(self):
+        self.stopped += 1
+
+
+def run_stubbed(steps, titles, minutes=8.0):
+    stub, called, out = Stub(steps), [], io.StringIO()
+    with redirect_stdout(out):
+        run_plan({title: partial(called.append, title) for title in titles}, minutes, stub.start, lambda: stub.time)
+    return stub, "".join(called), out.getvalue()
+
+
+def test_a_plan_goes_on_after_what_fails_in_a_new_process_where_the_old_one_may_be_broken():
+    stub, called, out = run_stubbed([(60, None, True), (20, "no peft", True), (200, "CUDA error", False)], "abcd")
+    assert called == "abcd" and stub.limits == [240, 210, 200, 100]  # half of what is left
+    assert out.splitlines() == ["a (at 0 s)", "b (at 60 s)", "  not measured: no peft", "c (at 80 s)",
+                                "  not measured: CUDA error", "d (at 280 s)"]
+    assert stub.started == stub.stopped == 2
+
+
+def test_a_plan_ends_in_time_though_every_step_hangs():
+    titles = "abcdefghij"
+    stub, called, out = run_stubbed([(1e9, None, True)] * len(titles), titles)
+    assert stub.time <= 480 and stub.started == stub.stopped == len(called) > 3 and titles.startswith(called)
+    late = [line for line in out.splitlines() if "the time is up" in line]
+    assert [line[0] for line in late] == list(titles[len(called):]) and late
+
+
+def test_a_plan_without_time_begins_nothing():
+    stub, called, out = run_stubbed([], "ab", minutes=0.1)
+    assert not called and not stub.started and out.count("not measured, the time is up") == 2
+
+
+@pytest.mark.slow
+def test_a_worker_says_how_a_step_failed_and_can_be_stopped():
+    worker = Worker()
+    try:
+        assert worker.run(partial(int, "7"), 60) == (None, True)
+        assert worker.run(partial(int, "x"), 60) == ("ValueError: invalid literal for int() with base 10: 'x'", False)
+        assert worker.run(partial(importlib.import_module, "peft2"), 60) == ("peft2 is not installed here", True)
+        assert worker.run(partial(on_device.cuda_graph, "cpu"), 60) == ("a CUDA graph needs a GPU", True)
+        assert worker.run(signal.pause, 0.01) == ("stopped after 0 s", False)
+        assert worker.process.is_alive()
+    finally:
+        worker.stop()
+    assert not worker.process.is_alive()
+    assert worker.run(int, 60)[1] is False
+    worker = Worker()
+    assert worker.run(partial(os._exit, 3), 60) == ("the process ended by itself, with status 3", False)
+    worker.stop()
+
+
+TITLES = """The limits|1. Correctness: training|1. Correctness: logits|1. Correctness: experts|1. Correctness: CUDA|
+2. Warm-up, recomputed|2. Joint, recomputed|2. Router|2. Warm-up|2. Joint|2. Warm-up in 8|2. Warm-up, recomputed and|
+3. One adapter|4. Decoding, a row|4. Decoding, a batch|4. Decoding by CUDA graph, a row|4. Decoding by CUDA graph, a b|
+5. Profile""".replace("\n", "").split("|")
+
+
+def assert_in_order(out):
+    lines = [line for line in out.splitlines() if line.startswith(("The limits", *"12345"))]
+    assert len(lines) == len(TITLES) and all(map(str.startswith, lines, TITLES)), lines
+
+
+def here(monkeypatch):
+    """Run the plan's steps in this process. A UserError is what it needs a GPU for."""
+    class Here(Stub):
+        def run(self, function, seconds):
+            try:
+                return function(), True
+            except UserError as error:
+                return str(error), True
+    monkeypatch.setattr(bench, "run_plan", partial(run_plan, start=Here))
+
+
+def test_the_plan_prints_a_figure_for_every_step_that_needs_no_gpu(monkeypatch):
+    here(monkeypatch)
+    out = output("gpu --device cpu --tokens 48 --length 24 --rounds 1 --steps 2 --batch 2")
+    assert_in_order(out)
+    assert "WRONG" not in out and out.count("ok: ") == 10
+    assert out.count("tokens/s, ") == 5 + 2 and "ours takes" in out and "products with the experts" in out
+    assert out.count("needs a GPU") == 3 and out.count("not measured") == 5
+    assert "Decoding, 1 x 2 tokens" in out and "Decoding, 2 x 2 tokens" in out
+
+
+@pytest.mark.parametrize("step, module, name, broken", [
+    ("logits", "model", "rotate", lambda x, cos, sin: x * cos - sin),
+    ("experts", "on_device", "merged_tensors", lambda model, gate: merged_tensors(model, gate.flip(0))),
+    ("experts", "model", "last_positions", lambda ids, lengths: ids.shape[1] * torch.arange(1, len(ids) + 1) - 1),
+    ("stages", "train", "load_latest_checkpoint", lambda run, stage: 2 * bool(checkpoint_files(run, stage.name)))])
+def test_a_check_says_what_is_wrong(step, module, name, broken, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.import_module(module), name, broken)
+    getattr(on_device, step)("cpu")
+    assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, rows", [("warmup", 16), ("router", 128), ("joint", 16)])
+def test_a_measured_step_is_that_of_the_paper_preset(name, rows, monkeypatch):
+    """Its tokens are those that train.py counts, without padding. A micro-batch of long rows is full."""
+    args = SimpleNamespace(weights=None, queries=None, shape="Llama-3.1-8B", layers=None, device=torch.device("cpu"),
+                           dtype=torch.float32, tokens=8192, length=2048, recompute=True, int8=False)
+    seen = []
+    monkeypatch.setattr(Stage, "step", lambda stage, rows: seen.append((stage, rows)))
+    run, tokens, work = bench.stage_step(args, name, 4)
+    run()
+    (stage, step), = seen
+    assert stage.name == name and stage.settings.tokens == PRESETS["paper"]["tokens"] and len(step) == rows
+    assert all(part.recompute for part in (stage.model, stage.router and stage.router.encoder) if part)
+    full = [len(group) for group in micro_batches(step, 8192)] == [4] * 4
+    assert name == "router" or full and {len(row.ids) for row in step} == {2048}
+    base, encoder = sum(len(row.ids) for row in step if row.ids is not None), sum(len(row.query) for row in step)
+    assert tokens == {"warmup": base, "router": encoder, "joint": base + encoder}[name]
+    assert {row.expert is None for row in step} == {name != "warmup"} and work > 0
+
+
+@pytest.mark.slow
+def test_the_rehearsal_ends_in_time():
+    began = time.monotonic()
+    command = "gpu --device cpu --shape SmolLM2-135M --layers 2 --minutes 0.5".split()
+    found = subprocess.run([sys.executable, bench.__file__, *command], capture_output=True, text=True)
+    assert found.returncode == 0 and not found.stderr and time.monotonic() - began < 30 + 15, found.stderr
+    assert_in_order(found.stdout)
+    assert "GFLOP/s" not in found.stdout.splitlines()[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

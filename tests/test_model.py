@@ -29,19 +29,12 @@ import model as M
 from support import chat as chat_module
 from support import compile
 from support import matmul, weights as weights_module
+from harness import SMALL, STRETCHED, published, randomise
 from lora import add_experts
 from model import CONFIGS, Config, Transformer
 from support.files import UserError, atomic
 
 T = 512
-STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-             "original_max_position_embeddings": 64}  # far below T, so that every part of the formula matters
-SMALL = {  # vocab, dim, layers, heads, kv heads, d, hidden, eps, theta
-    "Llama-3.1": Config(320, 96, 2, 4, 2, 32, 160, 1e-5, 5e5, STRETCHED),
-    "Llama-3.2": Config(352, 128, 2, 8, 2, 64, 192, 1e-5, 5e5, STRETCHED | {"factor": 32.0}, tied=True),
-    "SmolLM2": Config(320, 144, 2, 9, 3, 32, 208, 1e-5, 1e5, tied=True),
-    "Qwen2.5": Config(384, 112, 2, 6, 2, 32, 176, 1e-6, 1e6, qkv_bias=True, tied=True),
-}
 TINY = Config(40, 16, 2, 4, 2, 8, 24, 1e-5, 1e4)
 each_family = pytest.mark.parametrize("name", SMALL)
 
@@ -49,38 +42,11 @@ each_family = pytest.mark.parametrize("name", SMALL)
 # ----------------------------------------------------------------------------------------------------------------------
 # Helpers
 
-def published(config):
-    """A Config as the contents of config.json, in the style of published models."""
-    return {
-        "model_type": "qwen2" if config.qkv_bias else "llama", "hidden_act": "silu", "vocab_size": config.vocab_size,
-        "hidden_size": config.dim, "intermediate_size": config.hidden_dim, "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps, "max_position_embeddings": 2048, "tie_word_embeddings": config.tied,
-        "bos_token_id": None, "eos_token_id": None, "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling}
-
-
 def newer_style(found):
     """The same with RoPE's settings inside rope_parameters, as newer tools write it."""
     found = dict(found)
     theta, scaling = found.pop("rope_theta"), found.pop("rope_scaling", None)
     return found | {"rope_parameters": {"rope_theta": theta, "rope_type": "default"} | (scaling or {})}
-
-
-@torch.no_grad()
-def randomise(model, seed=0):
-    """Make every parameter random and large enough to matter. Embeddings are small, as trained ones are, so that eps
-    matters, too."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in sorted(model.named_parameters()):
-        noise = torch.randn(p.shape, generator=generator)
-        if name.endswith("norm.weight"):
-            p.copy_(1 + noise / 2)
-        elif "embed_tokens" in name:
-            p.copy_(noise / 50)
-        else:
-            p.copy_(noise if p.dim() == 1 else noise * (0.5 if "lm_head" in name else 1.5) / p.shape[1] ** 0.5)
-    return model
 
 
 def difference(ours, reference):
