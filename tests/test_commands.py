@@ -146,7 +146,7 @@ def test_a_run_folder_has_the_documented_files_and_no_others(run_folder):
 def test_config_json_has_all_settings_of_the_run(run_folder):
     found = json.loads((run_folder / "config.json").read_text())
     assert found["setup"] == {"preset": "tiny", "base": "{run}/models/base", "encoder": "{run}/models/encoder",
-                              "data": "{run}/data", "seed": 0, "rank": 8, "alpha": 16.0}
+                              "data": "{run}/data", "seed": 0, "rank": 8, "alpha": 16.0, "int8": False}
     assert list(found["stages"]) == ["warmup", "router", "joint"]
     for stage, settings in found["stages"].items():
         assert settings.items() >= REDUCED[stage].items() and settings["seed"] == 0 and settings["clip"] == 1.0
