@@ -53,7 +53,11 @@ def output(command):
 @pytest.mark.parametrize("command, words", [
     pytest.param("step --rounds 1 --layers 1 --length 12 --compile", "the same, --compile", marks=pytest.mark.slow),
     pytest.param("generate --rounds 1 --steps 3 --batch 3 --compile", "compiled, 3 gates", marks=pytest.mark.slow),
+    pytest.param("step --rounds 1 --layers 1 --length 12 --int8", "the same, --int8", marks=pytest.mark.slow),
     ("profile --rounds 1 --length 12 --compile", "products with the experts"),
+    ("profile --rounds 1 --length 12 --int8", "products with the frozen layers"),
+    ("generate --rounds 1 --steps 3 --batch 3 --int8", "PersonaFuse, 3 gates"),
+    ("memory --length 16 --dtype bfloat16 --int8", "experts x width: 0 of"),
     ("router --rounds 1 --batch 3 --steps 2", "padded batches")])
 def test_runs_on_random_weights(command, words, monkeypatch):
     do_not_compile(monkeypatch)
@@ -73,6 +77,7 @@ def test_runs_on_model_folders_and_real_queries(folders, tmp_path):
     queries = tmp_path / "queries.txt"
     queries.write_text("How are you?\nWhat should I do on Sunday, when nobody is at home?\n")
     assert "2 of 2 equal" in output(f"teacher --weights {folders} --steps 4 --batch 2 --rounds 1 --queries {queries}")
+    assert "PersonaFuse" in output(f"teacher --weights {folders} --steps 4 --batch 2 --rounds 1 --int8")
     assert "8 queries" in output(f"router --weights {folders.split()[1]} --queries {queries} --rounds 1 --batch 2")
 
 
@@ -80,6 +85,7 @@ def test_runs_on_model_folders_and_real_queries(folders, tmp_path):
 def test_runs_in_other_processes(folders):
     printed = output(f"load --weights {folders} --rounds 1")
     assert "from the page cache" in printed and "from the disk" in printed and "Memory of it" in printed
+    assert "Memory of it" in output(f"load --weights {folders} --rounds 1 --int8")
     assert "300 records" in output(f"data --weights {folders} --count 300")
 
 
