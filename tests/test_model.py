@@ -1123,9 +1123,9 @@ for dtype, int8 in ((torch.bfloat16, False), (torch.float32, False), (torch.bflo
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units elsewhere")
 def test_loading_needs_little_more_memory_than_the_result(tmp_path):
-    """At most 1.2 times the weights as loaded, plus 16 MiB that the allocator rounds up; in 8 bits the weights and the 64
-    MiB of the file that are mapped at once. The file of 200 MB is a header and a hole, which takes no room on the disk,
-    reads as zeros, and takes memory like data."""
+    """At most 1.2 times the weights as loaded, plus 16 MiB that the allocator rounds up; in 8 bits at most
+    128 MiB more than the weights, of which 64 to 72 are the part of the file that is mapped at a time. The file of 200
+    MB is a header and a hole, which takes no room on the disk, reads as zeros, and takes memory like data."""
     config = Config(4096, 1024, 6, 8, 8, 128, 4096, 1e-5, 1e4)
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in Transformer(config).named_parameters()}
@@ -1146,7 +1146,7 @@ def test_loading_needs_little_more_memory_than_the_result(tmp_path):
     peaks = [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
     *full, (peak, size) = peaks
     assert [size for _, size in full] == [end, 2 * end] and 200e6 < end < 1.9 * size
-    assert 0.9 * size < peak < size + 2**26 + 2**24, f"int8: {peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB"
+    assert 0.9 * size < peak < size + 2**27, f"int8: {peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB"
     for (peak, size), dtype in zip(full, ("bf16", "fp32")):
         assert 0.9 * size < peak < 1.2 * size + 2**24, f"{dtype}: {peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB"
 
