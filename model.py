@@ -103,12 +103,12 @@ class Int8Product(torch.autograd.Function):
     def forward(ctx, x, q, s):  # (…, in), (out, in), (out,)
         ctx.save_for_backward(q, s)
         # q.T is cast here and q in backward. torch.compile would merge two equal casts and keep the copy in between.
-        return (x @ q.T.to(x.dtype)).mul_(s)  # (…, out); in place, fp32 inside and rounded once to the product's dtype
+        return (x @ q.T.to(x.dtype)).mul_(s)  # (…, out); mul_ computes in fp32 and rounds once, to the product's dtype
 
     @staticmethod
     def backward(ctx, upstream):  # (…, out)
         q, s = ctx.saved_tensors
-        return (upstream * s).to(upstream.dtype) @ q.to(upstream.dtype), None, None
+        return upstream.clone().mul_(s) @ q.to(upstream.dtype), None, None
 
 
 class Linear(nn.Linear):
