@@ -95,8 +95,8 @@ def quantise(weight):
 class Int8Product(torch.autograd.Function):
     """The product with a frozen weight in 8 bits: F.linear(x, s[:, None] * q).
 
-    Forward and backward each cast q to x's dtype and drop the copy, so that only q and s are kept for backward. The
-    scales multiply the product, in fp32: s q rounded to bf16 would lose twice as much.
+    Forward and backward each cast q to x's dtype, which rounds nothing, and drop the copy: only q and s are kept for
+    backward. The scales multiply the product, in fp32; it has fewer numbers than the weight.
     """
 
     @staticmethod

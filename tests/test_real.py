@@ -21,14 +21,14 @@ from synth import template_records
 from train import evaluation_loss, score_queries
 
 pytestmark = pytest.mark.slow
-QUERIES = [item["query"] for item in read_queries(ROOT / "data" / "pairs.jsonl")[0][::50][:10]]
+QUERIES = [item["query"] for item in read_queries(ROOT / "data" / "pairs.jsonl")[0][::12]]
 
 
-@pytest.mark.parametrize("name, most", [("SmolLM2-135M-Instruct", 0.008), ("Qwen2.5-Coder-0.5B-Instruct", 0.003)])
+@pytest.mark.parametrize("name, most", [("SmolLM2-135M-Instruct", 0.012), ("Qwen2.5-Coder-0.5B-Instruct", 0.004)])
 @torch.no_grad()
 def test_weights_in_8_bits_change_the_next_token_little(name, most, weights):
     """Mean KL to fp32 over all positions of ten queries, and the share of equal most probable tokens. bf16 alone has
-    0.0014 and 0.97 on SmolLM2, 0.0007 and 0.98 on Qwen; 8 bits beside bf16 0.0059 and 0.94, 0.0018 and 0.96."""
+    0.0017 and 0.96 on SmolLM2, 0.0008 and 0.98 on Qwen; with 8 bits it has 0.0073 and 0.95, 0.0024 and 0.94."""
     chat = Chat.from_dir(weights / name)
     prompts = [torch.tensor([chat.prompt([{"role": "user", "content": query}])]) for query in QUERIES]
     found = []
