@@ -582,8 +582,12 @@ def export(args):
     if out.exists():
         raise UserError(f"{out} exists already: give another name, or remove it")
     run = LoadedRun(args)
-    if args.as_ == "merged" and not args.dtype:
-        run.setup.dtype = None  # each tensor keeps the dtype that the base's file has
+    if args.as_ == "merged":
+        if run.setup.int8:
+            raise UserError("--as merged writes full weights, and here the base's are in 8 bits: --no-int8 merges from "
+                            "the full weights")
+        if not args.dtype:
+            run.setup.dtype = None  # each tensor keeps the dtype that the base's file has
     base = Path(run.model_folder("experts")).absolute()  # a relative path would work from this working directory only
     gate = gate_from_options(run, args)
     if args.query:

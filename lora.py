@@ -37,11 +37,12 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # The layer
 
 class ExpertLinear(Linear):
-    """A frozen linear layer with E LoRA experts beside it. It keeps the layer's own weight, under the same name."""
+    """A frozen linear layer with E LoRA experts beside it. It keeps the layer's own weight, under the same name, also
+    one in 8 bits."""
 
     def __init__(self, frozen, n_experts, rank, alpha):
         super().__init__(frozen.in_features, frozen.out_features, bias=frozen.bias is not None, device="meta")
-        self.weight, self.bias = frozen.weight, frozen.bias
+        self.weight, self.bias, self.weight_scale = frozen.weight, frozen.bias, frozen.weight_scale
         self.rank, self.alpha = rank, float(alpha)
         self.scale = alpha / rank  # r is the rank of one expert, not of all: 16/8 = 2, not 16/80
         device = frozen.weight.device
@@ -60,7 +61,7 @@ class ExpertLinear(Linear):
         `linear` is F.linear, or on some CPUs a faster equivalent of it (support/matmul.py).
         """
         if gate is None:
-            return linear(x, self.weight, self.bias)
+            return self.product(x)
         n_experts, rank, _ = self.A.shape
         A, B = self.A.flatten(0, 1).to(x.dtype), self.B.flatten(0, 1).to(x.dtype)  # (E·r, in), (E·r, out)
         # One product gives A_e x for all experts. Then each expert's r numbers are multiplied by that expert's weight.
@@ -70,7 +71,7 @@ class ExpertLinear(Linear):
         #     and not by            2    3    2     3    repeat
         h = linear(x, A).view(*x.shape[:-1], n_experts, rank)                      # (N, T, E, r)
         h = h * gate.to(x.dtype).view(-1, 1, n_experts, 1)
-        y = linear(x.flatten(0, 1), self.weight, self.bias)                        # (N·T, out)
+        y = self.product(x.flatten(0, 1))                                          # (N·T, out)
         # y += α/r · h B. This product also sums over the experts. addmm_ adds it in place, so no second tensor of y's
         # size is made. x was flattened first because y must not be a view: autograd copies the gradient of a view that
         # is changed in place.
@@ -211,10 +212,12 @@ def merged_tensors(model, gate):
     """Yield (name in the checkpoint, tensor) of the dense model that equals the mixture under this gate, (E,).
 
     The weights W + (α/r) Σ_e w_e B_e A_e are new tensors, computed in fp32 or wider and rounded to W's dtype once. The
-    model stays as it is.
+    model stays as it is. ValueError for weights in 8 bits.
     """
     gate = one_gate(model, gate)
     layers = {f"{name}.weight": layer for name, layer in expert_layers(model).items()}
+    if any(layer.weight_scale is not None for layer in layers.values()):
+        raise ValueError("this model's weights are in 8 bits: load the full weights to merge experts into them")
     for name, tensor in model.state_dict().items():
         if name in layers:
             layer = layers[name]

@@ -77,14 +77,66 @@ CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
+def quantise(weight):
+    """Round a weight W (out, in) to 8 bits. Returns q (out, in), int8, and each row's scale s (out,), fp32: W ≈ s q.
+
+    The largest absolute value of a row becomes 127 or −127, and no weight moves by more than half of its row's step s.
+    """
+    q = torch.empty_like(weight, dtype=torch.int8)
+    s = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    # A few hundred rows at a time: fp32 copies of a whole weight would be the peak of memory while a model is loaded.
+    for w_rows, q_rows, s_rows in zip(weight.split(256), q.split(256), s.split(256)):
+        s_rows.copy_(w_rows.abs().amax(1).float() / 127)
+        s_rows.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros must not be divided by zero
+        q_rows.copy_((w_rows / s_rows[:, None]).round_())
+    return q, s
+
+
+class Int8Product(torch.autograd.Function):
+    """The product with a frozen weight in 8 bits: F.linear(x, s[:, None] * q).
+
+    Forward and backward each cast q to x's dtype, which rounds nothing, and drop the copy: only q and s are kept for
+    backward. The scales multiply the product, in fp32; it has fewer numbers than the weight.
+    """
+
+    @staticmethod
+    def forward(ctx, x, q, s):  # (…, in), (out, in), (out,)
+        ctx.save_for_backward(q, s)
+        # q.T is cast here and q in backward. torch.compile would merge two equal casts and keep the copy in between.
+        return (x @ q.T.to(x.dtype)).mul_(s)  # (…, out); mul_ computes in fp32 and rounds once, to the product's dtype
+
+    @staticmethod
+    def backward(ctx, upstream):  # (…, out)
+        q, s = ctx.saved_tensors
+        return upstream.clone().mul_(s) @ q.to(upstream.dtype), None, None
+
+
 class Linear(nn.Linear):
-    """A linear layer whose forward accepts the experts' gate, so that lora.ExpertLinear can take its place. `linear` is
-    F.linear, or on some CPUs a faster equivalent of it (support/matmul.py)."""
+    """A linear layer whose forward accepts the experts' gate, so that lora.ExpertLinear can take its place.
+
+    weight_scale: None, or after `set_int8` the scales (out,) of the weight, which is then int8 and does not train.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, device=None):
+        super().__init__(in_features, out_features, bias, device)
+        self.register_parameter("weight_scale", None)
+
+    def set_int8(self, q, s):
+        """Take a weight in 8 bits, as `quantise` returns it, in place of the full one."""
+        self.weight, self.weight_scale = nn.Parameter(q, requires_grad=False), nn.Parameter(s, requires_grad=False)
+
+    def product(self, x):
+        """W x, and the bias where there is one: (…, in) -> (…, out). `linear` is F.linear, or on some CPUs a faster
+        equivalent of it (support/matmul.py)."""
+        if self.weight_scale is None:
+            return linear(x, self.weight, self.bias)
+        y = Int8Product.apply(x, self.weight, self.weight_scale)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def forward(self, x, gate=None):
         if gate is not None:
             raise ValueError("a gate was given but this model has no experts: call lora.add_experts(model) first")
-        return linear(x, self.weight, self.bias)
+        return self.product(x)
 
 
 class RMSNorm(nn.Module):
@@ -282,10 +334,12 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, gate))
 
     @classmethod
-    def from_pretrained(cls, path, dtype=torch.bfloat16, device="cpu", head=True):
+    def from_pretrained(cls, path, dtype=torch.bfloat16, device="cpu", head=True, int8=False):
         """Load a published model folder (config.json and safetensors, one file or shards) as `dtype` on `device`.
 
         head: False if only `hidden` will be used. The folder, and then the model, may lack the head.
+        int8: keep the weights of the blocks' linear layers in 8 bits. Each is quantised when it is read, so that memory
+        never holds the full weights. Embedding, norms, biases and head stay in `dtype`.
         UserError names the file and the tensor that is missing, unexpected, of another shape or not finite; names and
         shapes are checked before anything is loaded.
         """
@@ -298,7 +352,10 @@ class Transformer(nn.Module):
             shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
         files = find_tensors(weight_files(path), shapes, "config.json describes another model",
                              optional=["lm_head.weight"] if config.tied or not head else [])
-        state = load_tensors(files, dtype, device)
+        layers = {name: module for name, module in model.named_modules() if int8 and isinstance(module, Linear)}
+        state = load_tensors(files, dtype, device, {f"{name}.weight": quantise for name in layers})
+        for name, layer in layers.items():
+            layer.set_int8(state[f"{name}.weight"], state[f"{name}.weight_scale"])
         if config.tied:
             embedding = state["model.embed_tokens.weight"]
             if not torch.equal(state.pop("lm_head.weight", embedding), embedding):

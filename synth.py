@@ -360,7 +360,7 @@ class LocalTeacher:
     def __init__(self, args):
         self.batch, self.max_new_tokens, self.temperature = args.batch, args.max_new_tokens, args.temperature or 0.0
         device = pick_device(args.device)
-        self.model = Transformer.from_pretrained(args.model, pick_dtype(args.dtype, device), device)
+        self.model = Transformer.from_pretrained(args.model, pick_dtype(args.dtype, device), device, int8=args.int8)
         if args.compile:
             compile_decoding(self.model)
         self.chat, self.name = Chat.from_dir(args.model), f"local:{Path(args.model).resolve().name}"
@@ -468,6 +468,8 @@ class Args:
     """local: cpu, cuda or cuda:N. If not given, a GPU if there is one."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
     """local: if not given, bfloat16 on a GPU and float32 on a CPU."""
+    int8: bool = False
+    """local: keep the weights of the model's linear layers in 8 bits, about half the memory."""
     compile: bool = False
     """local: compile the decoding step with torch.compile. It takes minutes at the start, so it pays for many queries.
     Needs Triton on a GPU and a C++ compiler on a CPU."""
@@ -478,7 +480,7 @@ class Args:
 TAKEN_BY = {  # option: the teachers that it is for. Other options are ignored by teachers that have no use for them
     "out": ("template", "local", "http"), "overwrite": ("template",),
     "queries": ("local", "http"), "model": ("local", "http"), "retry_rejected": ("local", "http"),
-    "url": ("http",), "key_env": ("http",), "compile": ("local",),
+    "url": ("http",), "key_env": ("http",), "compile": ("local",), "int8": ("local",),
 }
 REQUIRED_OPTIONS = ("out", "queries", "model", "url")  # by the teachers that take them
 

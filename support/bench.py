@@ -101,6 +101,7 @@ class Models:
         self.run = LoadedRun(replace(args, data=None)) if args.run else None  # --data is the benchmarks' folder here
         self.base = self.run.model_folder("experts") if self.run else args.base
         self.dtype = pick_dtype(args.dtype, pick_device(args.device))
+        self.int8 = bool(self.run.setup.int8 if self.run else args.int8)
         self.gate_by_hand = gate_from_options(self.run, args) if self.run else None  # (1, E), if the user set it
         fused = "PersonaFuse" if self.gate_by_hand is None else "by hand"
         names = {"base": ["base"], "personafuse": [fused], None: ["base", fused]}
@@ -110,7 +111,7 @@ class Models:
     @cached_property
     def model(self):
         if self.names == ["base"]:
-            return Transformer.from_pretrained(self.base, self.dtype, pick_device(self.args.device))
+            return Transformer.from_pretrained(self.base, self.dtype, pick_device(self.args.device), int8=self.int8)
         return self.run.model
 
     @cached_property
@@ -121,7 +122,7 @@ class Models:
         """Returns what identifies a model, wherever its files are. Replies in one folder must come from one model."""
         read_json(Path(self.base) / "config.json")  # raises a UserError for a folder that holds no model
         settings = {"base": Path(self.base).name, "content": fingerprint(self.base),
-                    "dtype": str(self.dtype).removeprefix("torch."), "gate": "base"}
+                    "dtype": "int8, " * self.int8 + str(self.dtype).removeprefix("torch."), "gate": "base"}
         if name == "base":
             return settings
         settings |= {"gate": self.args.persona or self.args.gate or "learned", "tau": self.run.setup.tau,

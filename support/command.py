@@ -78,8 +78,8 @@ def add_fields(parser, cls):
         option = {"default": field.default, "help": sentence}
         if field.default is not False and field.default not in (None, ()):  # 0 is shown, although 0 == False
             option["help"] += f" (default: {field.default})"
-        if kind is bool:
-            option["action"] = "store_true"
+        if kind is bool:  # one without a default has an opposite, --no-NAME
+            option["action"] = argparse.BooleanOptionalAction if field.default is None else "store_true"
         elif typing.get_origin(kind) is typing.Literal:
             option["choices"] = typing.get_args(kind)
         elif typing.get_origin(kind) is list:
@@ -143,7 +143,7 @@ def run_command(main):
         if not full and not any(words in str(error) for words in ("can't allocate memory", "out of memory")):
             raise
         fail(f"memory is full ({' '.join(str(error).split())[:150]}): lower --tokens or --batch, use --dtype bfloat16 "
-             "(half the memory of float32), or choose a smaller model or a larger device")
+             "(half the memory of float32) or --int8, or choose a smaller model or a larger device")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -99,7 +99,8 @@ def variant(args, source, name, stages, untrained=(), data=None, **changes):
     for stage in stages:
         print(f"{'done' if (folder / stage).is_dir() else 'training'}: {folder}, {stage}", flush=True)
         options = config["stages"].get(stage, {}) | {k: getattr(setup, k) for k in (*Setup.SHARED, "device")} | changes
-        options |= {"run": folder, "stage": stage, "resume": True, "log_every": 2**30}  # prints only the last step
+        options |= {"run": folder, "stage": stage, "resume": True, "log_every": 2**30,  # prints only the last step
+                    "int8": stored["setup"]["int8"]}  # as its source, however it is measured
         if args.dtype:
             options["dtype"] = args.dtype
         command = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in options.items()
@@ -485,6 +486,8 @@ def experiment(args):
                         f"--stage {stage} --run {args.run}")
     settings = {"tau": run.setup.tau, "stages": read_run(args.run)["stages"],
                 **{key: getattr(args, key) for key in ("seed", "seeds", "records")}}
+    if run.setup.int8:
+        settings["int8"] = True
     for name in args.names:
         file, began = Path(args.run) / "experiments" / name / "results.json", time.perf_counter()
         results = read_results(file) if file.exists() and not args.again else {}

@@ -80,9 +80,10 @@ class Setup:
     alpha: float
     tokens: int
     eval_records: int
+    int8: bool | None = None   # the base's linear layers in 8 bits; None for stages that need no base
 
     INSIDE = "{run}/"  # what a path inside the run folder begins with in config.json
-    SHARED = ("preset", "base", "encoder", "data", "seed", "rank", "alpha")  # the same for all stages of a run
+    SHARED = ("preset", "base", "encoder", "data", "seed", "rank", "alpha", "int8")  # the same for all stages of a run
 
     @staticmethod
     def restore_path(path, run):
@@ -101,7 +102,7 @@ class Setup:
 
     def load_base(self, experts=None):
         """The frozen base with ten experts: fresh ones drawn from the seed, or those saved in the folder `experts`."""
-        model = Transformer.from_pretrained(self.base, self.dtype, self.device)
+        model = Transformer.from_pretrained(self.base, self.dtype, self.device, int8=bool(self.int8))
         if self.rank > model.config.dim:
             raise UserError(f"--rank is {self.rank}, expected at most the base's width, {model.config.dim}")
         torch.manual_seed(self.seed)
@@ -191,7 +192,8 @@ def make_setup(args, stages):
         raise UserError(f"preset {args.preset}, {what}: missing\n" + "".join(f"  - {p}\n" for p in problems)
                         + "python train.py --preset tiny --stage all runs without any of it")
     return Setup(run, args.preset, base, encoder, data, device, dtype, args.seed, args.tau, args.rank,
-                 args.alpha, args.tokens or preset["tokens"], args.eval_records or preset["eval_records"])
+                 args.alpha, args.tokens or preset["tokens"], args.eval_records or preset["eval_records"],
+                 args.int8 if base else None)
 
 
 def stage_settings(args, stage, dtype=torch.float32):
@@ -216,7 +218,7 @@ def stage_settings(args, stage, dtype=torch.float32):
 
 # What config.json may hold under setup, for check_settings: {key: allowed values}
 SETUP_VALUES = {"preset": (*PRESETS,), "base": (str, None), "encoder": (str, None), "data": (str,), "seed": (0, int),
-                "rank": (int,), "alpha": (float,)}
+                "rank": (int,), "alpha": (float,), "int8": (True, False, None)}
 
 
 def read_run(run):
@@ -234,6 +236,8 @@ def read_run(run):
     unknown = (config["setup"].keys() - SETUP_VALUES.keys()) | (config["stages"].keys() - set(STAGES))
     if unknown:
         raise UserError(f"{file}: {min(unknown)!r} is no setting or stage of a run. Was the file edited?")
+    # a run from before --int8 has its base in full
+    config["setup"].setdefault("int8", False if config["setup"].get("base") else None)
     check_settings(file, config["stages"], dict.fromkeys(config["stages"], (dict,)))
     for settings in config["stages"].values():
         check_settings(file, settings, {"tau": (float, None)})
@@ -387,6 +391,7 @@ def complete_setup(setup):
     """Take from config.json the models that other stages were given: the closing table may need them."""
     found = read_run(setup.run)["setup"]
     setup.base, setup.encoder = (Setup.restore_path(found[key], setup.run) for key in ("base", "encoder"))
+    setup.int8 = found["int8"]
 
 
 def move_aside(run, prepared, kept, config, locks):

@@ -182,9 +182,11 @@ def find_tensors(files, shapes, hint, optional=()):
     return found
 
 
-def load_tensors(found, dtype=None, device="cpu"):
+def load_tensors(found, dtype=None, device="cpu", to_quantise={}):
     """Load the tensors that `find_tensors` has found as `dtype` (None: as stored) on `device`.
 
+    to_quantise: {name: function} for tensors to keep in 8 bits. The function returns the int8 tensor and its scales,
+    which get the name NAME_scale.
     Returns {name: tensor}. UserError for values that are NaN or infinite. Files are mapped into memory, not read whole,
     and mapped again after every 64 MiB, which frees the part that has been converted: host memory peaks at little more
     than the result.
@@ -196,12 +198,18 @@ def load_tensors(found, dtype=None, device="cpu"):
             while names and found[names[0]][0] == file and size < 2**26:
                 name = names.pop(0)
                 stored = opened.get_tensor(found[name][1])
-                tensors[name] = stored.to(dtype or stored.dtype)
+                if name in to_quantise:  # int8 has no NaN; a row with a NaN or an infinity gives it to its scale
+                    tensors[name], loaded = to_quantise[name](stored)
+                    tensors[f"{name}_scale"] = loaded
+                else:
+                    # A tensor that has its dtype already lies in the mapped file, and keeps in memory what was read of
+                    # the file for others. If those are quantised, that would be more than the result: it is copied.
+                    loaded = tensors[name] = stored.to(dtype or stored.dtype, copy=bool(to_quantise))
                 size += stored.nbytes
                 # whichever has fewer bytes is faster to check: a cast to a wider dtype makes no infinite values
-                if not all_finite(min(tensors[name], stored, key=torch.Tensor.element_size)):
+                if not all_finite(min(loaded, stored, key=torch.Tensor.element_size)):
                     raise UserError(f"{file}: {name} has values that are NaN or infinite as "
-                                    f"{str(tensors[name].dtype)[6:]}: the training diverged, or the file is damaged")
+                                    f"{str(loaded.dtype)[6:]}: the training diverged, or the file is damaged")
     return tensors
 
 

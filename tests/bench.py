@@ -5,7 +5,7 @@ the times. A table shows medians and the ratio to its first row: the median over
 half of them. "ceiling" is the share of what this machine can do, in matrix products or in bytes from memory, which is
 measured first.
 
-    python tests/bench.py step [--compile]           # a training step beside peft, one adapter and ten
+    python tests/bench.py step [--compile] [--int8]  # a training step beside peft, one adapter and ten
     python tests/bench.py profile [--compile]        # where the time of such a step goes
     python tests/bench.py generate [--compile]       # decoding beside transformers, and what experts cost in it
     python tests/bench.py teacher --weights weights/SmolLM2-135M-Instruct [--natural]
@@ -71,11 +71,15 @@ def step(args):
     """
     rows, length = args.batch, args.length
     mixture = "PersonaFuse, ten experts"
-    with in_another_process(our_steps, args) as ours, in_another_process(their_steps, args) as theirs:
+    full = argparse.Namespace(**vars(args) | {"int8": False})
+    with in_another_process(our_steps, full) as ours, in_another_process(our_steps, args) as in_int8, \
+            in_another_process(their_steps, full) as theirs:  # a process starts when it is first called
         for prompt, share in ((1, "all"), (length * 2 // 3 + 1, "a third")):
             runs = {mixture: partial(ours, prompt)}
             if args.compile:
                 runs["the same, --compile"] = partial(ours, prompt, True)
+            if args.int8:
+                runs["the same, --int8"] = partial(in_int8, prompt)
             work = step_flops(shape(args), [length] * rows, rows * (length + 1 - prompt))
             print_times(f"Training step, {rows} x {length} tokens, {share} of them supervised",
                         interleaved({"peft, one adapter": partial(theirs, prompt)} | runs, args.rounds),
@@ -198,7 +202,7 @@ def decode(args):
                     theirs.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
                     do_sample=False),
                 f"PersonaFuse, {gated}": partial(generate, ours, prompts, gate, new)}
-        if rows == 1:
+        if rows == 1 and not args.int8:
             dense = with_weights(ours.config, dict(merged_tensors(ours, gate[0])))
             runs["merged for one gate"] = partial(generate, dense, prompts, None, new)
         if args.compile:
@@ -224,7 +228,8 @@ def teacher(args):
     """The local teacher's replies, in batches, to the prompts of synth.py --steps joint."""
     from transformers import AutoModelForCausalLM
     folder, device = folders(args, 1)[0], args.device
-    ours, chat = Transformer.from_pretrained(folder, args.dtype, device), Chat.from_dir(folder)
+    ours = Transformer.from_pretrained(folder, args.dtype, device, int8=args.int8)
+    chat = Chat.from_dir(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype).to(device).eval()
     rows, new, stops = args.batch, args.steps, sorted(chat.stops)
     prompts = [chat.prompt(Synthesis(item, "joint", 0, "bench").question.messages) for item in queries(args, rows)]
@@ -381,17 +386,17 @@ def memory(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # load, data: each run in its own process, whose peak memory is then that of the run
 
-def read_once(folders, dtype):
+def read_once(folders, dtype, int8):
     return [np.frombuffer(file.read_bytes(), np.uint8) for folder in folders for file in weight_files(folder)]
 
 
-def load_ours(folders, dtype):
+def load_ours(folders, dtype, int8):
     """Loads as train.py --preset small --stage joint does."""
-    setup = Setup(Path(), "small", *folders, None, torch.device("cpu"), dtype, 0, 1.0, 8, 16.0, 2048, 100)
+    setup = Setup(Path(), "small", *folders, None, torch.device("cpu"), dtype, 0, 1.0, 8, 16.0, 2048, 100, int8)
     return [*setup.load_base().parameters(), *setup.load_router().parameters()]
 
 
-def load_theirs(folders, dtype):
+def load_theirs(folders, dtype, int8):
     from transformers import AutoModelForCausalLM
     return [p for folder in folders for p in AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).parameters()]
 
@@ -417,7 +422,7 @@ def drop_from_page_cache(folders):
 
 def load(args):
     """Loading both models of --preset small, beside reading their files once, from the page cache and from the disk."""
-    given = folders(args, 2), args.dtype
+    given = folders(args, 2), args.dtype, args.int8
     runs = {"reading the files once": read_once, "PersonaFuse": load_ours, "transformers": load_theirs}
     sizes = {}  # {name: (bytes of the result, highest peak)}
     for place in ("the page cache", "the disk"):
@@ -565,8 +570,6 @@ def limits(args):
 def stage_step(args, name, micro_batches, compiled=False):
     """Returns a function that makes a step of a stage with the paper preset's settings, its tokens, without padding,
     and its FLOPs, without recomputation."""
-    if getattr(args, "int8", False):
-        raise UserError("the base in 8 bits is not there yet")
     sizes = argparse.Namespace(weights=None, shape=None, layers=args.layers)
     config = encoder = shape(args)  # a rehearsal's encoder has the same shape
     if args.shape == "Llama-3.1-8B":
@@ -688,6 +691,8 @@ def main(argv=None):
     parser.add_argument("--out", help="growth: a PNG file for the plot")
     parser.add_argument("--device", help="cpu (the default; gpu: cuda), cuda or cuda:N")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--int8", action="store_true",
+                        help="step: with the base in 8 bits as well; the others: with it, but for their encoder")
     args = parser.parse_args(argv)
     command, defaults = COMMANDS[args.what]
     for name, value in ({"rounds": 5 if args.what != "gpu" else None} | defaults).items():

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lora import add_experts, expert_layers
-from model import CONFIGS, Config, Transformer
+from model import CONFIGS, Config, Linear, Transformer, quantise
 from router import Router
 from support.files import UserError
 from support.rows import Row
@@ -290,23 +290,39 @@ def shape(args, default="SmolLM2-135M", whole_head=False):
     return replace(config, n_layers=args.layers, vocab_size=vocabulary)
 
 
-def fresh(config, args, dtype=None):
-    """Returns the model in --weights, or one of this shape with random weights; with --layers always the latter."""
+def fresh(config, args, dtype=None, int8=None):
+    """Returns the model in --weights, or one of this shape with random weights; with --layers always the latter.
+
+    int8: None for --int8. An encoder is never in 8 bits; it is the model whose dtype is given.
+    """
+    int8 = args.int8 and dtype is None if int8 is None else int8
     if args.weights and not args.layers:
-        return Transformer.from_pretrained(args.weights[0], dtype or args.dtype, args.device)
+        return Transformer.from_pretrained(args.weights[0], dtype or args.dtype, args.device, int8=int8)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype or args.dtype)
     try:
         with args.device:
-            return Transformer(config)
+            model = Transformer(config)
     finally:
         torch.set_default_dtype(torch.float32)
+    return in_8_bits(model) if int8 else model
+
+
+def in_8_bits(model):
+    """Quantise the linear layers of a model that has its weights already."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.set_int8(*quantise(layer.weight.detach()))
+    return model
 
 
 def with_weights(config, state):
     """Returns another Transformer that shares the tensors of a state dict."""
     with torch.device("meta"):
         model = Transformer(config)
+    for name, layer in model.named_modules():
+        if f"{name}.weight_scale" in state:
+            layer.set_int8(state[f"{name}.weight"], state[f"{name}.weight_scale"])
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
 
@@ -347,13 +363,13 @@ def randomise(model, seed=0):
 
 
 def pair(args):
-    """Returns our model and that of `transformers`, which share their weights."""
+    """Returns our model and that of `transformers`, which share their weights. With --int8, only ours is in 8 bits."""
     config = shape(args)
-    ours, theirs = fresh(config, args), reference(config, args)
+    ours, theirs = fresh(config, args, int8=False), reference(config, args)
     theirs.load_state_dict(ours.state_dict(), strict=False, assign=True)
     theirs.tie_weights()
     theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
-    return ours, theirs.eval()
+    return in_8_bits(ours) if args.int8 else ours, theirs.eval()
 
 
 def with_experts(model, n_experts=10, rank=8):

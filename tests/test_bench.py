@@ -64,7 +64,11 @@ def output(command):
 @pytest.mark.parametrize("command, words", [
     pytest.param("step --rounds 1 --layers 1 --length 12 --compile", "the same, --compile", marks=pytest.mark.slow),
     pytest.param("generate --rounds 1 --steps 3 --batch 3 --compile", "compiled, 3 gates", marks=pytest.mark.slow),
+    pytest.param("step --rounds 1 --layers 1 --length 12 --int8", "the same, --int8", marks=pytest.mark.slow),
     ("profile --rounds 1 --length 12 --compile", "products with the experts"),
+    ("profile --rounds 1 --length 12 --int8", "products with the frozen layers"),
+    ("generate --rounds 1 --steps 3 --batch 3 --int8", "PersonaFuse, 3 gates"),
+    ("memory --length 16 --dtype bfloat16 --int8", "experts x width: 0 of"),
     ("router --rounds 1 --batch 3 --steps 2", "padded batches")])
 def test_runs_on_random_weights(command, words, monkeypatch):
     do_not_compile(monkeypatch)
@@ -84,6 +88,7 @@ def test_runs_on_model_folders_and_real_queries(folders, tmp_path):
     queries = tmp_path / "queries.txt"
     queries.write_text("How are you?\nWhat should I do on Sunday, when nobody is at home?\n")
     assert "2 of 2 equal" in output(f"teacher --weights {folders} --steps 4 --batch 2 --rounds 1 --queries {queries}")
+    assert "PersonaFuse" in output(f"teacher --weights {folders} --steps 4 --batch 2 --rounds 1 --int8")
     assert "8 queries" in output(f"router --weights {folders.split()[1]} --queries {queries} --rounds 1 --batch 2")
 
 
@@ -91,6 +96,7 @@ def test_runs_on_model_folders_and_real_queries(folders, tmp_path):
 def test_runs_in_other_processes(folders):
     printed = output(f"load --weights {folders} --rounds 1")
     assert "from the page cache" in printed and "from the disk" in printed and "Memory of it" in printed
+    assert "Memory of it" in output(f"load --weights {folders} --rounds 1 --int8")
     assert "300 records" in output(f"data --weights {folders} --count 300")
 
 
@@ -215,8 +221,8 @@ def test_the_plan_prints_a_figure_for_every_step_that_needs_no_gpu(monkeypatch):
     out = output("gpu --device cpu --tokens 48 --length 24 --rounds 1 --steps 2 --batch 2")
     assert_in_order(out)
     assert "WRONG" not in out and out.count("ok: ") == 10
-    assert out.count("tokens/s, ") == 5 + 2 and "ours takes" in out and "products with the experts" in out
-    assert out.count("needs a GPU") == 3 and out.count("not measured") == 5
+    assert out.count("tokens/s, ") == 6 + 2 and "ours takes" in out and "products with the experts" in out
+    assert out.count("needs a GPU") == 3 and out.count("not measured") == 4
     assert "Decoding, 1 x 2 tokens" in out and "Decoding, 2 x 2 tokens" in out
 
 

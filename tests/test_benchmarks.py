@@ -813,6 +813,8 @@ def test_replies_of_other_models_are_never_mixed(made_up, run_folder, tmp_path):
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.json*")}
     for words, why in (([*few, "--base", other], "content was '[0-9a-f]+' and is now '[0-9a-f]+'. Choose"),
                        ([*base, "--dtype", "bfloat16"], "dtype was 'float32' and is now 'bfloat16'. Choose"),
+                       ([*base, "--int8"], "dtype was 'float32' and is now 'int8, float32'. Choose"),
+                       ([*fused, "--int8"], "dtype was 'float32' and is now 'int8, float32'. Choose"),
                        ([*fused, "--router", run / "router" / "router"], "router was")):
         with pytest.raises(UserError, match="other settings: " + why):
             command(*words)

@@ -80,6 +80,14 @@ def config(**changes):
     return damage
 
 
+def without_int8(path):
+    """config.json of a run that was made before there was --int8."""
+    found = json.loads(path.read_text())
+    del found["setup"]["int8"]
+    path.write_text(json.dumps(found))
+    gone(path.parent / "joint")
+
+
 def tensor(name, change):
     """One tensor of a safetensors file is another."""
     def damage(path):
@@ -290,6 +298,11 @@ BROKEN = {  # (program, arguments, file or folder): {how it is broken: (damage, 
         "": (config(chat_template="x"), "base: not the base that run was started with")}),
     "other data to resume": (train, RESUME, DATA, {
         "a response": (records(SECOND, response="Never."), "data: not the data that run was started with")}),
+    "weights to keep in 8 bits": (train, [*WARMUP, "--int8"], MODEL, {
+        "NaN": (tensor(Q, number(torch.nan)), f"{MODEL}: {Q} has values that are NaN"),
+        "infinite": (tensor(Q, number(-torch.inf, 3)), f"{MODEL}: {Q} has values that are NaN")}),
+    "run of before --int8": (train, [*RESUME, "--int8"], RUN, {
+        "": (without_int8, "int8 was False and is now True")}),
     "another dtype": (train, [*RESUME, "--dtype", "bfloat16"], "run/joint", {
         "": (gone, "dtype was 'float32' and is now 'bfloat16'")}),
     "checkpoint": (train, [*RESUME, "--stage", "joint"], "run/joint", {

@@ -69,6 +69,11 @@ def test_options_are_the_dataclass_and_its_defaults():
     assert parse(train.Args, "--seed 0 --lam 0 --lr-warmup 0".split()) and parse(train.Args, ["--lr-warmup", "1"])
 
 
+@pytest.mark.parametrize("argv, int8", [([], None), (["--int8"], True), (["--no-int8"], False)])
+def test_a_switch_without_a_default_has_an_opposite(argv, int8):
+    assert parse(evaluation.Talk, argv).int8 is int8
+
+
 def train_main(argv):
     return parse(train.Args, argv)
 

@@ -92,8 +92,9 @@ def undone(run_folder, here, *stages):
     run = copy(run_folder, here, [pattern for stage in stages for pattern in (stage, f"state/{stage}*")])
     config = json.loads((run / "config.json").read_text())
     config["stages"] = {stage: s for stage, s in config["stages"].items() if stage not in stages}
-    for stage, role in (("warmup", "base"), ("router", "encoder")):
-        config["setup"][role] = None if {stage, "joint"} <= set(stages) else config["setup"][role]
+    for stage, *only_for in (("warmup", "base", "int8"), ("router", "encoder")):
+        if {stage, "joint"} <= set(stages):
+            config["setup"] |= dict.fromkeys(only_for)
     (run / "config.json").write_text(json.dumps(config))
     for stage in stages:
         checkpoints.rewind_log(run, stage, 0)
@@ -146,7 +147,7 @@ def test_a_run_folder_has_the_documented_files_and_no_others(run_folder):
 def test_config_json_has_all_settings_of_the_run(run_folder):
     found = json.loads((run_folder / "config.json").read_text())
     assert found["setup"] == {"preset": "tiny", "base": "{run}/models/base", "encoder": "{run}/models/encoder",
-                              "data": "{run}/data", "seed": 0, "rank": 8, "alpha": 16.0}
+                              "data": "{run}/data", "seed": 0, "rank": 8, "alpha": 16.0, "int8": False}
     assert list(found["stages"]) == ["warmup", "router", "joint"]
     for stage, settings in found["stages"].items():
         assert settings.items() >= REDUCED[stage].items() and settings["seed"] == 0 and settings["clip"] == 1.0
@@ -225,7 +226,7 @@ def test_a_complete_run_prints_its_results_again_and_writes_nothing(run_folder, 
     ("--tau 0.2", "tau was 1.0 and is now 0.2"), ("--lam 1", "lam was 0.1 and is now 1.0"),
     ("--joint-gate uniform", "joint_gate was 'learned' and is now 'uniform'"),
     ("--rehearse 0", "rehearse was 0.1 and is now 0.0"), ("--seed 1", "seed was 0 and is now 1"),
-    ("--rank 4", "rank was 8 and is now 4"), ("--alpha 8", "alpha was 16.0 and is now 8.0"),
+    ("--rank 4", "rank was 8 and is now 4"), ("--int8", "int8 was False and is now True"), ("--alpha 8", "alpha was 16.0 and is now 8.0"),
     (f"--preset small --run {RUN} --data . --base . --encoder .", "preset was 'tiny' and is now 'small'"),
     ("--base .", "base was '.*models/base' and is now '.'"), ("--data .", "data was '.*data' and is now '.'")])
 def test_settings_that_differ_from_the_runs_are_refused_by_name(run_folder, monkeypatch, argv, why):
@@ -303,6 +304,40 @@ def test_a_stopped_run_needs_resume_or_overwrite_and_resumes_to_the_same_bits(
     assert differing(run, run_folder, EVERYTHING) == {f"state/{stage}-{step:07d}.safetensors"}  # the last two are kept
     logs = [sorted((e["stage"], e["step"], e["loss"], e["lr"]) for e in log(folder)) for folder in (run, run_folder)]
     assert logs[0] == logs[1]
+
+
+def test_a_run_in_8_bits_resumes_to_the_same_bits(run_folder, here, no_results, monkeypatch, capsys):
+    """tiny's base is made in full and loaded in 8 bits. Both stages that load it are stopped after their second step."""
+    undone(run_folder, here, *RESULTS)
+    assert train_tiny("--int8") is None
+    whole = shutil.move(here / RUN, here / "whole")
+    run, original, steps = undone(run_folder, here, *RESULTS), train.Stage.step, Counter()
+
+    def step_with_signal(self, *args):
+        steps[self.name] += 1
+        if self.name != "router" and steps[self.name] == 2:
+            signal.raise_signal(signal.SIGINT)
+        dtypes = {layer.weight.dtype for layer in train.expert_layers(self.model).values()} if self.model else set()
+        assert dtypes <= {torch.int8}
+        return original(self, *args)
+    monkeypatch.setattr(train.Stage, "step", step_with_signal)
+    assert [train_tiny("--int8", *more) for more in ([], ["--resume"], ["--resume"])] == [130, 130, None]
+    assert differing(run, whole, RESULTS) == set()
+    assert differing(run, run_folder, ["models"]) == set() and differing(run, run_folder, ["warmup"])
+    assert all(json.loads((folder / "config.json").read_text())["setup"]["int8"] is True for folder in (run, whole))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_stages_that_load_the_base_agree_on_8_bits_and_the_router_stage_may_come_first_or_last(
+        run_folder, here, monkeypatch, int8):
+    shown, given = [], ["--int8"] * int8
+    monkeypatch.setattr(train, "print_results", lambda setup: shown.append(setup.int8))
+    run = undone(run_folder, here, *RESULTS)
+    train_tiny("--stage", "router", "--overwrite"), train_tiny("--stage", "warmup", *given)
+    assert "int8 was" in message_of("--preset", "tiny", "--stage", "joint", *["--int8"] * (not int8))
+    shutil.rmtree(run / "router")
+    train_tiny("--stage", "router", "--resume")
+    assert shown == [None, int8, int8]
 
 
 def test_resume_with_nothing_but_config_json_starts_from_the_beginning(run_folder, here, no_results):

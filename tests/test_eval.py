@@ -246,6 +246,27 @@ def test_the_temperature_is_that_of_joint_training_unless_given(run_folder, here
         assert run.setup.tau == run.router.temperature == wanted
 
 
+def set_int8(run, value):
+    """Make a run's config.json say that its base was in 8 bits, or not; None for a run of before --int8."""
+    config = json.loads((run / "config.json").read_text())
+    config["setup"] |= {"int8": value}
+    if value is None:
+        del config["setup"]["int8"]
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+@pytest.mark.parametrize("trained, given, wanted", [
+    (False, None, False), (False, True, True), (False, False, False), (None, None, False), (None, True, True),
+    (True, None, True), (True, True, True), (True, False, False)])
+def test_a_base_is_in_8_bits_if_it_was_in_training_unless_said_otherwise(run_folder, here, trained, given, wanted):
+    """The run that trained the experts decides, also if they are another's."""
+    own, other = set_int8(copy(run_folder, here), trained), set_int8(shutil.copytree(RUN, here / "other"), not trained)
+    for run in (opened(own, int8=given), opened(other, experts=f"{own}/joint/experts", int8=given)):
+        dtypes = {layer.weight.dtype for layer in expert_layers(run.model).values()}
+        assert dtypes == {torch.int8 if wanted else torch.float32} and run.model.dtype == torch.float32
+
+
 def test_experts_or_a_router_trained_on_other_models_are_refused(run_folder, here):
     """The other models have the same shape, so nothing else would show it. --base and --encoder make it right; what
     PEFT trained belongs to no run, so it cannot be checked."""
@@ -964,6 +985,14 @@ def test_a_mixture_or_merged_weights_are_what_others_compute(strong, ids, here, 
         assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 80
 
 
+def test_experts_that_were_trained_in_8_bits_are_exported_and_merged_into_the_full_weights(strong, here, capsys):
+    for words in ("experts", "mixture --persona A+", "merged --persona A+ --no-int8"):
+        full, in_8_bits = (output_of(capsys, f"export --run {set_int8(strong, value)} --out {name} --as {words}")
+                           for value, name in ((False, "full"), (True, "int8")))
+        assert full.replace("full", "int8") == in_8_bits and small.contents(Path("full")) == small.contents(Path("int8"))
+        shutil.rmtree("full"), shutil.rmtree("int8")
+
+
 def test_merged_is_a_whole_model_folder_in_shards(strong, here, capsys):
     """Shards keep to the size asked for, the index names every tensor once, and all files of the base's folder are
     there."""
@@ -1064,6 +1093,7 @@ def test_an_adapter_names_its_base_and_its_alpha_so_that_others_find_and_read_th
     (["--out", "x", "--persona", "O+"], "--as experts takes no gate; found --persona"),
     (["--out", "x", "--as", "mixture"], "--as mixture takes one gate, by --gate, --persona or --query; found none"),
     (["--out", "x", "--as", "merged", "--persona", "O+", "--query", "Hi"], "found --persona and --query"),
+    (["--out", "x", "--as", "merged", "--persona", "O+", "--int8"], "in 8 bits: --no-int8 merges from the full weights"),
     (["--as", "merged", "--persona", "O+"], "--out is missing"), (["--out", "there"], "there exists already"),
     (["--out", "x", "--as", "merged", "--query", " "], "an empty query"), (["--as", "gguf"], "invalid choice")])
 def test_an_export_that_cannot_be_is_refused_and_nothing_is_written(run_folder, here, argv, why):

@@ -226,6 +226,34 @@ def test_a_variant_has_the_dtype_of_its_source_unless_another_is_given(run_folde
     assert stages_of(folder)["joint"]["dtype"] == dtype
 
 
+@pytest.mark.parametrize("trained, given", [(True, None), (True, False), (False, True)])
+def test_a_variant_is_in_8_bits_if_its_source_is_however_it_is_measured(
+        run_folder, here, monkeypatch, trained, given):  # noqa: F811
+    source, dtypes = copy(run_folder, here), set()
+    config = json.loads((source / "config.json").read_text())
+    config["setup"]["int8"] = trained
+    (source / "config.json").write_text(json.dumps(config))
+    step = train.Stage.step
+    monkeypatch.setattr(train.Stage, "step", lambda self, *a: dtypes.update(
+        layer.weight.dtype for layer in expert_layers(self.model).values()) or step(self, *a))
+    folder = variant(asked(source, int8=given), source, "x", ["joint"], tau=0.5)
+    assert dtypes == {torch.int8 if trained else torch.float32}
+    assert json.loads((folder / "config.json").read_text())["setup"]["int8"] is trained
+
+
+def test_results_in_8_bits_are_not_taken_for_those_of_the_full_weights(run_folder, here, monkeypatch):  # noqa: F811
+    source, measured = copy(run_folder, here), []
+
+    def measure(args, run):
+        """Nothing."""
+        measured.append(bool(run.setup.int8))
+        return []
+    monkeypatch.setitem(experiments.EXPERIMENTS, "routing", measure)
+    for int8 in (None, None, True, True, None):
+        experiments.experiment(asked(source, int8=int8))
+    assert measured == [False, True, False]
+
+
 def test_a_variant_of_stages_that_have_changed_is_refused(run_folder, here):  # noqa: F811
     source = copy(run_folder, here)
     variant(asked(source), source, "x", ["joint"], tau=0.5)

@@ -49,7 +49,7 @@ def read_encoder(folder):
 
 def open_run(run):
     """Do what eval.py does with a run's config.json."""
-    unset = dict.fromkeys("base encoder data dtype tau stage experts router".split())
+    unset = dict.fromkeys("base encoder data dtype int8 tau stage experts router".split())
     setup = LoadedRun(SimpleNamespace(run=str(run), device="cpu", tokens=64, **unset)).setup
     runs.differences(runs.read_run(run)["setup"], {"seed": 0})
     assert setup.rank >= 1 and setup.tau > 0

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import lora
-from harness import saved_bytes
+from harness import in_8_bits, our_step, peak, rows_of, saved_bytes
 from lora import EXPERTS, TARGETS, ExpertLinear, add_experts, expert_layers, export_mixture, load_experts
 from lora import merged_tensors, save_experts
 from model import CONFIGS, Config, Linear, Transformer
@@ -333,6 +333,83 @@ def test_experts_save_at_most_three_numbers_per_token_expert_and_rank_for_the_ba
     given = x, gate, *layer.parameters()
     assert saved_bytes(given, lambda: layer(x)) == 0
     assert 0 < saved_bytes(given, lambda: layer(x, gate)) <= 3 * rows * tokens * experts * rank * 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beside weights in 8 bits
+
+@FAMILIES
+@pytest.mark.parametrize("recompute", [False, True])
+def test_beside_weights_in_8_bits_A_B_and_the_gate_learn_as_beside_the_rounded_weights(recompute, changes):
+    found, model = [], in_8_bits(make_model(torch.float64, **changes))
+    model.recompute = recompute
+    for _ in range(2):
+        gate = make_gate(2, dtype=torch.float64).requires_grad_()
+        logits = model(make_ids(), gate)
+        logits.square().mean().backward()
+        found.append([logits, gate.grad, *(t.grad for t in model.parameters() if t.requires_grad)])
+        model.zero_grad()
+        for layer in expert_layers(model).values():
+            if layer.weight_scale is not None:
+                layer.weight = torch.nn.Parameter(layer.weight * layer.weight_scale.double()[:, None], False)
+                layer.weight_scale = None
+    assert model.dtype == layer.weight.dtype == torch.float64 and len(found[0]) == 2 + 2 * 2 * 7
+    for one, other in zip(*found):
+        assert error(one, other) <= 1e-12 * other.abs().max() and other.any()
+
+
+def kept_for_backward(model, gate):
+    """The numbers of elements of all tensors that a forward pass keeps for the backward pass, without parameters."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, set()
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.update([tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size()])
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.hidden(make_ids(3, 11), gate).square().mean()
+    loss.backward()
+    return kept
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_weights_in_8_bits_nothing_of_a_weights_size_is_kept_for_backward(dtype, compiled):
+    """Not by torch.compile either, which keeps what two casts of a weight share if they are written alike."""
+    if compiled and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    model = in_8_bits(make_base(dtype))
+    add_experts(model, rank=3)  # with a rank of 8, all A of a layer together have the size of a weight
+    sizes = {layer.weight.numel() for layer in expert_layers(random_B(model)).values()}
+    if compiled:
+        torch.compiler.reset()
+        for block in model.model.layers:
+            block.compile(dynamic=True, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        kept = kept_for_backward(model, make_gate(3).requires_grad_())
+    assert kept and not kept & sizes
+    assert all(layer.A.grad.any() and layer.B.grad.any() for layer in expert_layers(model).values())
+
+
+@pytest.mark.slow
+def test_a_step_at_the_8Bs_width_needs_one_dense_weight_more_and_half_the_memory_for_the_base():
+    """Two layers, recomputed, base in bf16. The largest weight is 14,336 x 4,096."""
+    peaks, sizes = [], []
+    for int8 in (False, True):
+        with torch.device("meta"):
+            model = Transformer(replace(CONFIGS["Llama-3.1-8B"], n_layers=2, vocab_size=512)).to(torch.bfloat16)
+        model = randomise(model.to_empty(device="cpu"), 0)
+        if int8:
+            in_8_bits(model)
+        sizes.append(sum(p.nbytes for p in model.parameters()))
+        experts, model.recompute = add_experts(model), True
+        run = our_step(model, rows_of(model.config, 1, 64), torch.optim.AdamW(experts, fused=True), make_gate(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            run()
+            peaks.append(peak(run, torch.device("cpu"))[0])
+        del run, experts, model
+    assert sizes[1] < 0.51 * sizes[0]
+    assert peaks[1] <= peaks[0] + 2 * 14336 * 4096 + 2**24, peaks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -654,6 +731,11 @@ def test_merging_experts_that_do_nothing_keeps_every_bit(dtype):
     state = dict(merged_tensors(model, make_gate()))
     assert all(t.dtype == before[n].dtype and torch.equal(t, before[n]) for n, t in state.items())
     assert state["model.norm.weight"].dtype == torch.float32
+
+
+def test_experts_are_not_merged_into_weights_in_8_bits():
+    with pytest.raises(ValueError, match="load the full weights to merge"):
+        dict(merged_tensors(in_8_bits(make_model()), make_gate()))
 
 
 @pytest.mark.parametrize("gate", [make_gate(), make_gate(1), make_gate().tolist(), make_gate(dtype=torch.float64)],

@@ -2,13 +2,14 @@
 
 - Parity: fp32 logits and gradients equal those of `transformers` on four small shapes with random parameters.
 - Mutants: each classic mistake, made on purpose, must show in the same comparison.
-- Parts: RoPE, RMSNorm, padding, recomputation, bf16, some positions only.
+- Parts: RoPE, RMSNorm, padding, recomputation, bf16, weights in 8 bits, some positions only.
 - Generation: cached equals uncached, a batch equals its rows one by one, a shared prefix changes nothing, sampling
   follows the probabilities.
 - Loading: both styles of config.json, shards, dtypes, memory, and one clear error for every broken folder.
 
 `transformers` is optional: without it the tests that need it are skipped.
 """
+import copy
 import functools
 import io
 import json
@@ -29,7 +30,7 @@ import model as M
 from support import chat as chat_module
 from support import compile
 from support import matmul, weights as weights_module
-from harness import SMALL, STRETCHED, published, randomise
+from harness import SMALL, STRETCHED, in_8_bits, published, randomise
 from lora import add_experts
 from model import CONFIGS, Config, Transformer
 from support.files import UserError, atomic
@@ -375,6 +376,56 @@ def test_a_gate_without_experts_is_an_error(ours):
     """Ignoring it would pass the base model's answers off as the experts'."""
     with pytest.raises(ValueError, match="experts"):
         ours("Qwen2.5")(random_ids(SMALL["Qwen2.5"], 1, 3), gate=torch.full((1, 10), 0.1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights in 8 bits
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_no_weight_moves_by_more_than_half_a_step_of_its_row(dtype):
+    """Also in rows of zeros, of the smallest and of the largest numbers. 1e-5 allows for fp32's own rounding."""
+    weight = torch.randn(700, 48).to(dtype)
+    weight[[3, 600]], weight[[4, 601]] = 0, torch.finfo(dtype).tiny
+    weight[[5, 602]] *= 1e4 if dtype == torch.float16 else 5e37
+    q, s = M.quantise(weight)
+    assert (q.dtype, q.shape, s.dtype, s.shape) == (torch.int8, weight.shape, torch.float32, (700,))
+    step = s.double()[:, None]
+    assert ((q * step - weight.double()).abs() <= (0.5 + 1e-5) * step).all() and step.isfinite().all()
+    ordinary = weight.abs().amax(1) > 1e-3
+    assert ordinary.sum() == 696 and (q[ordinary].abs().amax(1) == 127).all() and q.min() == -127
+    assert not q[[3, 600]].any()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_in_8_bits_multiplies_by_the_rounded_weight_and_passes_the_gradient_on(bias, dtype, tolerance):
+    """Errors are shares of the sum of absolute terms. Without a bias, bf16 rounds each output twice and no weight: then
+    no output is off by more than twice half a step of bf16, even where large terms cancel."""
+    layer, x = in_8_bits(M.Linear(48, 300, bias=bias).to(dtype)), torch.randn(2, 5, 48, dtype=dtype).requires_grad_()
+    weight = layer.weight * layer.weight_scale.double()[:, None]
+    y, b = layer(x), layer.bias.double() if bias else torch.zeros(())
+    upstream = torch.randn_like(y)
+    grad, = torch.autograd.grad(y, x, upstream)
+    exact, terms = x.double() @ weight.T + b, x.double().abs() @ weight.abs().T + b.abs()
+    assert y.dtype == grad.dtype == dtype and y.shape == (2, 5, 300)
+    assert ((y - exact).abs() <= tolerance * terms).all()
+    assert ((grad - upstream.double() @ weight).abs() <= tolerance * (upstream.double().abs() @ weight.abs())).all()
+    if not bias:
+        assert ((y - exact).abs() <= 1.01 * torch.finfo(dtype).eps * exact.abs() + 1e-6 * terms).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_gives_a_layer_in_8_bits_the_dtypes_of_the_full_one(bias, dtype):
+    full, x = M.Linear(48, 300, bias=bias), torch.randn(2, 5, 48).to(dtype).requires_grad_()
+    found = []
+    for layer in (full, in_8_bits(copy.deepcopy(full))):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        found.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for one, other, expected in zip(*found, (torch.bfloat16, dtype)):
+        assert one.dtype == other.dtype == expected
+        assert_near(one, other, 0.05 * one.abs().max(), "the full layer and that in 8 bits")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -782,6 +833,34 @@ def test_tensors_come_as_the_dtype_asked_for_which_is_bf16_unless_said_and_can_b
     assert all(p.requires_grad and not p.is_meta for p in our.parameters())
 
 
+@pytest.mark.parametrize("name", ["Llama-3.1", "Qwen2.5"])
+@pytest.mark.parametrize("stored, wanted", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16),
+                                            (torch.bfloat16, torch.float32)])
+def test_loading_in_8_bits_rounds_the_seven_layers_of_each_block_and_nothing_else(name, stored, wanted, tmp_path):
+    """It rounds what the file holds, whatever dtype the rest gets."""
+    state = {name: t.to(stored) for name, t in write_model(tmp_path, SMALL[name]).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    found = Transformer.from_pretrained(tmp_path, wanted, int8=True).state_dict()
+    layers = {name for name in state if name.endswith("_proj.weight")}
+    assert len(layers) == 2 * 7 and found.keys() == state.keys() | {f"{name}_scale" for name in layers}
+    for name, tensor in state.items():
+        if name in layers:
+            assert all(map(torch.equal, (found[name], found[f"{name}_scale"]), M.quantise(tensor))), name
+        else:
+            assert found[name].dtype == wanted and torch.equal(found[name], tensor.to(wanted)), name
+
+
+def test_the_8B_takes_16_06_GB_in_bf16_and_9_09_in_8_bits():
+    with torch.device("meta"):
+        model = Transformer(CONFIGS["Llama-3.1-8B"]).to(torch.bfloat16)
+        sizes = [sum(p.nbytes for p in model.parameters())]
+        for layer in model.modules():
+            if isinstance(layer, M.Linear):
+                layer.set_int8(torch.empty_like(layer.weight, dtype=torch.int8), torch.empty(layer.out_features))
+        sizes.append(sum(p.nbytes for p in model.parameters()))
+    assert [round(size / 1e9, 2) for size in sizes] == [16.06, 9.09]
+
+
 def test_training_a_loaded_model_leaves_its_files_alone(tmp_path):
     """Files are mapped into memory: writing to a parameter must not write to the file."""
     state, before = write_model(tmp_path), (tmp_path / "model.safetensors").read_bytes()
@@ -993,11 +1072,11 @@ PEAK = """
 import os, resource, sys, torch, model
 torch.set_num_threads(1)
 model.Transformer.from_pretrained(sys.argv[1])  # imports what torch imports late, once for both children
-for dtype in (torch.bfloat16, torch.float32):
+for dtype, int8 in ((torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)):
     if os.fork() == 0:  # a child has a peak of memory of its own, that of loading alone
         for path in sys.argv[1:]:  # a tiny model first: memory that libraries need on their first use does not count
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            our = model.Transformer.from_pretrained(path, dtype=dtype)
+            our = model.Transformer.from_pretrained(path, dtype=dtype, int8=int8)
             for p in our.parameters():
                 p.detach().flatten()[::1024].float().sum().item()  # touches every page
         size = sum(p.numel() * p.element_size() for p in our.parameters())
@@ -1009,8 +1088,9 @@ for dtype in (torch.bfloat16, torch.float32):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units elsewhere")
 def test_loading_needs_little_more_memory_than_the_result(tmp_path):
-    """At most 1.2 times the weights as loaded, plus 16 MiB that the allocator rounds up. The file of 200 MB is a header
-    and a hole, which takes no room on the disk, reads as zeros, and takes memory like data."""
+    """At most 1.2 times the weights as loaded, plus 16 MiB that the allocator rounds up; in 8 bits at most
+    128 MiB more than the weights, of which 64 to 72 are the part of the file that is mapped at a time. The file of 200
+    MB is a header and a hole, which takes no room on the disk, reads as zeros, and takes memory like data."""
     config = Config(4096, 1024, 6, 8, 8, 128, 4096, 1e-5, 1e4)
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in Transformer(config).named_parameters()}
@@ -1029,8 +1109,10 @@ def test_loading_needs_little_more_memory_than_the_result(tmp_path):
                           env=os.environ | {"PYTHONPATH": os.path.dirname(M.__file__)})
     assert done.returncode == 0, done.stderr
     peaks = [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
-    assert [size for _, size in peaks] == [end, 2 * end] and end > 200e6
-    for (peak, size), dtype in zip(peaks, ("bf16", "fp32")):
+    *full, (peak, size) = peaks
+    assert [size for _, size in full] == [end, 2 * end] and 200e6 < end < 1.9 * size
+    assert 0.9 * size < peak < size + 2**27, f"int8: {peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB"
+    for (peak, size), dtype in zip(full, ("bf16", "fp32")):
         assert 0.9 * size < peak < 1.2 * size + 2**24, f"{dtype}: {peak / 2**20:.0f} MiB for {size / 2**20:.0f} MiB"
 
 

@@ -8,16 +8,36 @@ import pytest
 import torch
 
 import train
+from conftest import ROOT
+from model import Transformer
 from support import command
 from support import runs
 from lora import EXPERTS
 from router import contrastive_loss, gates_for_rule
 from support.chat import Chat, load_tokenizer
+from support.records import read_queries
 from support.rows import make_rows
 from synth import template_records
 from train import evaluation_loss, score_queries
 
 pytestmark = pytest.mark.slow
+QUERIES = [item["query"] for item in read_queries(ROOT / "data" / "pairs.jsonl")[0][::12]]
+
+
+@pytest.mark.parametrize("name, most", [("SmolLM2-135M-Instruct", 0.012), ("Qwen2.5-Coder-0.5B-Instruct", 0.004)])
+@torch.no_grad()
+def test_weights_in_8_bits_change_the_next_token_little(name, most, weights):
+    """Mean KL to fp32 over all positions of ten queries, and the share of equal most probable tokens. bf16 alone has
+    0.0017 and 0.96 on SmolLM2, 0.0008 and 0.98 on Qwen; with 8 bits it has 0.0073 and 0.95, 0.0024 and 0.94."""
+    chat = Chat.from_dir(weights / name)
+    prompts = [torch.tensor([chat.prompt([{"role": "user", "content": query}])]) for query in QUERIES]
+    found = []
+    for dtype, int8 in ((torch.float32, False), (torch.bfloat16, True)):
+        model = Transformer.from_pretrained(weights / name, dtype, int8=int8)
+        found.append(torch.cat([model(ids)[0].float().log_softmax(-1) for ids in prompts]))
+    full, rounded = found
+    assert 0 < (full.exp() * (full - rounded)).sum(-1).mean() < most
+    assert (full.argmax(-1) == rounded.argmax(-1)).float().mean() > 0.9
 
 
 @pytest.fixture(scope="module")

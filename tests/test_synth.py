@@ -360,6 +360,13 @@ def test_a_local_teacher_compiles_its_decoding_step_if_asked_to(wanted, folder, 
     assert compiled == [teacher.model] * wanted
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_local_teacher_is_in_8_bits_if_asked_to(wanted, folder):
+    teacher = synth.LocalTeacher(parse(synth.Args, local_command(folder, "q", "o", *["--int8"] * wanted)))
+    assert (teacher.model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8) == wanted
+    assert teacher.model.dtype == torch.float32
+
+
 def test_a_choice_is_the_most_probable_whole_reply(folder):
     """Compared with each choice's log-probability, token by token, from the whole model's logits."""
     chat = Chat.from_dir(folder)
@@ -442,6 +449,8 @@ def test_ctrl_c_between_two_tokens_keeps_the_batches_before(folder, asked, out, 
     ("--teacher local --out o.jsonl --queries q.txt --model m --url x", "--url does not go with --teacher local"),
     ("--teacher http --out o.jsonl --queries q.txt --model m --url http://x/v1 --compile",
      "--compile does not go with --teacher http"),
+    ("--teacher http --out o.jsonl --queries q.txt --model m --url http://x/v1 --int8",
+     "--int8 does not go with --teacher http"),
     ("--out o.jsonl --queries q.txt", "--queries does not go with --teacher template"),
     ("--teacher local --out o.jsonl --queries q.txt --model m --overwrite", "never replaced: give another --out"),
     ("--teacher local --out o --queries q.txt --model m", "--out is o, expected a file named .jsonl"),
