@@ -37,8 +37,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # The layer
 
 class ExpertLinear(Linear):
-    """A frozen linear layer with E LoRA experts beside it. It keeps the layer's own weight, under the same name, also
-    one in 8 bits."""
+    """A frozen linear layer with E LoRA experts beside it. It keeps the layer's own weight, full or in 8 bits, under the
+    same name."""
 
     def __init__(self, frozen, n_experts, rank, alpha):
         super().__init__(frozen.in_features, frozen.out_features, bias=frozen.bias is not None, device="meta")
@@ -58,7 +58,6 @@ class ExpertLinear(Linear):
 
         x: (N, T, in). gate: (N, E), the weights w of each row's experts, or (1, E) for all rows; None leaves the
         experts out.
-        `linear` is F.linear, or on some CPUs a faster equivalent of it (support/matmul.py).
         """
         if gate is None:
             return self.product(x)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from support.files import UserError
+from support.int8 import Int8Product
 from support.matmul import linear
 from support.weights import find_tensors, load_tensors, read_model_config, weight_files
 
@@ -77,44 +78,11 @@ CONFIGS = {  # the published shapes, one line a model: vocab, dim, layers, heads
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-def quantise(weight):
-    """Round a weight W (out, in) to 8 bits. Returns q (out, in), int8, and each row's scale s (out,), fp32: W ≈ s q.
-
-    The largest absolute value of a row becomes 127 or −127, and no weight moves by more than half of its row's step s.
-    """
-    q = torch.empty_like(weight, dtype=torch.int8)
-    s = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    # A few hundred rows at a time: fp32 copies of a whole weight would be the peak of memory while a model is loaded.
-    for w_rows, q_rows, s_rows in zip(weight.split(256), q.split(256), s.split(256)):
-        s_rows.copy_(w_rows.abs().amax(1).float() / 127)
-        s_rows.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros must not be divided by zero
-        q_rows.copy_((w_rows / s_rows[:, None]).round_())
-    return q, s
-
-
-class Int8Product(torch.autograd.Function):
-    """The product with a frozen weight in 8 bits: F.linear(x, s[:, None] * q).
-
-    Forward and backward each cast q to x's dtype, which rounds nothing, and drop the copy: only q and s are kept for
-    backward. The scales multiply the product, in fp32; it has fewer numbers than the weight.
-    """
-
-    @staticmethod
-    def forward(ctx, x, q, s):  # (…, in), (out, in), (out,)
-        ctx.save_for_backward(q, s)
-        # q.T is cast here and q in backward. torch.compile would merge two equal casts and keep the copy in between.
-        return (x @ q.T.to(x.dtype)).mul_(s)  # (…, out); mul_ computes in fp32 and rounds once, to the product's dtype
-
-    @staticmethod
-    def backward(ctx, upstream):  # (…, out)
-        q, s = ctx.saved_tensors
-        return upstream.clone().mul_(s) @ q.to(upstream.dtype), None, None
-
-
 class Linear(nn.Linear):
     """A linear layer whose forward accepts the experts' gate, so that lora.ExpertLinear can take its place.
 
-    weight_scale: None, or after `set_int8` the scales (out,) of the weight, which is then int8 and does not train.
+    weight_scale: None, or after `set_int8` the scales (out,) of the weight, which is then int8 and does not train
+    (support/int8.py). A cast of the model would round the scales: load it with the dtype instead.
     """
 
     def __init__(self, in_features, out_features, bias=True, device=None):
@@ -122,7 +90,7 @@ class Linear(nn.Linear):
         self.register_parameter("weight_scale", None)
 
     def set_int8(self, q, s):
-        """Take a weight in 8 bits, as `quantise` returns it, in place of the full one."""
+        """Take a weight in 8 bits and its scales, as `quantise` returns them, in place of the full weight."""
         self.weight, self.weight_scale = nn.Parameter(q, requires_grad=False), nn.Parameter(s, requires_grad=False)
 
     def product(self, x):
@@ -352,9 +320,9 @@ class Transformer(nn.Module):
             shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
         files = find_tensors(weight_files(path), shapes, "config.json describes another model",
                              optional=["lm_head.weight"] if config.tied or not head else [])
-        layers = {name: module for name, module in model.named_modules() if int8 and isinstance(module, Linear)}
-        state = load_tensors(files, dtype, device, {f"{name}.weight": quantise for name in layers})
-        for name, layer in layers.items():
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)} if int8 else {}
+        state = load_tensors(files, dtype, device, {f"{name}.weight" for name in layers})
+        for name, layer in layers.items():  # so that the model expects their scales
             layer.set_int8(state[f"{name}.weight"], state[f"{name}.weight_scale"])
         if config.tied:
             embedding = state["model.embed_tokens.weight"]

@@ -469,7 +469,7 @@ class Args:
     dtype: typing.Literal["float32", "bfloat16"] | None = None
     """local: if not given, bfloat16 on a GPU and float32 on a CPU."""
     int8: bool = False
-    """local: keep the weights of the model's linear layers in 8 bits, about half the memory."""
+    """local: keep the weights of the model's linear layers in 8 bits: a little over half the memory of bfloat16."""
     compile: bool = False
     """local: compile the decoding step with torch.compile. It takes minutes at the start, so it pays for many queries.
     Needs Triton on a GPU and a C++ compiler on a CPU."""

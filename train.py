@@ -81,8 +81,8 @@ class Args:
     """bfloat16: the frozen base's dtype, and autocast. Default: bfloat16 on a GPU, float32 on a CPU. Trained weights
     are always float32."""
     int8: bool = False
-    """Keep the weights of the base's linear layers in 8 bits: about half the memory, and losses that differ by less
-    than a hundredth. The same for all stages of a run; the router stage needs no base."""
+    """Keep the weights of the base's linear layers in 8 bits: a little over half the memory of bfloat16. Losses rise
+    slightly (docs/results.md). The same for all stages of a run; the router stage, which needs no base, ignores it."""
     seed: int = 0
     """Seed of data order and initial values. The same seed on the same CPU gives the same run, bit for bit."""
     tau: float = 1.0

@@ -102,7 +102,7 @@ class Models:
         self.base = self.run.model_folder("experts") if self.run else args.base
         self.dtype = pick_dtype(args.dtype, pick_device(args.device))
         self.int8 = bool(self.run.setup.int8 if self.run else args.int8)
-        self.gate_by_hand = gate_from_options(self.run, args) if self.run else None  # (1, E), if the user set it
+        self.gate_by_hand = gate_from_options(self.run, args) if self.run and args.only != "base" else None
         fused = "PersonaFuse" if self.gate_by_hand is None else "by hand"
         names = {"base": ["base"], "personafuse": [fused], None: ["base", fused]}
         self.names = names[args.only] if self.run else ["base"]
@@ -122,7 +122,7 @@ class Models:
         """Returns what identifies a model, wherever its files are. Replies in one folder must come from one model."""
         read_json(Path(self.base) / "config.json")  # raises a UserError for a folder that holds no model
         settings = {"base": Path(self.base).name, "content": fingerprint(self.base),
-                    "dtype": "int8, " * self.int8 + str(self.dtype).removeprefix("torch."), "gate": "base"}
+                    "dtype": ("int8, " if self.int8 else "") + str(self.dtype).removeprefix("torch."), "gate": "base"}
         if name == "base":
             return settings
         settings |= {"gate": self.args.persona or self.args.gate or "learned", "tau": self.run.setup.tau,

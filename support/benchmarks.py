@@ -608,7 +608,8 @@ class SafetyBench(Benchmark):
     @staticmethod
     def find(folder, name):
         """Returns the file of this name in a folder or its subfolders; if there is none, where it is expected."""
-        return next(iter(sorted(Path(folder).rglob(name))), Path(folder) / name)
+        return next((file for pattern in (name, f"*/{name}") for file in sorted(Path(folder).glob(pattern))),
+                    Path(folder) / name)
 
     def load(self, folder):
         present = [name for name in SAFETYBENCH if self.find(folder, f"test_{name}.json").exists()]

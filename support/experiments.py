@@ -86,7 +86,8 @@ def variant(args, source, name, stages, untrained=(), data=None, **changes):
     stored = read_run(folder)
     if any(stored["stages"].get(stage) != s for stage, s in kept.items()):
         raise UserError(f"{folder} was made from other stages than {source} has now: remove it to train it again")
-    write_config(folder, stored | {"setup": stored["setup"] | models})
+    if stored["setup"] | models != stored["setup"]:
+        write_config(folder, stored | {"setup": stored["setup"] | models})
 
     setup = load_run(args, folder).setup
     for stage in untrained:

@@ -45,7 +45,7 @@ class RunOptions:
     """Data type of the base's weights. Default: bfloat16 on a GPU, float32 on a CPU."""
     int8: bool | None = None
     """Keep the weights of the base's linear layers in 8 bits, or with --no-int8 in full. Default: as when the experts
-    were trained."""
+    were trained, or as in --run if no run trained them."""
     seed: int = 0
     """Seed of random and shuffled gates, of bootstraps and of sampling."""
     tau: float | None = None
@@ -105,9 +105,10 @@ class LoadedRun:
                 setattr(self.setup, role, Setup.restore_path(known["setup"][role], folder))
         if args.experts:
             self.setup.rank, self.setup.alpha = adapter_shape(args.experts)
-        trained_by = self.run_of("experts")
-        if args.int8 is not None or trained_by:
-            self.setup.int8 = trained_by[1]["setup"]["int8"] if args.int8 is None else args.int8
+        if args.int8 is not None:
+            self.setup.int8 = args.int8
+        elif trained_by := self.run_of("experts"):
+            self.setup.int8 = trained_by[1]["setup"]["int8"]
 
     def folder(self, part):
         """Returns the folder of the "experts" or the "router" to measure. UserError if they are not trained yet."""

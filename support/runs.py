@@ -352,6 +352,8 @@ def open_run(setup, settings, args, locks):
     # before the first one asked for; without it, all stay. If no stage stays, the old settings count only while models
     # or data made with them are still used: --overwrite makes these again, too.
     config = read_run(run) if (run / "config.json").exists() else {}
+    if config and not {"warmup", "joint"} & {stage for stage in config["stages"] if has_begun(run, stage)}:
+        config["setup"]["int8"] = None  # no stage that loads the base has begun, so this may still change
     kept = STAGES[:STAGES.index(next(iter(settings)))] if args.overwrite else STAGES
     stages = {stage: s for stage, s in config.get("stages", {}).items() if stage in kept and has_begun(run, stage)}
     started_before = bool(config)
@@ -388,7 +390,8 @@ def unfinished_stages(run, settings):
 
 
 def complete_setup(setup):
-    """Take from config.json the models that other stages were given: the closing table may need them."""
+    """Take from config.json the models that other stages were given, and whether the base is in 8 bits: the closing
+    table may need them."""
     found = read_run(setup.run)["setup"]
     setup.base, setup.encoder = (Setup.restore_path(found[key], setup.run) for key in ("base", "encoder"))
     setup.int8 = found["int8"]
@@ -396,21 +399,21 @@ def complete_setup(setup):
 
 def move_aside(run, prepared, kept, config, locks):
     """Rename the run folder to RUN.replaced-N, with everything in it. The new run folder gets copies of the stages and
-    folders in `kept`, and `config`. It is complete as `prepared` before anything is renamed."""
+    folders in `kept`, and `config`. It is made as `prepared`, and complete before anything is renamed: if the process is
+    killed between the two renames, the next `open_run` does the second."""
     aside = next(path for n in itertools.count(1) if not (path := Path(f"{run}.replaced-{n}")).exists())
     with atomic(prepared) as new:
         new.mkdir()
         locks.enter_context(lock(new))  # a lock stays with its folder when that is renamed
-        for name in kept:
-            if (run / name).is_dir():
-                shutil.copytree(run / name, new / name)
-            for file in checkpoint_files(run, name):
-                (new / "state").mkdir(exist_ok=True)
-                shutil.copy2(file, new / "state")
+        for file in [file for name in kept for file in (*(run / name).rglob("*"), *checkpoint_files(run, name))]:
+            if file.is_file():
+                copy = new / file.relative_to(run)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
         kept_stages = {*kept, "pretrain"} if kept else set()
         lines = [line + b"\n" for line, entry in read_log(run) if entry["stage"] in kept_stages]
         (new / "log.jsonl").write_bytes(b"".join(lines))
         write_config(new, config)
-    print(f"{run}: the earlier run is now in {aside}")
     os.replace(run, aside)
     os.replace(prepared, run)
+    print(f"{run}: the earlier run is now in {aside}")

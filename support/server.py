@@ -67,7 +67,7 @@ class HttpTeacher:
         self.slowed = 0.0          # when the gap last grew
         self.pace = threading.Lock()  # for the three above
         self.stop = threading.Event()
-        self.finished = queue.SimpleQueue()  # outcomes and errors
+        self.finished = queue.SimpleQueue()  # outcomes and errors; after self.stop also None
 
     def run(self, queries, save):
         """Take every query (an iterator of Synthesis) to its outcome, and save([outcome]) each one in this thread.
@@ -107,7 +107,7 @@ class HttpTeacher:
             save([outcome for outcome in left if isinstance(outcome, dict)])
 
     def converse(self, query):
-        """Make all requests of one query, with a wait after each that failed. After self.stop, it has no outcome."""
+        """Make all requests of one query, with a wait after each that failed. If self.stop is set first, it has no outcome."""
         failures = 0  # in a row
         while not query.outcome and self.wait_for_turn():
             began = time.monotonic()

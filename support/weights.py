@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from support.files import UserError, check_settings, read_json, shorten
+from support.int8 import quantise
 
 MODEL_CONFIG = {  # what config.json may say for model.Transformer to compute the same as the published model
     "model_type": ("llama", "qwen2"),  # Llama 3 and SmolLM2; Qwen2 and Qwen2.5
@@ -182,11 +183,10 @@ def find_tensors(files, shapes, hint, optional=()):
     return found
 
 
-def load_tensors(found, dtype=None, device="cpu", to_quantise={}):
+def load_tensors(found, dtype=None, device="cpu", to_quantise=()):
     """Load the tensors that `find_tensors` has found as `dtype` (None: as stored) on `device`.
 
-    to_quantise: {name: function} for tensors to keep in 8 bits. The function returns the int8 tensor and its scales,
-    which get the name NAME_scale.
+    to_quantise: names of the tensors to keep in 8 bits. Their scales get the name NAME_scale.
     Returns {name: tensor}. UserError for values that are NaN or infinite. Files are mapped into memory, not read whole,
     and mapped again after every 64 MiB, which frees the part that has been converted: host memory peaks at little more
     than the result.
@@ -198,18 +198,19 @@ def load_tensors(found, dtype=None, device="cpu", to_quantise={}):
             while names and found[names[0]][0] == file and size < 2**26:
                 name = names.pop(0)
                 stored = opened.get_tensor(found[name][1])
-                if name in to_quantise:  # int8 has no NaN; a row with a NaN or an infinity gives it to its scale
-                    tensors[name], loaded = to_quantise[name](stored)
-                    tensors[f"{name}_scale"] = loaded
+                if name in to_quantise:
+                    # int8 holds no NaN and no infinity, but the scale of a row that has one is then not finite either
+                    tensors[name], checked = quantise(stored)
+                    tensors[f"{name}_scale"] = checked
                 else:
-                    # A tensor that has its dtype already lies in the mapped file, and keeps in memory what was read of
-                    # the file for others. If those are quantised, that would be more than the result: it is copied.
-                    loaded = tensors[name] = stored.to(dtype or stored.dtype, copy=bool(to_quantise))
+                    # Without a cast, `stored` is a view of the mapped file. It would keep the file mapped, and with it
+                    # all pages that were read for quantised tensors. Hence the copy.
+                    checked = tensors[name] = stored.to(dtype or stored.dtype, copy=bool(to_quantise))
                 size += stored.nbytes
                 # whichever has fewer bytes is faster to check: a cast to a wider dtype makes no infinite values
-                if not all_finite(min(loaded, stored, key=torch.Tensor.element_size)):
+                if not all_finite(min(checked, stored, key=lambda tensor: tensor.nbytes)):
                     raise UserError(f"{file}: {name} has values that are NaN or infinite as "
-                                    f"{str(loaded.dtype)[6:]}: the training diverged, or the file is damaged")
+                                    f"{str(tensors[name].dtype)[6:]}: the training diverged, or the file is damaged")
     return tensors
 
 

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from lora import add_experts, expert_layers
-from model import CONFIGS, Config, Linear, Transformer, quantise
+from model import CONFIGS, Config, Linear, Transformer
 from router import Router
 from support.files import UserError
+from support.int8 import quantise
 from support.rows import Row
 from support.tables import print_table
 from train import Stage, row_losses

@@ -2,6 +2,7 @@
 overwritten, and what is printed. One tiny run of twenty steps is trained once and shared.
 """
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -333,7 +335,11 @@ def test_the_stages_that_load_the_base_agree_on_8_bits_and_the_router_stage_may_
     shown, given = [], ["--int8"] * int8
     monkeypatch.setattr(train, "print_results", lambda setup: shown.append(setup.int8))
     run = undone(run_folder, here, *RESULTS)
-    train_tiny("--stage", "router", "--overwrite"), train_tiny("--stage", "warmup", *given)
+    train_tiny("--stage", "router", "--overwrite")
+    with monkeypatch.context() as no_memory, pytest.raises(MemoryError):  # a warm-up that never began binds nobody
+        no_memory.setattr(train, "train_stage", mock.Mock(side_effect=MemoryError))
+        train_tiny("--stage", "warmup", *["--int8"] * (not int8))
+    train_tiny("--stage", "warmup", *given)
     assert "int8 was" in message_of("--preset", "tiny", "--stage", "joint", *["--int8"] * (not int8))
     shutil.rmtree(run / "router")
     train_tiny("--stage", "router", "--resume")
@@ -411,6 +417,15 @@ def test_overwrite_of_every_stage_may_change_every_setting(run_folder, here, no_
     assert {tensor.shape[0] for name, tensor in adapter.items() if "lora_A" in name} == {4}
     assert not (run / "router").exists() and not (run / "joint").exists()
     assert {entry["stage"] for entry in log(run)} == {"pretrain", "warmup"}
+
+
+def test_an_overwrite_without_room_for_its_copies_changes_nothing(run_folder, here, no_results, monkeypatch):
+    run = copy(run_folder, here)
+    before = contents(run)
+    monkeypatch.setattr(shutil, "copyfile", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    said = message_of("--preset", "tiny", "--stage", "joint", "--overwrite")
+    assert "cannot be written (No space left on device)" in said
+    assert contents(run) == before and [path.name for path in run.parent.iterdir()] == [run.name]
 
 
 @pytest.mark.parametrize("without, argv, why", [

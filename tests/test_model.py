@@ -34,6 +34,7 @@ from harness import SMALL, STRETCHED, in_8_bits, published, randomise
 from lora import add_experts
 from model import CONFIGS, Config, Transformer
 from support.files import UserError, atomic
+from support.int8 import quantise
 
 T = 512
 TINY = Config(40, 16, 2, 4, 2, 8, 24, 1e-5, 1e4)
@@ -387,7 +388,7 @@ def test_no_weight_moves_by_more_than_half_a_step_of_its_row(dtype):
     weight = torch.randn(700, 48).to(dtype)
     weight[[3, 600]], weight[[4, 601]] = 0, torch.finfo(dtype).tiny
     weight[[5, 602]] *= 1e4 if dtype == torch.float16 else 5e37
-    q, s = M.quantise(weight)
+    q, s = quantise(weight)
     assert (q.dtype, q.shape, s.dtype, s.shape) == (torch.int8, weight.shape, torch.float32, (700,))
     step = s.double()[:, None]
     assert ((q * step - weight.double()).abs() <= (0.5 + 1e-5) * step).all() and step.isfinite().all()
@@ -845,7 +846,7 @@ def test_loading_in_8_bits_rounds_the_seven_layers_of_each_block_and_nothing_els
     assert len(layers) == 2 * 7 and found.keys() == state.keys() | {f"{name}_scale" for name in layers}
     for name, tensor in state.items():
         if name in layers:
-            assert all(map(torch.equal, (found[name], found[f"{name}_scale"]), M.quantise(tensor))), name
+            assert all(map(torch.equal, (found[name], found[f"{name}_scale"]), quantise(tensor))), name
         else:
             assert found[name].dtype == wanted and torch.equal(found[name], tensor.to(wanted)), name
 
