@@ -38,6 +38,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             losses.append((z.log() + m - at_target)[:, 0])                              # (C,)
             if ctx.needs_input_grad[0]:  # d loss / d logits is softmax minus one-hot
                 grads.append(e.div_(z).scatter_add_(1, t, -torch.ones_like(z)).to(h.dtype) @ weight)  # (C, D)
+            del logits, e  # before the next chunk's are made
         ctx.save_for_backward(torch.cat(grads)[:n] if grads else None)
         return torch.cat(losses)[:n]
 

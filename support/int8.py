@@ -9,8 +9,10 @@ def quantise(weight):
     """
     q = torch.empty_like(weight, dtype=torch.int8)
     s = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    # A few hundred rows at a time: fp32 copies of a whole weight would be the peak of memory while a model is loaded.
-    for w_rows, q_rows, s_rows in zip(weight.split(256), q.split(256), s.split(256)):
+    # A few rows at a time: fp32 copies of a whole weight would be the peak of memory while a model is loaded, and large
+    # copies, freed among the weights that stay, leave holes. With 256 rows at a time the 8B took 1.2 GB more.
+    n = max(1, 2**16 // weight.shape[1])
+    for w_rows, q_rows, s_rows in zip(weight.split(n), q.split(n), s.split(n)):
         s_rows.copy_(w_rows.abs().amax(1).float() / 127)
         s_rows.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros must not be divided by zero
         q_rows.copy_((w_rows / s_rows[:, None]).round_())
