@@ -46,7 +46,7 @@ class ExpertLinear(Linear):
         self.rank, self.alpha = rank, float(alpha)
         self.scale = alpha / rank  # r is the rank of one expert, not of all: 16/8 = 2, not 16/80
         device, bound = frozen.weight.device, self.in_features ** -0.5
-        # A and B are fp32, whatever dtype W has. B is stored transposed, (r, out), so that flattening (E, r) is free
+        # A and B are fp32, whatever dtype W has. B is stored transposed, (r, out), so that flattening (E, r) is free.
         # LoRA's usual start: B is 0, and A is uniform in ±1/√in. For one expert that is kaiming_uniform_ with a = √5,
         # but kaiming_uniform_ would take r·in as the fan_in of this 3-D tensor. A is drawn on the CPU, so that a seed
         # gives the same experts on every device; on "meta" there is nothing to draw.
