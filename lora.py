@@ -45,13 +45,14 @@ class ExpertLinear(Linear):
         self.weight, self.bias, self.weight_scale = frozen.weight, frozen.bias, frozen.weight_scale
         self.rank, self.alpha = rank, float(alpha)
         self.scale = alpha / rank  # r is the rank of one expert, not of all: 16/8 = 2, not 16/80
-        device = frozen.weight.device
-        # A and B are fp32, whatever dtype W has. B is stored transposed, (r, out), so that flattening (E, r) is free
-        self.A = nn.Parameter(torch.empty(n_experts, rank, self.in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(n_experts, rank, self.out_features, device=device))
+        device, bound = frozen.weight.device, self.in_features ** -0.5
+        # A and B are fp32, whatever dtype W has. B is stored transposed, (r, out), so that flattening (E, r) is free.
         # LoRA's usual start: B is 0, and A is uniform in ±1/√in. For one expert that is kaiming_uniform_ with a = √5,
-        # but kaiming_uniform_ would take r·in as the fan_in of this 3-D tensor.
-        nn.init.uniform_(self.A, -self.in_features ** -0.5, self.in_features ** -0.5)
+        # but kaiming_uniform_ would take r·in as the fan_in of this 3-D tensor. A is drawn on the CPU, so that a seed
+        # gives the same experts on every device; on "meta" there is nothing to draw.
+        A = torch.empty(n_experts, rank, self.in_features, device=device if device.type == "meta" else "cpu")
+        self.A = nn.Parameter(nn.init.uniform_(A, -bound, bound).to(device))
+        self.B = nn.Parameter(torch.zeros(n_experts, rank, self.out_features, device=device))
 
     def forward(self, x, gate=None):
         """Returns W x + (α/r) Σ_e w_e B_e A_e x (and the layer's bias), (N, T, out).
@@ -90,7 +91,8 @@ def add_experts(model, n_experts=len(EXPERTS), rank=8, alpha=16):
     """Freeze everything in `model` and put experts beside its linear layers, all but the head.
 
     Returns the trainable parameters: A and B of every layer, in the model's order, fp32, on the model's device. A is
-    drawn from torch's global generator. Rank 8 and alpha 16 are the paper's. ValueError if there are experts already.
+    drawn from torch's global generator on the CPU. Rank 8 and alpha 16 are the paper's. ValueError if there are experts
+    already.
     """
     if any(isinstance(module, ExpertLinear) for module in model.modules()):
         raise ValueError("this model has experts already")

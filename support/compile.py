@@ -23,9 +23,12 @@ def check_compiler(device):
     """UserError if torch.compile has no compiler to call."""
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         raise UserError("--compile needs Triton on a GPU: pip install triton, or leave --compile out")
-    if device.type != "cuda" and not any(map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"])):
-        raise UserError("--compile needs a C++ compiler on a CPU, and there is neither g++ nor clang++: install one, "
-                        "or leave --compile out")
+    where, language, variable, *names = "CPU", "C++", "CXX", "g++", "clang++"
+    if device.type == "cuda":  # Triton starts its kernels through a module that it compiles
+        where, language, variable, *names = "GPU", "C", "CC", "gcc", "clang"
+    if not any(map(shutil.which, [os.environ.get(variable, ""), *names])):
+        raise UserError(f"--compile needs a {language} compiler on a {where}, and there is neither "
+                        f"{' nor '.join(names)}: install one, or leave --compile out")
 
 
 class CompiledStep:

@@ -137,6 +137,7 @@ class Worker:
 def work(connection):
     """What a Worker's process does."""
     os.setpgid(0, 0)
+    torch.set_float32_matmul_precision("highest")  # some images choose TF32 by an environment variable
     while True:
         answer = None, True
         try:
@@ -147,23 +148,26 @@ def work(connection):
             answer = str(error), True
         except ModuleNotFoundError as error:
             answer = f"{error.name} is not installed here", True
+        except torch.OutOfMemoryError as error:
+            answer = f"the GPU's memory is full ({' '.join(str(error).split())[:200]})", True
         except Exception as error:  # one of CUDA's may leave the GPU unusable in this process
             answer = " ".join(f"{type(error).__name__}: {error}".split())[:300], False
         sys.stdout.flush()
         gc.collect()
-        if torch.cuda.is_initialized():
+        if answer[1] and torch.cuda.is_initialized():  # else it would raise that error again
             torch.cuda.empty_cache()
         connection.send(answer)
 
 
 LEAST = 10  # seconds below which no step is begun: a process needs about as many to start
+ENOUGH = 30  # seconds that a step may take even if they are more than half of what is left
 
 
 def run_plan(plan, minutes, start=Worker, clock=time.monotonic):
     """Call the functions of plan, {title: function}, one after the other, and end after so many minutes at the latest.
 
-    A step may take half of the time that is left, so that one that hangs does not take all. Steps for which no time is
-    left are listed as not measured.
+    A step may take half of the time that is left, so that one that hangs does not take all, or ENOUGH. Steps for which
+    no time is left are listed as not measured.
     """
     end, worker = clock() + 60 * minutes, None
     try:
@@ -174,7 +178,7 @@ def run_plan(plan, minutes, start=Worker, clock=time.monotonic):
                 continue
             print(f"{title} (at {60 * minutes - left:.0f} s)", flush=True)
             worker = worker or start()
-            problem, usable = worker.run(function, left / 2)
+            problem, usable = worker.run(function, min(left, max(left / 2, ENOUGH)))
             if problem:
                 print(f"  not measured: {problem}", flush=True)
             if not usable:

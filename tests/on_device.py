@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch._dynamo.utils import counters
 
 import small
 import train
@@ -49,14 +50,19 @@ def stages(device):
             small.make(Path())
             losses = train_tiny("run", device)
             check(f"losses of {len(losses)} steps in three stages, beside the CPU",
-                  relative(losses, train_tiny("on-cpu", "cpu")), 1e-2)
+                  relative(losses, train_tiny("on-cpu", "cpu")), 1e-4)
             for stage in STAGES:  # as if each had been stopped after its second step
                 shutil.rmtree(f"run/{stage}")
                 os.remove(f"run/state/{stage}-0000004.safetensors")
             resumed = train_tiny("run", device, "--resume")
-            check("the same, stopped in each stage and resumed", relative(resumed, losses), 1e-2)
+            check("the same, stopped in each stage and resumed", relative(resumed, losses), 1e-4)
         finally:
             os.chdir(before)
+
+
+def check_graphs():
+    """Since counters.clear(), no CUDA graph was skipped. PyTorch skips one without a word and is as slow as before."""
+    check("CUDA graphs skipped", counters["inductor"]["cudagraph_skips"], 0)
 
 
 @torch.no_grad()
@@ -123,5 +129,7 @@ def cuda_graph(device):
         raise UserError("a CUDA graph needs a GPU")
     model, prompts, gate = mixture(device)
     compile_decoding(model)
+    counters.clear()
     replies = generate(model, prompts, gate, 40)
+    check_graphs()
     check("decoding by CUDA graph, beside whole passes", short_of_best(model, prompts, gate, replies), 1e-4)

@@ -1,18 +1,21 @@
 """Every command of bench.py runs, on tiny models, and the figures in its tables are what they claim to be."""
-import importlib
+import importlib.util
 import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.cudagraph_utils import log_cudagraph_skip_and_bump_counter
 
 import bench
 import on_device
@@ -21,7 +24,9 @@ from harness import Worker, interleaved, linears, our_step, peak, print_times, r
 from harness import step_flops, token_bytes, with_experts
 from lora import ExpertLinear, merged_tensors
 from model import CONFIGS, Config, Transformer
+from router import MAX_QUERY_TOKENS
 from support.checkpoints import checkpoint_files
+from support.compile import check_compiler
 from support.files import UserError
 from support.rows import micro_batches
 from support.runs import PRESETS
@@ -121,6 +126,39 @@ def test_names_what_is_missing(command, words, monkeypatch):
         main([command])
 
 
+@pytest.mark.parametrize("device, found, missing", [
+    ("cuda", "", "Triton"), ("cuda", "triton g++", "neither gcc nor clang"), ("cuda", "triton gcc", None),
+    ("cuda", "triton clang", None), ("cuda", "triton zig", None), ("cpu", "gcc", "neither g++ nor clang++"),
+    ("cpu", "g++", None), ("cpu", "zig", None)])
+def test_compiling_needs_a_compiler_of_c_on_a_gpu_and_of_cpp_on_a_cpu(device, found, missing, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in found.split() or None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in found.split() else None)
+    monkeypatch.setenv("CC", "zig")
+    monkeypatch.setenv("CXX", "zig")
+    with pytest.raises(UserError, match=re.escape(missing)) if missing else nullcontext():
+        check_compiler(torch.device(device))
+
+
+@pytest.mark.parametrize("option", ["weights x", "queries x", "int8", "compile", "recompute", "natural", "out x"])
+def test_the_plan_takes_no_option_that_it_cannot_follow(option):
+    with pytest.raises(UserError, match=f"leave --{option.split()[0]} out"):
+        main(f"gpu --device cpu --{option}".split())
+
+
+def test_peft_computes_as_many_positions_as_ours():
+    seen = set()
+    args = SimpleNamespace(weights=None, shape=None, layers=None, device=torch.device("cpu"), dtype=torch.float32,
+                           batch=2, length=12, int8=False, recompute=False)
+
+    def look(module, given):
+        if isinstance(module, torch.nn.Embedding):
+            seen.add((make.__name__, *given[0].shape))
+    with torch.nn.modules.module.register_module_forward_pre_hook(look):
+        for make in (bench.our_steps, bench.their_steps):
+            make(args)(5)
+    assert seen == {("our_steps", 2, 12), ("their_steps", 2, 12)}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The plan for a GPU
 
@@ -175,11 +213,37 @@ def test_a_plan_without_time_begins_nothing():
     assert not called and not stub.started and out.count("not measured, the time is up") == 2
 
 
+def test_a_plan_leaves_a_step_at_least_half_a_minute_or_what_there_is():
+    stub, called, _ = run_stubbed([(440, None, True), (15, "slow", True), (14, None, True)], "abc", minutes=16)
+    assert called == "abc" and stub.limits == [480, 260, 252.5]
+    stub, called, _ = run_stubbed([(20, None, True), (15, None, True)], "abc", minutes=55 / 60)
+    assert called == "abc" and stub.limits == [30, 30, 20]
+
+
+def no_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+
+def broken_gpu():
+    """As after an error that leaves the GPU unusable: whatever follows raises it again."""
+    torch.cuda.is_initialized, torch.cuda.empty_cache = lambda: True, broken_gpu
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def tf32():
+    if torch.get_float32_matmul_precision() != "highest":
+        raise UserError("fp32 is not what it says")
+
+
 @pytest.mark.slow
-def test_a_worker_says_how_a_step_failed_and_can_be_stopped():
+def test_a_worker_says_how_a_step_failed_and_can_be_stopped(monkeypatch):
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")  # as in images of NVIDIA's
     worker = Worker()
     try:
         assert worker.run(partial(int, "7"), 60) == (None, True)
+        assert worker.run(tf32, 60) == (None, True)
+        assert worker.run(no_memory, 60) == (
+            "the GPU's memory is full (CUDA out of memory. Tried to allocate 2.00 GiB)", True)
         assert worker.run(partial(int, "x"), 60) == ("ValueError: invalid literal for int() with base 10: 'x'", False)
         assert worker.run(partial(importlib.import_module, "peft2"), 60) == ("peft2 is not installed here", True)
         assert worker.run(partial(on_device.cuda_graph, "cpu"), 60) == ("a CUDA graph needs a GPU", True)
@@ -190,14 +254,15 @@ def test_a_worker_says_how_a_step_failed_and_can_be_stopped():
     assert not worker.process.is_alive()
     assert worker.run(int, 60)[1] is False
     worker = Worker()
+    broken = "RuntimeError: CUDA error: an illegal memory access was encountered", False
+    assert worker.run(broken_gpu, 60) == broken
     assert worker.run(partial(os._exit, 3), 60) == ("the process ended by itself, with status 3", False)
     worker.stop()
 
 
 TITLES = """The limits|1. Correctness: training|1. Correctness: logits|1. Correctness: experts|1. Correctness: CUDA|
-2. Warm-up, recomputed|2. Joint, recomputed|2. Router|2. Warm-up|2. Joint|2. Warm-up in 8|2. Warm-up, recomputed and|
-3. One adapter|4. Decoding, a row|4. Decoding, a batch|4. Decoding by CUDA graph, a row|4. Decoding by CUDA graph, a b|
-5. Profile""".replace("\n", "").split("|")
+2. Warm-up, recomputed|2. Joint, recomputed|2. Router|2. Warm-up|2. Joint|2. Warm-up in 8|3. One adapter|4. Decoding|
+5. Profile|2. Warm-up, recomputed and compiled|4. Decoding by CUDA graph""".replace("\n", "").split("|")
 
 
 def assert_in_order(out):
@@ -222,15 +287,40 @@ def test_the_plan_prints_a_figure_for_every_step_that_needs_no_gpu(monkeypatch):
     assert_in_order(out)
     assert "WRONG" not in out and out.count("ok: ") == 10
     assert out.count("tokens/s, ") == 6 + 2 and "ours takes" in out and "products with the experts" in out
-    assert out.count("needs a GPU") == 3 and out.count("not measured") == 4
+    assert out.count("needs a GPU") == 2 and out.count("not measured") == 3
+    losses = re.findall(r"^2\. ([\w-]+).*\n  first run \S+ s, loss (\S+)$", out, re.MULTILINE)
+    for stage, lines in (("Warm-up", 3), ("Joint", 2), ("Router", 1)):
+        same = [float(loss) for name, loss in losses if name == stage]
+        assert len(same) == lines and max(same) - min(same) < 0.02, losses  # 8 bits round more coarsely
     assert "Decoding, 1 x 2 tokens" in out and "Decoding, 2 x 2 tokens" in out
+
+
+on_cpu = on_device.train_tiny
+
+
+def test_a_skipped_cuda_graph_is_wrong(capsys):
+    on_device.counters.clear()
+    on_device.check_graphs()
+    log_cudagraph_skip_and_bump_counter("skipping cudagraphs")
+    on_device.check_graphs()
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["  ok", "  WRONG"]
+
+
+@pytest.mark.parametrize("loss, said", [(torch.tensor(11.93), "  first run "), (torch.tensor(torch.nan), "  WRONG: ")])
+def test_a_loss_that_is_no_number_is_wrong(loss, said, capsys):
+    run = bench.tell_first("", lambda: loss)
+    run(), run()
+    line, = capsys.readouterr().out.splitlines()  # of the first run only
+    assert line.startswith(said) and line.endswith(f" s, loss {loss:.4f}")
 
 
 @pytest.mark.parametrize("step, module, name, broken", [
     ("logits", "model", "rotate", lambda x, cos, sin: x * cos - sin),
     ("experts", "on_device", "merged_tensors", lambda model, gate: merged_tensors(model, gate.flip(0))),
     ("experts", "model", "last_positions", lambda ids, lengths: ids.shape[1] * torch.arange(1, len(ids) + 1) - 1),
-    ("stages", "train", "load_latest_checkpoint", lambda run, stage: 2 * bool(checkpoint_files(run, stage.name)))])
+    ("stages", "train", "load_latest_checkpoint", lambda run, stage: 2 * bool(checkpoint_files(run, stage.name))),
+    ("stages", "on_device", "train_tiny",  # the experts of the second run do not learn
+     lambda run, *more: on_cpu(run, *more, *["--lr", "1e-9"] * (run == "on-cpu")))])
 def test_a_check_says_what_is_wrong(step, module, name, broken, monkeypatch, capsys):
     monkeypatch.setattr(importlib.import_module(module), name, broken)
     getattr(on_device, step)("cpu")
@@ -243,7 +333,7 @@ def test_a_measured_step_is_that_of_the_paper_preset(name, rows, monkeypatch):
     args = SimpleNamespace(weights=None, queries=None, shape="Llama-3.1-8B", layers=None, device=torch.device("cpu"),
                            dtype=torch.float32, tokens=8192, length=2048, recompute=True, int8=False)
     seen = []
-    monkeypatch.setattr(Stage, "step", lambda stage, rows: seen.append((stage, rows)))
+    monkeypatch.setattr(Stage, "step", lambda stage, rows: seen.append((stage, rows)) or {"loss": None})
     run, tokens, work = bench.stage_step(args, name, 4)
     run()
     (stage, step), = seen
@@ -254,6 +344,7 @@ def test_a_measured_step_is_that_of_the_paper_preset(name, rows, monkeypatch):
     base, encoder = sum(len(row.ids) for row in step if row.ids is not None), sum(len(row.query) for row in step)
     assert tokens == {"warmup": base, "router": encoder, "joint": base + encoder}[name]
     assert {row.expert is None for row in step} == {name != "warmup"} and work > 0
+    assert name != "joint" or {len(row.query) for row in step} == {MAX_QUERY_TOKENS}
 
 
 @pytest.mark.slow

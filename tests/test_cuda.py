@@ -55,6 +55,14 @@ def test_a_training_step_mixes_no_devices(name, recompute, monkeypatch):
     assert {t.device.type for t in (*losses, *metrics.values()) if torch.is_tensor(t)} == {"cuda"} and losses
 
 
+def test_experts_are_drawn_on_the_cpu_so_that_a_seed_gives_the_same_on_every_device(monkeypatch):
+    drawn, draw = set(), torch.nn.init.uniform_
+    monkeypatch.setattr(torch.nn.init, "uniform_", lambda tensor, *bounds: (
+        drawn.add(tensor.device.type), draw(tensor, *bounds))[1])
+    model = fresh(BASE, ARGS)
+    assert {p.device.type for p in with_experts(model)} == {"cuda"} and drawn == {"cpu"}
+
+
 @pytest.mark.parametrize("gate", ["none", "all rows", "each row"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generation_mixes_no_devices(gate, temperature):

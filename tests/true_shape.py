@@ -73,7 +73,8 @@ def main():
         if file != base:
             raise UserError(f"{file} is there already: give a new folder, or one that holds nothing but base/")
     # the base, its export, two stages' experts with checkpoints (four times as much), two routers
-    need, free = size * (2 - base.exists()) + 8 * args.layers * 26.3e6 + 6e9, shutil.disk_usage(args.folder).free
+    need = size * ((not base.exists()) + (not args.int8)) + 8 * args.layers * 26.3e6 + 6e9
+    free = shutil.disk_usage(args.folder).free
     if need > free:
         free, need = map(human_readable_size, (free, need))
         raise UserError(f"{args.folder}: its disk has {free} free, and this needs {need}: nothing was done")
@@ -89,8 +90,9 @@ def main():
     for split in ("train", "validation", "test"):
         write_records(args.folder / "data" / f"{split}.jsonl", records(10))
     frozen = ["--frozen-layers", str(Config.from_dir(args.encoder).n_layers)]
-    command = [*f"--preset paper --run {run} --base {base} --encoder {args.encoder} --data {args.folder / 'data'} "
-               "--device cpu --dtype bfloat16 --recompute --steps 1 --batch 10".split(), *["--int8"] * args.int8]
+    command = ["--run", str(run), "--base", str(base), "--encoder", args.encoder, "--data", str(args.folder / "data"),
+               *"--preset paper --device cpu --dtype bfloat16 --recompute --steps 1 --batch 10".split(),
+               *["--int8"] * args.int8]
     for stage, more in (("router", frozen), ("warmup", []), ("joint", frozen)):
         part(f"a step of {stage}", partial(train.main, show_results=False), [*command, "--stage", stage, *more])
     opened = ["--run", str(run), "--device", "cpu"]
@@ -99,7 +101,8 @@ def main():
     if not args.int8:
         part("exporting the mixture, merged", eval.main,
              ["export", *opened, "--as", "merged", "--persona", "O+", "--out", str(out)])
-    print(f"{len([*out.glob('*.safetensors')])} merged files; {args.folder} can be removed")
+        print(f"    {len([*out.glob('*.safetensors')])} merged files")
+    print(f"{args.folder} can be removed")
 
 
 if __name__ == "__main__":
