@@ -111,7 +111,7 @@ class LoadedRun:
                 folder, known = trained_by
                 setattr(self.setup, role, Setup.restore_path(known["setup"][role], folder))
         user = getattr(args, "user", None)
-        self.likes = read_likes(user, self.setup.tau) if user else torch.zeros(len(EXPERTS))  # (E,), b
+        self.likes = read_likes(user) if user else torch.zeros(len(EXPERTS))  # (E,), b
         if args.experts:
             self.setup.rank, self.setup.alpha = adapter_shape(args.experts)
         trained_by = self.run_of("experts")
@@ -245,16 +245,15 @@ def load_run(args, folder, stage=None):
     return LoadedRun(replace(args, run=str(folder), stage=stage, experts=None, router=None, **own))
 
 
-LARGEST_LIKE = math.log(4)  # ours: b changes the odds of an expert in the gate by at most this, e^(b/τ) ≤ 4
+LARGEST_LIKE = 0.5  # ours: a cosine; support/feedback.py says why
+USER = {"likes": (lambda b: is_for_each_expert(b, -LARGEST_LIKE, LARGEST_LIKE),  # as FIELDS in support/records.py
+                  f"a number from {-LARGEST_LIKE} to {LARGEST_LIKE} for each expert's name")}
 
 
-def read_likes(path, tau):
-    """Returns b (E,) from a user.json. UserError if it was fitted for another τ, or names other experts or limits."""
-    user, limit = read_json(path), 1.001 * LARGEST_LIKE * tau
-    expected = {"tau": (lambda x: x == tau and x is not True, f"{tau}, this gate's: eval.py feedback --tau fits b anew"),
-                "likes": (lambda b: is_for_each_expert(b, -limit, limit),
-                          f"for each of the ten experts a number from {-limit:.3f} to {limit:.3f}")}
-    if problem := check_record(user, expected, expected):
+def read_likes(path):
+    """Returns b (E,) from a user.json. UserError if it is none."""
+    user = read_json(path)
+    if problem := check_record(user, USER, USER):
         raise UserError(f"{path}: {problem}")
     return torch.tensor([float(user["likes"][expert]) for expert in EXPERTS])
 
