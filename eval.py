@@ -536,8 +536,7 @@ class Conversation:
         """Append the last message, its similarities and gate, and the verdict on the reply to the feedback file. The
         similarities are null if the gate was set by hand: it did not come from them."""
         if not self.turns or "verdict" in self.turns[-1]:
-            raise UserError(f"/{verdict} judges the last reply, once: " + (
-                f"its verdict is {self.turns[-1]['verdict']}" if self.turns else "there is none yet"))
+            raise UserError(f"/{verdict} judges the last reply, and once: there is none without a verdict")
         turn, similarity = self.turns[-1], None
         if turn["chosen_by"] == "router":
             cosines = self.run.similarity([as_record(turn["query"], self.turns[:-1]) | {"id": "0"}])[0]

@@ -5,17 +5,14 @@
     python eval.py chat --run runs/tiny --user user.json  # the gate is softmax((s + b) / τ)
 
 b, ten numbers that sum to 0, comes from a logistic regression of the verdicts on the weights of the gates.
-
 Shapes: N verdicts, E = 10 experts, M regressions at once.
 """
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lora import EXPERTS
-from router import softmax_gate
 from support.files import UserError, read_lines
 from support.measure import LARGEST_LIKE, LoadedRun, RunOptions
 from support.records import FIELDS, check_record, is_for_each_expert, record_lines, refuse_to_replace, write_records
@@ -35,7 +32,7 @@ class Feedback(RunOptions):
 LINE = {  # field: (whether a value is valid, what is expected)
     "query": FIELDS["query"],
     "similarity": (lambda s: s is None or is_for_each_expert(s, -1.001, 1.001), "a cosine for each expert, or null"),
-    "gate": (lambda w: is_for_each_expert(w, 0, 1) and abs(sum(w.values()) - 1) < 1e-3, "weights of all experts, sum 1"),
+    "gate": (lambda w: is_for_each_expert(w, 0, 1) and abs(sum(w.values()) - 1) < 1e-3, "ten weights, which sum to 1"),
     "verdict": (lambda value: value in ("good", "bad"), "good or bad")}
 
 
@@ -58,7 +55,6 @@ def append_feedback(path, line):
         raise UserError(f"{path}: {error.strerror or error}; the verdict is not saved") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The regression: p(good) = σ(β·x + c)
 
 PENALTIES = (100, 30, 10, 3, 1)  # on ½‖β‖²; leave-one-out chooses one, of equals the first
@@ -122,12 +118,11 @@ def feedback(args):
     gates = np.array([[line["gate"][expert] for expert in EXPERTS] for line in lines])
     good = np.array([float(line["verdict"] == "good") for line in lines])
     b, errors, penalty = learn_likes(gates, good)
-    stars, weights = np.where(np.abs(b) > 2 * errors, "*", " "), softmax_gate(torch.tensor(b), tau).tolist()
-    rows = [[EXPERTS[e], f"{b[e]:+.3f} ± {errors[e]:.3f} {stars[e]}", weights[e]] for e in np.argsort(-b)]
-    print_table(["pole", "b ± standard error  ", "gate if s = 0"], rows, f"What this person likes by {len(good)} "
+    stars, gate = np.where(np.abs(b) > 2 * errors, "*", " "), np.exp(b / tau) / np.exp(b / tau).sum()
+    rows = [[EXPERTS[e], f"{b[e]:+.3f} ± {errors[e]:.3f} {stars[e]}", f"{gate[e]:.3f}"] for e in np.argsort(-b)]
+    print_table(["pole", "b ± standard error  ", "gate where s = 0"], rows, f"What this person likes by {len(good)} "
                 f"verdicts, {good.sum():.0f} of them good; tau {tau:g}, penalty {penalty}; * is two standard errors")
-    why = ("all verdicts are the same" if good.min() == good.max() else "they are fewer than ten" if len(good) < 10
-           else "no pole is two standard errors from 0" if "*" not in stars else "")
-    print(f"\nToo few verdicts to tell: {why}" if why else "")
+    why = ("they are fewer than ten" if len(good) < 10 else  # verdicts that are all the same give b = 0
+           "no pole is two standard errors from 0" if "*" not in stars else "")
     write_records(out, [{"likes": dict(zip(EXPERTS, b.tolist())), "verdicts": len(lines)}])
-    print(f"{out}: eval.py ask, chat and export take it with --user")
+    print(f"\n{f'Too few verdicts to tell: {why}. ' * bool(why)}{out} is for --user of ask, chat and export")

@@ -110,8 +110,7 @@ class LoadedRun:
             if getattr(self.setup, role) is None and (trained_by := self.run_of(part)):
                 folder, known = trained_by
                 setattr(self.setup, role, Setup.restore_path(known["setup"][role], folder))
-        user = getattr(args, "user", None)
-        self.likes = read_likes(user) if user else torch.zeros(len(EXPERTS))  # (E,), b
+        self.likes = read_likes(args.user) if getattr(args, "user", None) else torch.zeros(len(EXPERTS))  # (E,), b
         if args.experts:
             self.setup.rank, self.setup.alpha = adapter_shape(args.experts)
         trained_by = self.run_of("experts")

@@ -27,7 +27,7 @@ def verdicts(n, seed=0, liked=(2, 7), strength=2.0, tau=1.0):
     rng = np.random.default_rng(seed)
     gates = softmax_gate(torch.tensor(rng.normal(0, .3, (n, 10))), tau).numpy()
     weight = gates[:, liked].sum(1)
-    good = rng.random(n) < 1 / (1 + np.exp(-strength * (weight - weight.mean()) / weight.std()))
+    good = rng.random(n) < 1 / (1 + np.exp(-strength * (weight - weight.mean()) / max(weight.std(), 1e-9)))
     return gates, good.astype(float)
 
 
@@ -273,11 +273,10 @@ def test_good_and_bad_append_the_last_turn_to_the_feedback_file(run_folder, here
     monkeypatch.setattr(talk, "stream", lambda record, gate: "Yes.")
     earlier = json.dumps(write_lines("feedback.jsonl", *verdicts(1))[0])
     Path("feedback.jsonl").write_text(earlier)  # whoever edited it left out the last line's end
-    for lines in (["/good"], [QUERY, "/good", "/bad"], ["And now?", "/nothing", "/bad"], ["/persona O+", "Why?", "/good"],
-                  ["/good yes", "/reset", "/bad"]):
-        for line in lines:
-            with contextlib.suppress(UserError):
-                talk.command(line) if line[0] == "/" else talk.reply(line)
+    for line in ("/good", QUERY, "/good", "/bad", "And now?", "/nothing", "/bad", "/persona O+", "Why?", "/good",
+                 "/good yes", "/reset", "/bad"):
+        with contextlib.suppress(UserError):
+            talk.command(line) if line[0] == "/" else talk.reply(line)
     assert capsys.readouterr().out.count("feedback.jsonl: ") == 3
     first, *written = Path("feedback.jsonl").read_text().splitlines()
     found = read_feedback("feedback.jsonl")[1:]
@@ -295,9 +294,9 @@ def test_good_and_bad_append_the_last_turn_to_the_feedback_file(run_folder, here
 
 
 @pytest.mark.parametrize("lines, why", [
-    (["/good"], "/good judges the last reply, once: there is none yet"),
-    (["Hi", "/reset", "/bad"], "/bad judges the last reply, once: there is none yet"),
-    (["Hi", "/bad", "/good"], "/good judges the last reply, once: its verdict is bad"),
+    (["/good"], "/good judges the last reply, and once: there is none without a verdict"),
+    (["Hi", "/reset", "/bad"], "/bad judges the last reply, and once: there is none"),
+    (["Hi", "/bad", "/good"], "/good judges the last reply, and once: there is none"),
     (["Hi", "/good yes"], "/good is not a command, or lacks")])
 def test_a_verdict_that_cannot_be_given_is_one_line_and_writes_nothing(run_folder, here, monkeypatch, lines, why):
     args = evaluation.ChatOptions(run=str(run_folder), persona="O+", feedback="f.jsonl")
@@ -313,8 +312,9 @@ def test_a_verdict_that_cannot_be_given_is_one_line_and_writes_nothing(run_folde
 
 
 @pytest.mark.parametrize("content, why", [
-    (b'{"query": "Hi", "verd', "line 1: not JSON .*a torn line"), (b'{"id": "1", "query": "Hi"}\n', "line 1: no 'similarity'"),
-    (b"\xff\xfe", "line 1: not UTF-8"), (None, "Is a directory; the verdict is not saved")])
+    (b'{"query": "Hi", "verd', "line 1: not JSON .*a torn line"),
+    (b'{"id": "1", "query": "Hi"}\n', "line 1: no 'similarity'"), (b"\xff\xfe", "line 1: not UTF-8"),
+    (None, "Is a directory")])
 def test_a_verdict_is_not_appended_to_a_file_that_holds_anything_else(here, content, why):
     Path("f.jsonl").mkdir() if content is None else Path("f.jsonl").write_bytes(content)
     line = write_lines("other.jsonl", *verdicts(1))[0]
@@ -323,15 +323,13 @@ def test_a_verdict_is_not_appended_to_a_file_that_holds_anything_else(here, cont
     assert content is None or Path("f.jsonl").read_bytes() == content
 
 
-FAULTS = [({"query": " "}, "query is ' ', expected some text"), ({"similarity": {}}, "similarity is {}, expected a cosine"),
-          ({"gate": None}, "gate is None, expected weights of all experts"),
-          ({"gate": dict.fromkeys(EXPERTS, .2)}, "gate is .*, expected weights of all experts, sum 1"),
-          ({"gate": dict.fromkeys(EXPERTS, .1) | {EXPERTS[0]: -.1, EXPERTS[1]: .3}}, "gate is "),
-          ({"similarity": dict.fromkeys(EXPERTS, 1.5)}, "similarity is "), ({"verdict": "fine"}, "verdict is 'fine', expected good or bad"),
-          ({"verdict": None}, "verdict is None"), ({"gate": [.1] * 10}, "gate is \\[")]
-
-
-@pytest.mark.parametrize("change, why", FAULTS)
+@pytest.mark.parametrize("change, why", [
+    ({"query": " "}, "query is ' ', expected some text"), ({"similarity": {}}, "similarity is {}, expected a cosine"),
+    ({"similarity": dict.fromkeys(EXPERTS, 1.5)}, "similarity is "),
+    ({"gate": None}, "gate is None, expected ten weights"), ({"gate": [.1] * 10}, "gate is \\["),
+    ({"gate": dict.fromkeys(EXPERTS, .2)}, "gate is .*, expected ten weights, which sum to 1"),
+    ({"gate": dict.fromkeys(EXPERTS, .1) | {EXPERTS[0]: -.1, EXPERTS[1]: .3}}, "gate is "),
+    ({"verdict": "fine"}, "verdict is 'fine', expected good or bad"), ({"verdict": None}, "verdict is None")])
 def test_a_wrong_line_of_a_feedback_file_is_named_with_what_was_expected(here, change, why):
     lines = write_lines("f.jsonl", *verdicts(3))
     Path("f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*lines[:2], lines[2] | change)))
@@ -356,12 +354,14 @@ def test_feedback_writes_the_likes_that_user_reads_and_prints_them_with_standard
 
 
 @pytest.mark.parametrize("n, good, strength, why", [
-    (1, 1, 0, "all verdicts are the same"), (40, 0, 0, "all verdicts are the same"),
+    (1, 1, 0, "they are fewer than ten"), (40, 1, 0, "no pole is two standard errors from 0"),
+    (40, 0, 0, "no pole is two standard errors from 0"),
     (9, None, 50, "they are fewer than ten"), (40, None, 0, "no pole is two standard errors from 0")])
 def test_too_few_verdicts_are_said_to_be_too_few(run_folder, here, capsys, n, good, strength, why):
     gates, judged = verdicts(n, strength=strength)
     write_lines("f.jsonl", gates, judged if good is None else np.full(n, good))
-    assert f"Too few verdicts to tell: {why}\n" in said_by(capsys, f"feedback --run {run_folder} --file f.jsonl")
+    out = said_by(capsys, f"feedback --run {run_folder} --file f.jsonl")
+    assert f"Too few verdicts to tell: {why}. user.json is for" in out
 
 
 @pytest.mark.parametrize("argv, why", [
