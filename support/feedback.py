@@ -102,8 +102,8 @@ def learn_likes(gates, good):
     (theta,), (covariance,) = fit(x, good, penalty, np.ones((1, len(good))))
     centre = np.eye(len(EXPERTS)) - 1 / len(EXPERTS)  # the gates say nothing about the sum of β
     beta, errors = centre @ theta[:-1], np.diag(centre @ covariance[:-1, :-1] @ centre) ** 0.5
-    scale = LARGEST_LIKE / max(1, np.abs(beta).max())
-    return scale * beta, scale * errors, penalty
+    size = max(1, np.abs(beta).max())
+    return LARGEST_LIKE * (beta / size), LARGEST_LIKE * (errors / size), penalty
 
 
 def feedback(args):
@@ -118,8 +118,9 @@ def feedback(args):
     gates = np.array([[line["gate"][expert] for expert in EXPERTS] for line in lines])
     good = np.array([float(line["verdict"] == "good") for line in lines])
     b, errors, penalty = learn_likes(gates, good)
-    stars, gate = np.where(np.abs(b) > 2 * errors, "*", " "), np.exp(b / tau) / np.exp(b / tau).sum()
-    rows = [[EXPERTS[e], f"{b[e]:+.3f} ± {errors[e]:.3f} {stars[e]}", f"{gate[e]:.3f}"] for e in np.argsort(-b)]
+    stars, gate = np.where(np.abs(b) > 2 * errors, "*", " "), np.exp((b - b.max()) / tau)
+    rows = [[EXPERTS[e], f"{b[e]:+.3f} ± {errors[e]:.3f} {stars[e]}", f"{gate[e] / gate.sum():.3f}"]
+            for e in np.argsort(-b)]
     print_table(["pole", "b ± standard error  ", "gate where s = 0"], rows, f"What this person likes by {len(good)} "
                 f"verdicts, {good.sum():.0f} of them good; tau {tau:g}, penalty {penalty}; * is two standard errors")
     why = ("they are fewer than ten" if len(good) < 10 else  # verdicts that are all the same give b = 0
