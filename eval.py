@@ -6,6 +6,7 @@
     python eval.py ask --run runs/tiny "My boss is furious"
     python eval.py chat --run runs/tiny
     python eval.py export --run runs/tiny --as mixture --persona O+ --out DIR
+    python eval.py feedback --run runs/tiny  # what a person likes, from /good and /bad of chat
     python eval.py bench emobench --data DIR --run runs/tiny
     python eval.py experiment routing --run runs/tiny   # also: plot, inventory
 
@@ -15,7 +16,8 @@ measured on the same records.
 
 What is notable:
 - A command is a dataclass of options and a function of them. The table COMMANDS at the end lists all commands.
-- bench, experiment, plot and inventory are in support/. support/measure.py opens a run and measures losses for all.
+- bench, experiment, feedback, plot and inventory are in support/. support/measure.py opens a run and measures losses
+  for all.
 
 Shapes: N records, E = 10 experts.
 """
@@ -40,9 +42,10 @@ from support.chat import encode
 from support.command import Parser, add_fields, check_numbers, for_users, run_command
 from support.experiments import Experiment, experiment
 from support.export import write_merged
+from support.feedback import Feedback, append_feedback, feedback
 from support.files import UserError, atomic
 from support.inventory import Inventory, inventory
-from support.measure import (GateOptions, LoadedRun, RecordOptions, bootstrap, domain_subsets, gate_from_options,
+from support.measure import (LoadedRun, RecordOptions, UserOptions, bootstrap, domain_subsets, gate_from_options,
                              load_run, load_split, losses, one_hot_gate, one_pole_only, pole_losses, update_gram)
 from support.plots import Plot, plot
 from support.records import load_data, messages_of, read_queries, write_records
@@ -359,7 +362,7 @@ def health(args):
 # ask
 
 @dataclass(kw_only=True)
-class Talk(GateOptions):
+class Talk(UserOptions):
     max_new_tokens: int = 200
     """Maximum number of tokens in a reply."""
     temperature: float = 0.0
@@ -420,9 +423,16 @@ def ask(args):
 # ----------------------------------------------------------------------------------------------------------------------
 # chat
 
+@dataclass(kw_only=True)
+class ChatOptions(Talk):
+    feedback: str = "feedback.jsonl"
+    """File to which /good and /bad append their verdicts."""
+
+
 HELP = """/persona O+,E-:0.5  set the gate yourself
 /router             let the router set the gate again
 /base               answer the last message again without experts; not added to the conversation
+/good, /bad         say what you think of the last reply: a line in the file that --feedback names
 /reset              forget the conversation
 /save FILE.jsonl    save the conversation as queries
 /help               show this list
@@ -446,7 +456,7 @@ class Conversation:
     def __init__(self, run, args):
         self.run = run
         self.args = args
-        self.turns = []  # {"query", "response", "gate"} of each
+        self.turns = []  # {"query", "response", "gate", "chosen_by", perhaps "verdict"} of each
         self.fixed_gate = gate_from_options(run, args)  # None: the router chooses
         self.generator = torch.Generator().manual_seed(args.seed)
         run.model  # load now, not at the first message
@@ -493,7 +503,8 @@ class Conversation:
         print(f"{chosen_by}  {shown}\n", flush=True)
         text = self.stream(record, gate)
         if text.strip():  # a reply without a word, as after an early Ctrl-C, leaves no turn
-            self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, weights))})
+            self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, weights)),
+                               "chosen_by": chosen_by})
 
     def command(self, line):
         """Obey a line that begins with /."""
@@ -509,6 +520,8 @@ class Conversation:
                 raise UserError("/base answers the last message again, and there is none yet")
             print("base\n")
             self.stream(as_record(self.turns[-1]["query"], self.turns[:-1]), None)
+        elif name in ("/good", "/bad") and not rest:
+            self.judge(name[1:])
         elif name == "/reset":
             self.turns = []
         elif name == "/save" and rest:
@@ -518,6 +531,20 @@ class Conversation:
         else:
             raise UserError(f"{name} is not a command, or lacks its argument; /help lists the commands. Put a space "
                             "before a message that begins with /")
+
+    def judge(self, verdict):
+        """Append the last message, its similarities and gate, and the verdict on the reply to the feedback file. The
+        similarities are null if the gate was set by hand: it did not come from them."""
+        if not self.turns or "verdict" in self.turns[-1]:
+            raise UserError(f"/{verdict} judges the last reply, and once: there is none without a verdict")
+        turn, similarity = self.turns[-1], None
+        if turn["chosen_by"] == "router":
+            cosines = self.run.similarity([as_record(turn["query"], self.turns[:-1]) | {"id": "0"}])[0]
+            similarity = dict(zip(EXPERTS, cosines.tolist()))
+        append_feedback(self.args.feedback, {"query": turn["query"], "similarity": similarity, "gate": turn["gate"],
+                                             "verdict": verdict})
+        turn["verdict"] = verdict
+        print(f"{self.args.feedback}: {verdict}\n")
 
     def save(self, path):
         """Write the conversation to a new .jsonl file, one turn a line."""
@@ -558,7 +585,7 @@ def chat(args):
 # export
 
 @dataclass(kw_only=True)
-class Export(GateOptions):
+class Export(UserOptions):
     as_: typing.Literal["experts", "mixture", "merged"] = "experts"
     """experts: ten PEFT adapters. mixture: one PEFT adapter of ten times the rank, equal to the mixture under one
     gate. merged: a whole model folder with the mixture under one gate in its weights."""
@@ -576,6 +603,8 @@ def export(args):
     if len(given) != (0 if args.as_ == "experts" else 1):
         expected = "no gate" if args.as_ == "experts" else "one gate, by --gate, --persona or --query"
         raise UserError(f"--as {args.as_} takes {expected}; found {' and '.join(given) or 'none'}")
+    if args.user and not args.query:
+        raise UserError("--user shifts the router's gate for a query: give --query too")
     if not args.out:
         raise UserError("--out is missing: where should the export go?")
     out = Path(args.out)
@@ -611,8 +640,9 @@ def export(args):
 
 COMMANDS = {
     "routing": (Routing, routing), "ablate": (Ablate, ablate), "health": (Health, health), "ask": (Ask, ask),
-    "chat": (Talk, chat), "export": (Export, export), "bench": (Bench, bench), "experiment": (Experiment, experiment),
-    "plot": (Plot, plot), "inventory": (Inventory, inventory)}
+    "chat": (ChatOptions, chat), "export": (Export, export), "bench": (Bench, bench),
+    "experiment": (Experiment, experiment), "plot": (Plot, plot), "inventory": (Inventory, inventory),
+    "feedback": (Feedback, feedback)}
 
 
 def main(argv=None):

@@ -14,8 +14,8 @@ from lora import EXPERTS, adapter_shape, expert_layers
 from router import active_experts, gates_for_rule, persona_gate, raw_gate, softmax_gate
 from support.chat import Chat, load_tokenizer
 from support.command import pick_device, pick_dtype
-from support.files import UserError
-from support.records import load_data
+from support.files import UserError, read_json
+from support.records import check_record, is_for_each_expert, load_data
 from support.rows import make_rows
 from support.runs import Setup, fingerprint, read_run
 from train import evaluation_loss, score_queries
@@ -70,8 +70,15 @@ class GateOptions(RunOptions):
     """Set the gate's weights: ten numbers with commas between, or names as in high_openness:0.7,low_neuroticism:0.3."""
 
     def __post_init__(self):
-        if self.persona and self.gate:
-            raise UserError("--persona and --gate both set the gate: choose one")
+        given = [f"--{key}" for key in ("persona", "gate", "user") if getattr(self, key, None)]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given[:2])} both set the gate: choose one")
+
+
+@dataclass(kw_only=True)
+class UserOptions(GateOptions):
+    user: str | None = None
+    """Shift the router's gate towards what a person likes: the user.json that eval.py feedback wrote."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,6 +110,7 @@ class LoadedRun:
             if getattr(self.setup, role) is None and (trained_by := self.run_of(part)):
                 folder, known = trained_by
                 setattr(self.setup, role, Setup.restore_path(known["setup"][role], folder))
+        self.likes = read_likes(args.user) if getattr(args, "user", None) else torch.zeros(len(EXPERTS))  # (E,), b
         if args.experts:
             self.setup.rank, self.setup.alpha = adapter_shape(args.experts)
         if args.int8 is not None:
@@ -213,10 +221,14 @@ class LoadedRun:
         """Returns records as rows for the router alone."""
         return make_rows(records, tokenizer=self.tokenizer)[0]
 
-    def gates(self, records):
-        """Returns the router's gates (N, E) for records, which need no traits."""
+    def similarity(self, records):
+        """Returns the router's cosines (N, E) for records, which need no traits."""
         rows = self.rows([record | {"traits": {}} for record in records])
-        return softmax_gate(score_queries(self.router, rows, self.args.tokens), self.setup.tau)
+        return score_queries(self.router, rows, self.args.tokens)
+
+    def gates(self, records):
+        """Returns the router's gates (N, E) for records, shifted by what --user likes: softmax((s + b) / τ)."""
+        return softmax_gate(self.similarity(records) + self.likes, self.setup.tau)
 
 
 def load_run(args, folder, stage=None):
@@ -231,6 +243,19 @@ def load_run(args, folder, stage=None):
         if model and getattr(args, part) and role in known and fingerprint(model) != known[role]:
             own[role] = None
     return LoadedRun(replace(args, run=str(folder), stage=stage, experts=None, router=None, **own))
+
+
+LARGEST_LIKE = 0.5  # ours: a cosine; support/feedback.py says why
+USER = {"likes": (lambda b: is_for_each_expert(b, -LARGEST_LIKE, LARGEST_LIKE),  # as FIELDS in support/records.py
+                  f"a number from {-LARGEST_LIKE} to {LARGEST_LIKE} for each expert's name")}
+
+
+def read_likes(path):
+    """Returns b (E,) from a user.json. UserError if it is none."""
+    user = read_json(path)
+    if problem := check_record(user, USER, USER):
+        raise UserError(f"{path}: {problem}")
+    return torch.tensor([float(user["likes"][expert]) for expert in EXPERTS])
 
 
 def gate_from_options(run, args):

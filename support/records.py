@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from lora import EXPERTS
 from router import active_experts
 from support.files import UserError, atomic, read_lines, read_table, shorten
 
@@ -26,6 +27,12 @@ def is_history(value):
         and isinstance(turn.get("content"), str) for turn in value)
 
 
+def is_for_each_expert(value, low, high):
+    """Whether a JSON value is an object with a number from low to high for each expert's name."""
+    return isinstance(value, dict) and value.keys() == set(EXPERTS) and all(
+        type(number) in (int, float) and low <= number <= high for number in value.values())
+
+
 FIELDS = {  # field: (whether a value is valid, what is expected)
     "id": (lambda value: type(value) in (str, int), "a string or a whole number"),
     "query": (is_text, "some text"),
@@ -37,14 +44,14 @@ FIELDS = {  # field: (whether a value is valid, what is expected)
 }
 
 
-def check_record(record, required=REQUIRED_FIELDS):
-    """Returns what is wrong with a record, in words, or None if it is valid."""
+def check_record(record, required=REQUIRED_FIELDS, fields=FIELDS):
+    """Returns what is wrong with a record, in words, or None if it is valid. fields: a table as FIELDS."""
     if not isinstance(record, dict):
         return f"found a {type(record).__name__}, expected a JSON object"
     for key in required:
         if key not in record:
             return f"no {key!r}, expected {', '.join(required)}"
-    for key, (valid, expected) in FIELDS.items():
+    for key, (valid, expected) in fields.items():
         if key in record and not valid(record[key]):
             return f"{key} is {shorten(record[key])}, expected {expected}"
     for key in ("traits", "teacher_traits"):

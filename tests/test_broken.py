@@ -322,6 +322,20 @@ BROKEN = {  # (program, arguments, file or folder): {how it is broken: (damage, 
         "999": (nothing, "--rank is 999, expected at")}),
     "batch beyond memory": (train, [*WARMUP, "--batch", "2000000000"], DATA, {
         "2e9": (nothing, "--batch is 2000000000")}),
+    "feedback": (evaluation, ["feedback", "--run", "run", "--file", "f.jsonl"], "f.jsonl", {
+        "none": (nothing, "f.jsonl: No such file"), "empty": (content(b""), "f.jsonl: no verdicts in it"),
+        "a torn line": (content(b'{"query": "Hi", "ver'), "f.jsonl, line 1: not JSON", "torn"),
+        "records": (content(b'{"id": "1", "query": "Hi", "traits": {}}'), "f.jsonl, line 1: no 'similarity', expected"),
+        "a list": (content(b"[1]"), "f.jsonl, line 1: found a list, expected a JSON object"),
+        "no weights": (content(b'{"query": "Hi", "similarity": null, "verdict": "good", "gate": {}}'),
+                       "f.jsonl, line 1: gate is {}", "expected ten weights, which sum to 1")}),
+    "user": (evaluation, [*ASK, "--user", "user.json"], "user.json", {
+        "none": (nothing, "user.json: no such file"),
+        "torn": (content(b'{"likes": {"hi'), "user.json: not readable as JSON"),
+        "a list": (content(b"[]"), "user.json: found a list, expected a JSON object"),
+        "no likes": (content(b"{}"), "user.json: no 'likes'"),
+        "too much": (content(json.dumps({"likes": dict.fromkeys(EXPERTS, 9)}).encode()),
+                     "user.json: likes is", "expected a number from -0.5 to 0.5 for each expert's name")}),
     "gate": (evaluation, [*ASK, "--gate", ",".join(["0"] * 11)], DATA, {"eleven weights": (nothing, "--gate '0,0")}),
     "query beyond the context": (evaluation, ["ask", "--run", "run", "so " * 100], DATA, {
         "300 tokens": (nothing, "a prompt has ", "200", "shorten it")}),

@@ -786,6 +786,7 @@ def test_one_joint_expert_alone_prints_a_note(run_folder, capsys, options, note)
 @pytest.mark.parametrize("argv, why", [
     (["Hello?", ""], "an empty query"), ([" \n"], "an empty query"), (["caf\udce9"], "not UTF-8"),
     (["--persona", "O+", "--gate", "high_openness:1", "Hello?"], "--persona and --gate both set the gate: choose one"),
+    (["--gate", "high_openness:1", "--user", "u.json", "Hello?"], "--gate and --user both set the gate: choose one"),
     (["--persona", "X+", "Hello?"], "persona 'X\\+'"), (["--gate", "1", "Hello?"], "expected ten weights"),
     (["--device", "tpu", "Hello?"], "--device 'tpu'"), ([], "either as arguments or with --file"),
     (["--file", "f.txt", "Hello?"], "either as arguments or with --file"),
@@ -876,6 +877,7 @@ def test_a_conversation_in_a_terminal(strong, here):
         for line, answer in (
                 ("/save said.jsonl", "3 turns"), ("/save said.jsonl", "exists already"),
                 ("/save said.txt", "ends in .jsonl"), ("/save", "lacks its argument"), ("/help", "/persona"),
+                ("/good", "feedback.jsonl: good"), ("/bad", "none without a verdict"),
                 ("/nothing", "/nothing is not a command"), ("/persona X+", "expected a letter of OCEAN"),
                 ("/reset", ""), ("/router", "")):
             assert answer in talk.say(line)
@@ -1094,6 +1096,7 @@ def test_an_adapter_names_its_base_and_its_alpha_so_that_others_find_and_read_th
     (["--out", "x", "--as", "mixture"], "--as mixture takes one gate, by --gate, --persona or --query; found none"),
     (["--out", "x", "--as", "merged", "--persona", "O+", "--query", "Hi"], "found --persona and --query"),
     (["--out", "x", "--as", "merged", "--persona", "O+", "--int8"], "in 8 bits: --no-int8 merges from the full weights"),
+    (["--out", "x", "--user", "u.json"], "--user shifts the router's gate for a query: give --query too"),
     (["--as", "merged", "--persona", "O+"], "--out is missing"), (["--out", "there"], "there exists already"),
     (["--out", "x", "--as", "merged", "--query", " "], "an empty query"), (["--as", "gguf"], "invalid choice")])
 def test_an_export_that_cannot_be_is_refused_and_nothing_is_written(run_folder, here, argv, why):

@@ -24,8 +24,9 @@ from model import Transformer, generate  # noqa: E402
 from router import Router, load_router, query_ids, save_router  # noqa: E402
 from support import checkpoints, output, runs  # noqa: E402
 from support.chat import Chat, load_tokenizer  # noqa: E402
+from support.feedback import read_feedback  # noqa: E402
 from support.files import UserError  # noqa: E402
-from support.measure import LoadedRun  # noqa: E402
+from support.measure import LoadedRun, read_likes  # noqa: E402
 from support.records import load_data, read_queries, read_records, write_records  # noqa: E402
 from support.rows import make_rows  # noqa: E402
 from test_train import settings  # noqa: E402
@@ -88,6 +89,9 @@ def targets(tmp_path_factory):
     write_records(at / "q.jsonl", [{"query": "What?", "history": [{"role": "user", "content": "Hi"}]},
                                    {"query": "Why?"}])
     write_records(at / "rejected.jsonl", [{"id": "a", "query": "b", "reason": "c"}, {"id": "d", "reason": "e"}])
+    ten = dict.fromkeys(EXPERTS, .1)
+    write_records(at / "feedback.jsonl", [{"query": "What?", "similarity": ten, "gate": ten, "verdict": "good"}])
+    write_records(at / "user.json", [{"likes": ten}])
     model_files = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
     found = [(folder / file, reader, folder) for file in model_files
              for folder, reader in ((base, read_base), (encoder, read_encoder))]
@@ -100,7 +104,8 @@ def targets(tmp_path_factory):
               (run / "config.json", open_run, run)]
     found += [(at / name, reader, at / name) for name, reader in (
         ("data.jsonl", load_data), ("data/test.jsonl", read_records), ("q.csv", read_queries), ("q.txt", read_queries),
-        ("q.jsonl", read_queries), ("rejected.jsonl", repair))]
+        ("q.jsonl", read_queries), ("rejected.jsonl", repair), ("feedback.jsonl", read_feedback),
+        ("user.json", read_likes))]
     for _, reader, path in found:
         reader(path)  # it is valid before the damage
     return [(file, reader, path, file.read_bytes()) for file, reader, path in found]
