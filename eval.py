@@ -45,6 +45,7 @@ from support.inventory import Inventory, inventory
 from support.measure import (GateOptions, LoadedRun, RecordOptions, bootstrap, domain_subsets, gate_from_options,
                              load_run, load_split, losses, one_hot_gate, one_pole_only, pole_losses, update_gram)
 from support.plots import Plot, plot
+from support.prefer import Prefer, prefer
 from support.records import load_data, messages_of, read_queries, write_records
 from support.rows import Row
 from support.tables import format_gate, print_table, printable
@@ -612,7 +613,7 @@ def export(args):
 COMMANDS = {
     "routing": (Routing, routing), "ablate": (Ablate, ablate), "health": (Health, health), "ask": (Ask, ask),
     "chat": (Talk, chat), "export": (Export, export), "bench": (Bench, bench), "experiment": (Experiment, experiment),
-    "plot": (Plot, plot), "inventory": (Inventory, inventory)}
+    "plot": (Plot, plot), "inventory": (Inventory, inventory), "prefer": (Prefer, prefer)}
 
 
 def main(argv=None):
