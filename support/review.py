@@ -298,7 +298,8 @@ def read_sheet(path, rows, columns, source):
     for number, row in read_table(path, ["id", *next(iter(rows.values())), *columns]):
         id = known.get(row["id"].strip(), known.get(cell(row["id"].strip())))
         if id is None or id in found:
-            raise UserError(f"{path}, row {number}: id {row['id']!r} is " + ("there twice" if id else f"not in {source}"))
+            problem = "there twice" if id else f"not in {source}"
+            raise UserError(f"{path}, row {number}: id {row['id']!r} is {problem}")
         for column, text in rows[id].items():
             if plain(row[column]) != plain(cell(text)):
                 raise UserError(f"{path}, row {number}, column {column}: {row[column][:40]!r}, expected the text that "

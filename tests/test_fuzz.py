@@ -22,7 +22,7 @@ import train  # noqa: E402
 from lora import EXPERTS, adapter_shape, add_experts, load_experts, save_experts  # noqa: E402
 from model import Transformer, generate  # noqa: E402
 from router import Router, load_router, query_ids, save_router  # noqa: E402
-from support import checkpoints, output, runs  # noqa: E402
+from support import checkpoints, output, prefer, review, runs  # noqa: E402
 from support.chat import Chat, load_tokenizer  # noqa: E402
 from support.files import UserError  # noqa: E402
 from support.measure import LoadedRun  # noqa: E402
@@ -53,6 +53,14 @@ def open_run(run):
     setup = LoadedRun(SimpleNamespace(run=str(run), device="cpu", tokens=64, **unset)).setup
     runs.differences(runs.read_run(run)["setup"], {"seed": 0})
     assert setup.rank >= 1 and setup.tau > 0
+
+
+def read_sheet(file):
+    prefer.compare(prefer.read_judgements([file])[2])
+
+
+def read_key(file):
+    read_sheet(file.parent / "sheet.csv")
 
 
 def repair(file):
@@ -88,6 +96,12 @@ def targets(tmp_path_factory):
     write_records(at / "q.jsonl", [{"query": "What?", "history": [{"role": "user", "content": "Hi"}]},
                                    {"query": "Why?"}])
     write_records(at / "rejected.jsonl", [{"id": "a", "query": "b", "reason": "c"}, {"id": "d", "reason": "e"}])
+    texts = {"message": "What?", "reply A": "=1", "reply B": "No."}
+    for folder in (at, at / "key"):
+        write_records(folder / "x.key.jsonl", [{"tau": 1.0}, *({"PersonaFuse": side, **texts} for side in "AB")])
+        review.write_sheet(folder / "sheet.csv", ["id", *prefer.TEXTS, *prefer.COLUMNS], [
+            [id, *(row[text] for text in prefer.TEXTS), "a", *"1234 5"]
+            for id, row in prefer.read_key(folder / "x.key.jsonl")[1].items()])
     model_files = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
     found = [(folder / file, reader, folder) for file in model_files
              for folder, reader in ((base, read_base), (encoder, read_encoder))]
@@ -100,7 +114,8 @@ def targets(tmp_path_factory):
               (run / "config.json", open_run, run)]
     found += [(at / name, reader, at / name) for name, reader in (
         ("data.jsonl", load_data), ("data/test.jsonl", read_records), ("q.csv", read_queries), ("q.txt", read_queries),
-        ("q.jsonl", read_queries), ("rejected.jsonl", repair))]
+        ("q.jsonl", read_queries), ("rejected.jsonl", repair), ("sheet.csv", read_sheet),
+        ("key/x.key.jsonl", read_key))]
     for _, reader, path in found:
         reader(path)  # it is valid before the damage
     return [(file, reader, path, file.read_bytes()) for file, reader, path in found]
