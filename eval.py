@@ -48,6 +48,7 @@ from support.inventory import Inventory, inventory
 from support.measure import (LoadedRun, RecordOptions, UserOptions, bootstrap, domain_subsets, gate_from_options,
                              load_run, load_split, losses, one_hot_gate, one_pole_only, pole_losses, update_gram)
 from support.plots import Plot, plot
+from support.prefer import Prefer, prefer
 from support.records import load_data, messages_of, read_queries, write_records
 from support.rows import Row
 from support.tables import format_gate, print_table, printable
@@ -642,7 +643,7 @@ COMMANDS = {
     "routing": (Routing, routing), "ablate": (Ablate, ablate), "health": (Health, health), "ask": (Ask, ask),
     "chat": (ChatOptions, chat), "export": (Export, export), "bench": (Bench, bench),
     "experiment": (Experiment, experiment), "plot": (Plot, plot), "inventory": (Inventory, inventory),
-    "feedback": (Feedback, feedback)}
+    "prefer": (Prefer, prefer), "feedback": (Feedback, feedback)}
 
 
 def main(argv=None):

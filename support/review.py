@@ -235,13 +235,8 @@ def review(args):
     sample = stratified_sample(records, args.sample, args.seed)
     columns = ["id", *(key for key in ("domain", "culture", "history") if any(r.get(key) for r in sample)),
                "query", "response"]
-    with atomic(out) as part, open(part, "w", newline="", encoding="utf-8-sig") as file:  # Excel needs the mark
-        table = csv.writer(file)
-        table.writerow([*columns, *TRAITS])
-        for r in sample:
-            history = "\n".join(f"{turn['role']}: {turn['content']}" for turn in r.get("history") or [])
-            texts = r | {"history": history}
-            table.writerow([*(cell(texts.get(key)) for key in columns), *[""] * len(TRAITS)])
+    texts = [r | {"history": transcript(r.get("history") or [])} for r in sample]
+    write_sheet(out, [*columns, *TRAITS], [[r.get(key) for key in columns] + [""] * len(TRAITS) for r in texts])
     counts = sum(active_experts(r["traits"]) for r in sample).int().tolist()
     poles = ", ".join(f"{n} {name}" for n, name in zip(counts, SHORT_NAMES))
     print(f"{out}: {len(sample)} of {len(records)} records ({poles}).\n"
@@ -250,10 +245,24 @@ def review(args):
           f"python synth.py review {shlex.join(args.files)} --import FIRST.csv SECOND.csv …")
 
 
+LABELS = {trait: (read_pole, "1, 0, -1") for trait in TRAITS}  # see read_sheets
+
+
 def cell(value):
     """Returns a value as text that a spreadsheet program does not take for a formula."""
     text = "" if value is None else str(value)
     return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def transcript(turns):
+    """Returns the turns of a conversation as one text, as a cell shows it."""
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def write_sheet(path, columns, rows):
+    """Write a table for a spreadsheet program. No cell of its rows is taken for a formula."""
+    with atomic(path) as part, open(part, "w", newline="", encoding="utf-8-sig") as file:  # Excel needs the mark
+        csv.writer(file).writerows([columns, *([cell(value) for value in row] for row in rows)])
 
 
 def stratified_sample(records, size, seed):
@@ -270,22 +279,39 @@ def stratified_sample(records, size, seed):
     return rng.sample(list(taken.values()), len(taken))
 
 
-def read_labels(path, records):
-    """Returns a filled-in table as {id: {trait: 1, 0 or −1}}, without empty cells. UserError names a wrong cell."""
-    known, labels = {cell(r["id"]): str(r["id"]) for r in records}, {}
-    for number, row in read_table(path, ["id", *TRAITS]):
-        key = known.get(row["id"].strip(), known.get(cell(row["id"].strip())))  # the program may have dropped the "'"
-        if key is None or key in labels:
-            problem = "there twice" if key else "not in the records"
+def read_sheets(paths, rows, columns, source="the records"):
+    """Returns filled-in tables as [{id: {column: value}}], without empty cells. UserError names a wrong cell.
+
+    rows: {id: {column: text}}, the rows that `source` has, each with the texts that must still be as they were written.
+    columns: {column to fill in: (parse, expected)}; parse(text) returns a cell's value, or None if it is wrong.
+    """
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise UserError("--import: a table is given twice; it would agree with itself")
+    return [read_sheet(path, rows, columns, source) for path in paths]
+
+
+def read_sheet(path, rows, columns, source):
+    def plain(text):  # spreadsheet programs may drop the "'" and change how lines end
+        return " ".join(text.split()).removeprefix("'")
+
+    known, found = {cell(id): id for id in rows}, {}
+    for number, row in read_table(path, ["id", *next(iter(rows.values())), *columns]):
+        id = known.get(row["id"].strip(), known.get(cell(row["id"].strip())))
+        if id is None or id in found:
+            problem = "there twice" if id else f"not in {source}"
             raise UserError(f"{path}, row {number}: id {row['id']!r} is {problem}")
-        labels[key] = {}
-        for trait in TRAITS:
-            text = row.get(trait, "").strip()
-            if text and read_pole(text) is None:
-                raise UserError(f"{path}, row {number}, column {trait}: {text[:40]!r}, expected 1, 0, -1 or nothing")
+        for column, text in rows[id].items():
+            if plain(row[column]) != plain(cell(text)):
+                raise UserError(f"{path}, row {number}, column {column}: {row[column][:40]!r}, expected the text that "
+                                "was written there")
+        found[id] = {}
+        for column, (parse, expected) in columns.items():
+            text = row[column].strip()
+            if text and parse(text) is None:
+                raise UserError(f"{path}, row {number}, column {column}: {text[:40]!r}, expected {expected} or nothing")
             if text:
-                labels[key][trait] = read_pole(text)
-    return labels
+                found[id][column] = parse(text)
+    return found
 
 
 def krippendorff_alpha(ratings):
@@ -334,9 +360,7 @@ def import_labels(args, records):
     """Print how far annotators and teacher agree, and write the corrected records."""
     out = Path(args.out or Path(args.files[0]).with_suffix(".corrected.jsonl"))
     refuse_to_replace(out, args.overwrite)
-    if len({Path(path).resolve() for path in args.import_}) < len(args.import_):
-        raise UserError("--import: a table is given twice; it would agree with itself")
-    tables = [read_labels(path, records) for path in args.import_]
+    tables = read_sheets(args.import_, {str(r["id"]): {} for r in records}, LABELS)
     teacher = {str(r["id"]): {t: r["traits"].get(t, 0) for t in TRAITS} | (r.get("teacher_traits") or {})
                for r in records}
     units = [key for key in teacher if any(key in labels for labels in tables)]

@@ -266,6 +266,14 @@ BROKEN = {  # (program, arguments, file or folder): {how it is broken: (damage, 
         "too long": (records(SECOND, response="so " * 100), "record 'r1' has ", "the base reads 200")}),
     "queries": (synth, "--teacher local --model base --queries q.jsonl --out o.jsonl".split(), "q.jsonl", {
         "a number": (content(b'{"query": 5}\n'), "q.jsonl, line 1: query is 5")}),
+    "messages of prefer": (evaluation, ["prefer", "--run", "run", "--file", "m.jsonl"], "m.jsonl", {
+        "none": (nothing, "m.jsonl: No such file"),
+        "torn": (content(b'{"query": "Hi"}\n{"qu'), "m.jsonl, line 2: not JSON", "torn"),
+        "beyond the context": (content(b'{"query": "%b"}\n' % (b"so " * 100)), "a prompt has ", "200", "shorten it")}),
+    "sheet of prefer": (evaluation, ["prefer", "--run", "run", "--import", "a.csv"], "a.csv", {
+        "none": (nothing, "a.csv: No such file"), "empty": (content(b""), "a.csv: not a table"),
+        "UTF-16": (content("id\nk1-1\n".encode("utf-16")), "a.csv: not UTF-8"),
+        "without its key": (content(b"id\nk1-1\n"), "a.csv: its first id is 'k1-1', and no .key.jsonl in its folder")}),
     "records of report": (synth, ["report", DATA], DATA, {
         "without keys": (content(b"{}\n"), f"{DATA}, line 1: no 'id'")}),
     "synth's output": (synth, ["--count", "20", "--out", "o.jsonl", "--overwrite"], "o.jsonl", {

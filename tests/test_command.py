@@ -101,7 +101,9 @@ def train_main(argv):
         ("routing --show 0", "--show is 0"), ("routing more", "unrecognized arguments: more"),
         ("routing --stage router", "invalid choice"), ("routing --r x", "unrecognized"),
         ("ablate --replies -1", "--replies is -1"), ("ablate --records 0", "--records is 0"),
-        ("ablate --tau nan", "--tau is nan")])])
+        ("ablate --tau nan", "--tau is nan"), ("prefer sheet.csv", "unrecognized arguments: sheet.csv"),
+        ("prefer", "give messages with --file or"), ("prefer --import", "expected at least one argument"),
+        ("prefer --file m.txt --max-new-tokens 0", "--max-new-tokens is 0")])])
 def test_arguments_that_make_no_sense_are_refused_in_one_line(main, argv, why):
     with pytest.raises(UserError, match=re.escape(why)) as error:
         main(argv.split())

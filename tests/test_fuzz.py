@@ -22,7 +22,7 @@ import train  # noqa: E402
 from lora import EXPERTS, adapter_shape, add_experts, load_experts, save_experts  # noqa: E402
 from model import Transformer, generate  # noqa: E402
 from router import Router, load_router, query_ids, save_router  # noqa: E402
-from support import checkpoints, output, runs  # noqa: E402
+from support import checkpoints, output, prefer, review, runs  # noqa: E402
 from support.chat import Chat, load_tokenizer  # noqa: E402
 from support.feedback import read_feedback  # noqa: E402
 from support.files import UserError  # noqa: E402
@@ -54,6 +54,14 @@ def open_run(run):
     setup = LoadedRun(SimpleNamespace(run=str(run), device="cpu", tokens=64, **unset)).setup
     runs.differences(runs.read_run(run)["setup"], {"seed": 0})
     assert setup.rank >= 1 and setup.tau > 0
+
+
+def read_sheet(file):
+    prefer.compare(prefer.read_judgements([file])[2])
+
+
+def read_key(file):
+    read_sheet(file.parent / "sheet.csv")
 
 
 def repair(file):
@@ -92,6 +100,12 @@ def targets(tmp_path_factory):
     ten = dict.fromkeys(EXPERTS, .1)
     write_records(at / "feedback.jsonl", [{"query": "What?", "similarity": ten, "gate": ten, "verdict": "good"}])
     write_records(at / "user.json", [{"likes": ten}])
+    texts = {"message": "What?", "reply A": "=1", "reply B": "No."}
+    for folder in (at, at / "key"):
+        write_records(folder / "x.key.jsonl", [{"tau": 1.0}, *({"PersonaFuse": side, **texts} for side in "AB")])
+        review.write_sheet(folder / "sheet.csv", ["id", *prefer.TEXTS, *prefer.COLUMNS], [
+            [id, *(row[text] for text in prefer.TEXTS), "a", *"1234 5"]
+            for id, row in prefer.read_key(folder / "x.key.jsonl")[1].items()])
     model_files = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
     found = [(folder / file, reader, folder) for file in model_files
              for folder, reader in ((base, read_base), (encoder, read_encoder))]
@@ -105,7 +119,7 @@ def targets(tmp_path_factory):
     found += [(at / name, reader, at / name) for name, reader in (
         ("data.jsonl", load_data), ("data/test.jsonl", read_records), ("q.csv", read_queries), ("q.txt", read_queries),
         ("q.jsonl", read_queries), ("rejected.jsonl", repair), ("feedback.jsonl", read_feedback),
-        ("user.json", read_likes))]
+        ("user.json", read_likes), ("sheet.csv", read_sheet), ("key/x.key.jsonl", read_key))]
     for _, reader, path in found:
         reader(path)  # it is valid before the damage
     return [(file, reader, path, file.read_bytes()) for file, reader, path in found]
