@@ -149,8 +149,8 @@ def report(args):
     wins, ratings, alphas = zip(*(compare(answers[:, part], args.seed) for part in groups.values()))
     for title, head, rows in (
             (f"PersonaFuse ({compared['PersonaFuse']}) against {compared['other']}, tau {compared['tau']:g}; judges: "
-             f"{len(answers)}, averaged for each message. Win rate in %, where a tie counts half, with its 95 % "
-             "interval; p: exact sign test of wins and losses",
+             f"{len(answers)}, averaged for each message. Win rate in %, where a tie counts half, with a 95 % "
+             "interval from ten messages on; p: exact sign test of wins and losses",
              ["messages", "wins", "ties", "losses", "win rate", "p"], wins),
             ("Ratings: PersonaFuse's minus the other's, with 95 % intervals (bootstrap)", QUALITIES, ratings),
             ("Krippendorff's alpha, ordinal, of the judges' preferences and differences of ratings: 1 is full "
