@@ -31,13 +31,13 @@ import train
 from support import export as export_module
 from support import runs
 from support import tiny as tiny_models
-from eval import average_precision, heat_map, r_precision
+from eval import heat_map, r_precision
 from lora import EXPERTS, SHORT_NAMES, add_experts, expert_layers, merged_tensors
 from model import Transformer, generate, pad
 from router import GATE_RULES, active_experts, gates_for_rule, persona_gate, query_ids, raw_gate
 from support.chat import Chat, encode
 from support.files import UserError
-from support.measure import LoadedRun, bootstrap, domain_subsets, load_run, load_split
+from support.measure import LoadedRun, average_precision, bootstrap, culture_gap, load_run, load_split, subsets
 from support.records import SPLITS, read_queries, read_records, write_records
 from support.rows import make_rows
 from support.runs import fingerprint
@@ -135,11 +135,11 @@ def test_the_bootstrap_is_paired_and_fixed_by_its_seed():
 
 
 def test_seen_and_held_out_domains_are_subsets_where_there_are_both():
-    parts = domain_subsets(np.array([False, True, True, False, False]))
+    parts = subsets(np.array([False, True, True, False, False]))
     assert [(name, rows.tolist()) for name, rows in parts] == [
         ("all", [0, 1, 2, 3, 4]), ("domains seen in training", [0, 3, 4]), ("domains held out", [1, 2])]
     for one_kind in (np.zeros(3, bool), np.ones(3, bool)):
-        assert [(name, rows.tolist()) for name, rows in domain_subsets(one_kind)] == [("all", [0, 1, 2])]
+        assert [(name, rows.tolist()) for name, rows in subsets(one_kind)] == [("all", [0, 1, 2])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
