@@ -6,18 +6,20 @@
     python eval.py ask --run runs/tiny "My boss is furious"
     python eval.py chat --run runs/tiny
     python eval.py export --run runs/tiny --as mixture --persona O+ --out DIR
+    python eval.py prefer --run runs/tiny --file asked.jsonl --out sheet.csv   # a blind sheet for people to judge
     python eval.py feedback --run runs/tiny  # what a person likes, from /good and /bad of chat
     python eval.py bench emobench --data DIR --run runs/tiny
     python eval.py experiment routing --run runs/tiny   # also: plot, inventory
 
 If some test records come from domains that training never saw, routing and ablate also report seen and held-out
-domains separately. Intervals are 95 % confidence intervals from a paired bootstrap over records: both gates are
-measured on the same records.
+domains separately; and each culture, if the records name two or more. Intervals are 95 % confidence intervals from a
+paired bootstrap over records: both gates are measured on the same records. Records that retell one situation (`of`)
+are drawn together.
 
 What is notable:
 - A command is a dataclass of options and a function of them. The table COMMANDS at the end lists all commands.
-- bench, experiment, feedback, plot and inventory are in support/. support/measure.py opens a run and measures losses
-  for all.
+- bench, experiment, plot, inventory, prefer and feedback are in support/. support/measure.py opens a run and measures
+  losses for all.
 
 Shapes: N records, E = 10 experts.
 """
@@ -45,8 +47,9 @@ from support.export import write_merged
 from support.feedback import Feedback, append_feedback, feedback
 from support.files import UserError, atomic
 from support.inventory import Inventory, inventory
-from support.measure import (LoadedRun, RecordOptions, UserOptions, bootstrap, domain_subsets, gate_from_options,
-                             load_run, load_split, losses, one_hot_gate, one_pole_only, pole_losses, update_gram)
+from support.measure import (LoadedRun, RecordOptions, UserOptions, bootstrap, culture_gap, gate_from_options, load_run,
+                             load_split, losses, message_precision, one_hot_gate, one_pole_only, pole_losses,
+                             pole_precision, situations, subsets, update_gram)
 from support.plots import Plot, plot
 from support.prefer import Prefer, prefer
 from support.records import load_data, messages_of, read_queries, write_records
@@ -68,18 +71,6 @@ except ImportError:  # Windows
 class Routing(RecordOptions):
     show: int = 12
     """Number of queries in the heat map."""
-
-
-def average_precision(scores, relevant):
-    """Returns the mean, over the relevant items, of the precision at their rank. NaN if nothing is relevant.
-
-    scores (N,), relevant (N,) of 0 and 1. Among equal scores the irrelevant items count as ranked first, so that a
-    router that cannot tell queries apart gains nothing from ties.
-    """
-    order = np.lexsort((relevant, -scores))
-    hits = relevant[order]
-    precision = hits.cumsum() / np.arange(1, len(hits) + 1)
-    return float((precision * hits).sum() / hits.sum()) if hits.any() else math.nan
 
 
 def r_precision(similarity, active):
@@ -113,18 +104,29 @@ def routing(args):
     active = torch.stack([row.active for row in rows]).numpy()
     similarity = score_queries(run.router, rows, args.tokens)
     gates = softmax_gate(similarity, run.setup.tau)
-    for name, part in domain_subsets(new_domain):
+    words = np.array([len(record["query"].split()) for record in records])
+    of_messages, ones = message_precision(similarity.numpy(), active), np.ones(len(records))
+    retold, summary, parts = situations(records), [], subsets(new_domain, records)
+    for name, part in parts:
         labels = active[part]
         scores = similarity.numpy()[part]
         statistics = gate_statistics(gates[part])
-        precision = [average_precision(scores[:, e], labels[:, e]) for e in range(len(EXPERTS))]
-        table = [[expert, int(labels[:, e].sum()), precision[e], float(labels[:, e].mean()), statistics["usage"][e]]
-                 for e, expert in enumerate(EXPERTS)]
+        precision = pole_precision(scores, labels)
+        table = [[expert, int(labels[:, e].sum()), float(precision[e]), float(labels[:, e].mean()),
+                  statistics["usage"][e]] for e, expert in enumerate(EXPERTS)]
         table.append(["mean", len(part), float(np.nanmean(precision)), float(labels.mean()), ""])
         print_table(["expert", "queries", "AP", "by chance", "usage"], table,
                     f"{len(part)} test queries, {name}; {run.origin('router')}, tau {run.setup.tau:g}")
         print(f"\n  R-precision {r_precision(scores, labels):.3f}   entropy {statistics['entropy']:.3f} of at most "
               f"{math.log(len(EXPERTS)):.3f}   top-1 mass {statistics['top1']:.3f}")
+        mean, low, high = bootstrap(of_messages[part], ones[part], args.seed, clusters=retold[part])
+        summary.append([name, len(part), float(words[part].mean()), float(np.nanmean(precision)),
+                        f"{mean:.3f} [{low:.3f}, {high:.3f}]"])
+    print_table(["test queries", "number", "words", "mean AP", "AP of a message, 95 %"], summary,
+                "Mean words of a query; mean AP of the experts over the queries; mean AP of the queries over the "
+                "experts (1: a query's poles are the most similar ones)")
+    if gap := culture_gap(of_messages, ones, records, "AP of a message", args.seed):
+        print("\n" + textwrap.fill(gap, 80))
     heat_map(gates[:args.show].numpy(), active[:args.show], [r["query"] for r in records])
 
 
@@ -157,15 +159,20 @@ def ablate(args):
                                              args.tokens)
         meaning["control"] = "0.1 for each, in training too"
         del control
-    for name, part in domain_subsets(test.new_domain):
+    retold = situations(test.records)
+    for name, part in subsets(test.new_domain, test.records):
         counts = test.counts[part]
         table = []
         for rule, found in nats.items():
-            interval = bootstrap((found - nats["learned"])[part], counts, args.seed)  # (mean, low, high) fill one cell
+            # (mean, low, high) fill one cell
+            interval = bootstrap((found - nats["learned"])[part], counts, args.seed, clusters=retold[part])
             table.append([rule, f"{found[part].sum() / counts.sum():.4f}", "" if rule == "learned" else interval])
         print_table(["gate", "nats/token", "against learned, 95 %"], table,
                     f"Held-out loss, {len(part)} records, {counts.sum():.0f} reply tokens, {name}; "
                     f"{run.origin('experts')}, tau {run.setup.tau:g}")
+    if gap := culture_gap(nats["uniform"] - nats["learned"], test.counts, test.records,
+                          "What the learned gate saves against a uniform one, nats/token,", args.seed):
+        print("\n" + textwrap.fill(gap, 80))
     print("\nThe gates\n")
     for rule in nats:
         print(f"  {rule:<10}{meaning[rule]}")

@@ -1,6 +1,6 @@
-"""The command experiment: is it the method that helps, and which part of it? Seven questions, one function for each.
+"""The command experiment: is it the method that helps, and which part of it? Eight questions, one function for each.
 
-    python eval.py experiment routing --run runs/tiny        # or temperature, rank, domain, stages, baselines, cues
+    python eval.py experiment routing --run runs/tiny   # or temperature, rank, domain, stages, baselines, cues, turns
 
 - An experiment trains variants of a run, measures their loss under gate rules and compares them.
 - A variant is a run folder in RUN/experiments/. It differs from the run in a few settings and links to everything else.
@@ -24,23 +24,23 @@ from router import active_experts, gate_statistics, persona_gate, save_router, s
 from support.baselines import base_alone, warmup_experts
 from support.checkpoints import read_log
 from support.files import UserError, atomic, read_json, read_lines
-from support.measure import (RunOptions, LoadedRun, bootstrap, domain_subsets, load_run, load_split, losses,
-                             one_hot_gate, one_pole_only, update_gram)
+from support.measure import (RunOptions, LoadedRun, bootstrap, load_run, load_split, losses, message_precision,
+                             one_hot_gate, one_pole_only, pole_precision, subsets, update_gram)
 from support.records import read_records, write_records
 from support.runs import STAGES, Setup, read_run, unfinished_stages, write_config
 from support.tables import print_table
-from synth import from_templates
+from synth import from_templates, signatures
 import train
-from train import evaluation_loss, score_queries
+from train import evaluation_loss, generate_replies, score_queries
 
 
 @dataclass(kw_only=True)
 class Experiment(RunOptions):
     names: list[str]
-    """One or several of routing, temperature, rank, domain, stages, baselines and cues."""
+    """One or several of routing, temperature, rank, domain, stages, baselines, cues and turns."""
     seeds: int | None = None
     """Number of seeds: the run's own, and others with another order of the data and other initial values. Default: 3
-    for routing and temperature, 1 for rank and stages. domain, baselines and cues take the run alone."""
+    for routing and temperature, 1 for rank and stages. domain, baselines, cues and turns take the run alone."""
     records: int | None = None
     """Number of test records, and of validation records. Default: all."""
     again: bool = False
@@ -153,7 +153,7 @@ def over_seeds(n):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The seven experiments. Their docstrings are printed above the tables.
+# The eight experiments. Their docstrings are printed above the tables.
 
 def routing_tables(args, run):
     """Is the router's gate worth more than other gates, on the experts before and after joint training?"""
@@ -179,7 +179,7 @@ def routing_tables(args, run):
                       f"nats/token ({over_seeds(len(of_gates['learned']))}), and its difference to the learned gate's "
                       "with a 95 % interval",
              "head": ["gate", "loss", "against learned"], "rows": compared(of_gates, test, "learned", part, args.seed)}
-            for stage, of_gates in nats.items() for name, part in domain_subsets(test.new_domain)]
+            for stage, of_gates in nats.items() for name, part in subsets(test.new_domain)]
 
 
 TAUS = (1.0, 0.5, 0.2, 0.1, 0.05)
@@ -452,8 +452,95 @@ def cues_tables(args, run):
     return tables
 
 
+TURNS = 6     # messages in a conversation
+DECAY = 0.5   # ours: a turn's weight in the decaying mean, divided by the next turn's
+ROUTINGS = "all turns", "last", "decaying"
+
+
+def conversations(records, across, seed):
+    """Returns conversations (C, TURNS), as numbers of records: each of one domain, or `across` six different ones.
+
+    A record is in at most one. Across domains, each conversation takes from the domains with most records left.
+    """
+    rng, of_domain, found = np.random.default_rng(seed), defaultdict(list), []
+    for i in rng.permutation(len(records)):
+        of_domain[records[i].get("domain")].append(i)
+    if not across:
+        found = [of[i:i + TURNS] for of in of_domain.values() for i in range(0, len(of) - TURNS + 1, TURNS)]
+    while across and sum(map(bool, of_domain.values())) >= TURNS:
+        most = sorted(of_domain.values(), key=len, reverse=True)[:TURNS]
+        found.append([most[i].pop() for i in rng.permutation(TURNS)])
+    return np.array(found, dtype=int).reshape(-1, TURNS)
+
+
+def route_conversations(args, run, records, numbers, routing, replies):
+    """Hold the conversations `numbers` (C, TURNS) with the router's gate of each turn. Returns the similarities that
+    set the gates, (C, TURNS, E), and which signatures the replies show, (C, TURNS, E), or None without `replies`.
+
+    routing: the router reads all turns, as chat does; the last message alone; or each message alone, and the gate is of
+    the mean of their similarities, in which each turn counts DECAY times as much as the next.
+    """
+    def cosines(asked):
+        rows = run.rows([record | {"id": i, "traits": {}} for i, record in enumerate(asked)])
+        return score_queries(run.router, rows, args.tokens)
+
+    histories, alone, similarity, shown = [[] for _ in numbers], [], [], []
+    for turn in range(TURNS):
+        asked = [{"query": records[i]["query"], "history": list(history)}
+                 for i, history in zip(numbers[:, turn], histories)]
+        alone.append(cosines([{"query": record["query"]} for record in asked]))
+        if routing == "decaying":
+            weights = torch.tensor([DECAY ** (turn - earlier) for earlier in range(turn + 1)])
+            similarity.append(torch.tensordot(weights / weights.sum(), torch.stack(alone), 1))
+        else:
+            similarity.append(alone[-1] if routing == "last" else cosines(asked))
+        if replies:
+            said = generate_replies(run.model, run.chat, asked, softmax_gate(similarity[-1], run.setup.tau))
+            shown.append(torch.tensor([signatures(text) for text in said]))
+            for history, record, reply in zip(histories, asked, said):
+                history += [{"role": "user", "content": record["query"]}, {"role": "assistant", "content": reply}]
+    return torch.stack(similarity, 1), torch.stack(shown, 1) if replies else None
+
+
+def turns_tables(args, run):
+    """Does the router find the poles of the current message when earlier turns speak of others, and how fast does the
+    gate move? It does so better the less it reads of those turns; but these messages change the subject and never
+    refer back, which a real conversation does."""
+    records, _ = run.records(limit=args.records)
+    active, styled, tables = torch.stack([active_experts(r["traits"]) for r in records]), from_templates(records), []
+    for kind, across in (("one domain", False), ("six domains", True)):
+        numbers, rows, precision = conversations(records, across, args.seed), [], {}
+        for routing in ROUTINGS if len(numbers) else ():
+            replies = styled or routing == "all turns"  # replies change the similarities only where all turns are read
+            similarity, shown = route_conversations(args, run, records, numbers, routing, replies)
+            gates, labels = softmax_gate(similarity, run.setup.tau), active[numbers]              # (C, TURNS, E)
+            moved = torch.cosine_similarity(gates[:, 1:], gates[:, :-1], dim=-1)                  # (C, TURNS - 1)
+            precision[routing] = message_precision(
+                similarity.flatten(0, 1).numpy(), labels.flatten(0, 1).numpy()).reshape(-1, TURNS)
+            for name, part in [*((str(t + 1), slice(t, t + 1)) for t in range(TURNS)), ("later", slice(1, TURNS))]:
+                scores, poles = (x[:, part].flatten(0, 1) for x in (similarity, labels))
+                shares = [(shown[:, part].flatten(0, 1) * p).any(1).float().mean().item() if styled else ""
+                          for p in (poles, 1 - poles)]
+                gain = (precision[routing] - precision["all turns"])[:, part].mean(1)
+                rows.append([routing, name, float(np.nanmean(pole_precision(scores.numpy(), poles.numpy()))),
+                             "" if name == "1" else moved[:, max(part.start - 1, 0):part.stop - 1].mean().item(),
+                             *shares, "" if routing == "all turns" else bootstrap(gain, np.ones(len(gain)), args.seed)])
+        tables.append({"title": f"{len(numbers)} conversations of {TURNS} messages of {kind}, tau {run.setup.tau:g}, "
+                                "by what the router reads: mean average precision over poles; cosine of the gate to that "
+                                "of the turn before; share of replies with the signature of a pole that the message "
+                                "calls for, and of another (template records only); average precision of a message's "
+                                "poles against routing on all turns, with a 95 % interval over conversations",
+                       "head": ["routed on", "turn", "AP", "cosine", "called", "other", "against all turns"],
+                       "rows": rows, "left": (0, 1)})
+    if not any(table["rows"] for table in tables):
+        raise UserError(f"{run.setup.data}: {len(records)} test records, expected {TURNS} of one domain, or of "
+                        f"{TURNS} different ones")
+    return tables
+
+
 EXPERIMENTS = {"routing": routing_tables, "temperature": temperature_tables, "rank": rank_tables,
-               "domain": domain_tables, "stages": stages_tables, "baselines": baselines_tables, "cues": cues_tables}
+               "domain": domain_tables, "stages": stages_tables, "baselines": baselines_tables, "cues": cues_tables,
+               "turns": turns_tables}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

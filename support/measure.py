@@ -351,23 +351,94 @@ def update_gram(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # Comparisons
 
-def domain_subsets(new_domain):
-    """Returns [(name, record numbers)]: all records and, if there are both, those of seen and of held-out domains."""
+def average_precision(scores, relevant):
+    """Returns the mean, over the relevant items, of the precision at their rank. NaN if nothing is relevant.
+
+    scores (N,), relevant (N,) of 0 and 1. Among equal scores the irrelevant items count as ranked first, so that a
+    router that cannot tell queries apart gains nothing from ties.
+    """
+    order = np.lexsort((relevant, -scores))
+    hits = relevant[order]
+    precision = hits.cumsum() / np.arange(1, len(hits) + 1)
+    return float((precision * hits).sum() / hits.sum()) if hits.any() else math.nan
+
+
+def pole_precision(scores, active):
+    """Returns each expert's average precision over the messages, (E,). scores, active of 0 and 1: (N, E), numpy."""
+    return np.array([average_precision(s, a) for s, a in zip(scores.T, active.T)])
+
+
+def message_precision(scores, active):
+    """Returns each message's average precision over the experts, (N,): 1 where its poles are the most similar ones.
+
+    Unlike that of an expert, it is a value for each record, so that bootstrap and culture_gap can take it.
+    scores, active of 0 and 1: (N, E), numpy.
+    """
+    return np.array([average_precision(s, a) for s, a in zip(scores, active)])
+
+
+def subsets(new_domain, records=()):
+    """Returns [(name, record numbers)]: all records; if there are both, those of seen and of held-out domains; and if
+    the records name two or more cultures, those of each, and those that name none."""
     parts = [("all", np.arange(len(new_domain)))]
     if new_domain.any() and not new_domain.all():
         parts += [("domains seen in training", np.flatnonzero(~new_domain)),
                   ("domains held out", np.flatnonzero(new_domain))]
+    cultures = np.array([str(record.get("culture") or "") for record in records])
+    if len({*cultures} - {""}) >= 2:
+        parts += [(f"culture: {name or 'none named'}", np.flatnonzero(cultures == name))
+                  for name in sorted({*cultures}, key=lambda name: (not name, name))]
     return parts
 
 
-def bootstrap(difference, counts, seed=0, n=2000):
+def culture_gap(values, counts, records, what, seed=0, n=2000):
+    """Returns a sentence on `what`, the weighted mean of values (N,), of the lowest and the highest culture, and on
+    whether cultures differ by more than chance. "" if the records name fewer than two.
+
+    The test permutes which record is of which culture, among records of the same situation (`of`, where records have
+    it). It compares Σ_c counts_c (mean_c − mean)². counts (N,): the weights, as for bootstrap.
+    """
+    cultures = np.array([str(record.get("culture") or "") for record in records])
+    names, labels = np.unique(cultures[cultures != ""], return_inverse=True)
+    if len(names) < 2:
+        return ""
+    values, counts = values[cultures != ""], counts[cultures != ""]
+    situation = np.array([str(record.get("of", "")) for record in records])[cultures != ""]
+    order, rng = np.argsort(situation, kind="stable"), np.random.default_rng(seed)
+
+    def means_and_spread(labels):
+        weights = np.bincount(labels, counts)
+        means = np.bincount(labels, values) / weights
+        return means, float((weights * (means - values.sum() / counts.sum()) ** 2).sum())
+
+    means, found = means_and_spread(labels)
+    at_least = 1  # the cultures as they are
+    for _ in range(n):
+        permuted = np.empty_like(labels)
+        permuted[order] = labels[np.lexsort((rng.random(len(labels)), situation))]
+        at_least += means_and_spread(permuted)[1] >= found * (1 - 1e-9)  # rounding: the same gap in another order
+    p, low, high = at_least / (n + 1), means.argmin(), means.argmax()
+    return (f"{what} by culture: from {means[low]:.4f} ({names[low]}) to {means[high]:.4f} ({names[high]}). Cultures "
+            f"differ by {'more than' if p < 0.05 else 'no more than'} chance (permutation test, p = {p:.4f}).")
+
+
+def bootstrap(difference, counts, seed=0, n=2000, clusters=None):
     """Returns (mean, low, high), floats: the weighted mean difference and its 95 % interval from a paired bootstrap.
 
     difference (N,): for each record, usually its nats under one gate minus those under another. counts (N,): the
-    weights, such as its tokens, for a mean per token, or ones.
+    weights, such as its tokens, for a mean per token, or ones. clusters (N,): what is drawn together, such as the
+    situation that several records tell.
     """
+    if clusters is not None:
+        numbers = np.unique(clusters, return_inverse=True)[1]
+        difference, counts = np.bincount(numbers, difference), np.bincount(numbers, counts)
     rng = np.random.default_rng(seed)
     size = len(counts)
     drawn = [rng.integers(0, size, size) for _ in range(n)]
     means = [difference[i].sum() / counts[i].sum() for i in drawn]
     return float(difference.sum() / counts.sum()), *np.percentile(means, (2.5, 97.5)).tolist()
+
+
+def situations(records):
+    """Returns what `bootstrap` draws together, (N,): the record that a record retells (`of`), or else itself."""
+    return np.array([str(record.get("of", record["id"])) for record in records])

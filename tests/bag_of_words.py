@@ -14,10 +14,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import average_precision, r_precision
+from eval import r_precision
 from lora import EXPERTS
 from router import active_experts
-from support.measure import domain_subsets
+from support.measure import pole_precision, subsets
 from support.records import load_data
 from support.tables import print_table
 
@@ -31,7 +31,7 @@ def main(path):
     features |= {name: words.transform(r["query"] for r in splits[name]) for name in ("validation", "test")}
 
     def mean_precision(scores, labels):
-        return float(np.nanmean([average_precision(scores[:, e], labels[:, e]) for e in range(len(EXPERTS))]))
+        return float(np.nanmean(pole_precision(scores, labels)))
 
     best = chosen = scores = 0
     for C in (1, 3, 10, 30):
@@ -46,7 +46,7 @@ def main(path):
     print_table(["test messages", "number", "mean AP", "R-precision", "by chance"], [
         [name, len(part), mean_precision(scores[part], active["test"][part]),
          r_precision(scores[part], active["test"][part]), float(active["test"][part].mean())]
-        for name, part in domain_subsets(new_domain)],
+        for name, part in subsets(new_domain)],
         f"TF-IDF regression on {len(splits['train'])} messages of {path}, C {chosen} (validation: {best:.3f})")
 
 

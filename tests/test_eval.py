@@ -31,13 +31,14 @@ import train
 from support import export as export_module
 from support import runs
 from support import tiny as tiny_models
-from eval import average_precision, heat_map, r_precision
+from eval import heat_map, r_precision
 from lora import EXPERTS, SHORT_NAMES, add_experts, expert_layers, merged_tensors
 from model import Transformer, generate, pad
 from router import GATE_RULES, active_experts, gates_for_rule, persona_gate, query_ids, raw_gate
 from support.chat import Chat, encode
 from support.files import UserError
-from support.measure import LoadedRun, bootstrap, domain_subsets, load_run, load_split
+from support.measure import (LoadedRun, average_precision, bootstrap, culture_gap, load_run, load_split, losses,
+                             message_precision, situations, subsets)
 from support.records import SPLITS, read_queries, read_records, write_records
 from support.rows import make_rows
 from support.runs import fingerprint
@@ -135,11 +136,63 @@ def test_the_bootstrap_is_paired_and_fixed_by_its_seed():
 
 
 def test_seen_and_held_out_domains_are_subsets_where_there_are_both():
-    parts = domain_subsets(np.array([False, True, True, False, False]))
+    parts = subsets(np.array([False, True, True, False, False]))
     assert [(name, rows.tolist()) for name, rows in parts] == [
         ("all", [0, 1, 2, 3, 4]), ("domains seen in training", [0, 3, 4]), ("domains held out", [1, 2])]
     for one_kind in (np.zeros(3, bool), np.ones(3, bool)):
-        assert [(name, rows.tolist()) for name, rows in domain_subsets(one_kind)] == [("all", [0, 1, 2])]
+        assert [(name, rows.tolist()) for name, rows in subsets(one_kind)] == [("all", [0, 1, 2])]
+
+
+def of_cultures(*cultures):
+    return [{"id": i} | ({"culture": culture} if culture else {}) for i, culture in enumerate(cultures)]
+
+
+@pytest.mark.parametrize("cultures, expected", [
+    ((None, None, None), []), (("Finnish", None, "Finnish"), []), (("Finnish", "", "日本"), [
+        ("culture: Finnish", [0]), ("culture: 日本", [2]), ("culture: none named", [1])]),
+    (("B", "A", "B"), [("culture: A", [1]), ("culture: B", [0, 2])])])
+def test_cultures_are_subsets_where_records_name_two_or_more(cultures, expected):
+    parts = subsets(np.zeros(3, bool), of_cultures(*cultures))
+    assert [(name, rows.tolist()) for name, rows in parts] == [("all", [0, 1, 2]), *expected]
+
+
+def p_of(values, records, seed=0, n=300):
+    gap = culture_gap(values, np.ones(len(records)), records, "AP", seed, n)
+    return float(re.search(r"p = (\d\.\d+)", gap)[1])
+
+
+def test_a_gap_between_cultures_is_told_from_chance():
+    """Labels at random: p is below 0.1 in about a tenth of the draws. A real gap is found, and named."""
+    rng, records = np.random.default_rng(0), of_cultures(*"ABC" * 20)
+    p = [p_of(rng.normal(size=60), records, seed, 100) for seed in range(100)]
+    assert 2 <= sum(x < 0.1 for x in p) <= 20 and 0.4 < np.mean(p) < 0.6
+    values = rng.normal(size=60) + 2 * np.array([record["culture"] == "B" for record in records])
+    gap = culture_gap(values, np.ones(60), records, "AP", n=300)
+    assert re.match(r"AP by culture: from -?0\.\d+ \([AC]\) to \d\.\d+ \(B\)\. Cultures differ by more than", gap)
+    assert p_of(values, records) == pytest.approx(1 / 301, abs=1e-4)
+    few = values + rng.normal(size=60) * 9  # fixed by its seed
+    assert p_of(few, records, 1) == p_of(few, records, 1) != p_of(few, records, 2)
+    assert culture_gap(values, np.ones(60), of_cultures(*["A"] * 30, *[None] * 30), "AP") == ""
+    weights = np.where(values > 0, 3.0, 1.0)  # a mean per token
+    means = [np.average(values[i::3] / weights[i::3], weights=weights[i::3]) for i in range(3)]
+    assert f"from {min(means):.4f}" in culture_gap(values, weights, records, "AP", n=1)
+    alone = [*records, {"id": 60}]  # what names no culture is not counted
+    assert culture_gap(np.append(values, 99), np.ones(61), alone, "AP", n=300) == gap
+
+
+def test_what_one_situation_has_in_common_is_not_taken_for_a_gap_nor_for_many_records():
+    """Sixty situations that differ much, each told by A, and half a point lower by B."""
+    rng = np.random.default_rng(1)
+    base, records = 10 * rng.normal(size=60), of_cultures(*"AB" * 60)
+    values = np.repeat(base, 2) + np.tile([0.5, 0.0], 60) + rng.normal(size=120) * 0.1
+    told = [record | {"of": i // 2} for i, record in enumerate(records)]
+    assert p_of(values, told) < 0.01 and p_of(values, records) > 0.2
+    ones, same = np.ones(120), np.array([record["of"] for record in told])
+    together, apart = bootstrap(values, ones, clusters=same), bootstrap(values, ones)
+    assert together[0] == pytest.approx(apart[0])
+    assert (together[2] - together[1]) / (apart[2] - apart[1]) == pytest.approx(2 ** 0.5, rel=0.15)
+    assert together == pytest.approx(bootstrap(values[::2] + values[1::2], np.full(60, 2.0)))
+    assert situations([{"id": 7}, {"id": 8, "of": 7}, {"id": "9"}]).tolist() == ["7", "7", "9"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -438,6 +491,40 @@ def test_routings_numbers_are_those_of_the_saved_router(run_folder, capsys):
         assert abs(entropy - -(gates * gates.log()).sum(-1).mean()) < 2e-3
         assert abs(precision - r_precision(similarity.numpy(), active.numpy())) < 0.01
 
+
+def test_routing_and_ablate_have_a_table_for_each_culture(run_folder, here, capsys, no_table):
+    copy(run_folder, here)
+    records = [record | {"culture": "ABC"[i % 3], "of": str(i // 3)}
+               for i, record in enumerate(template_records("test", 12))]
+    for record in records[::3]:
+        del record["culture"]
+    for name in SPLITS:
+        write_records(here / "mine" / f"{name}.jsonl", records)
+    out = output_of(capsys, f"routing --run {RUN} --data mine --seed 3")
+    assert all(len(line) <= 80 for line in out.splitlines())
+    names = ["culture: B", "culture: C", "culture: none named"]
+    assert re.findall(r"^4 test queries, (culture: .*); router", out, re.M) == names
+    run = LoadedRun(evaluation.Routing(run=str(RUN), data="mine"))
+    active = torch.stack([active_experts(r["traits"]) for r in records]).numpy()
+    found = message_precision(train.score_queries(run.router, run.rows(records)).numpy(), active)
+    for i, name in enumerate(names):
+        of = found[[1, 2, 0][i]::3]
+        words = np.mean([len(r["query"].split()) for r in records[[1, 2, 0][i]::3]])
+        mean, low, high = bootstrap(of, np.ones(4), 3)
+        shown = re.escape(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        assert re.search(rf"^  {name} +4 +{words:.3f} +\d\.\d+ +{shown}$", out, re.M)
+    mean, low, high = bootstrap(found, np.ones(12), 3, clusters=situations(records))
+    assert f"{mean:.3f} [{low:.3f}, {high:.3f}]" in out
+    ones, said = np.ones(12), " ".join(out.split())
+    assert culture_gap(found, ones, records, "AP of a message", 3) in said
+    out = " ".join(output_of(capsys, f"ablate --run {RUN} --data mine --replies 0 --seed 3").split())
+    test = load_split(run)
+    nats = losses(run, test, ["uniform", "learned", "base"])
+    assert re.findall(r"Held-out loss, 4 records, \d+ reply tokens, (culture: .*?); experts", out) == names
+    assert culture_gap(nats["uniform"] - nats["learned"], test.counts, records,
+                       "What the learned gate saves against a uniform one, nats/token,", 3) in out
+    difference = bootstrap(nats["base"] - nats["learned"], test.counts, 3, clusters=situations(records))
+    assert "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference) in out.split("culture: B")[0]
 
 def test_routing_needs_no_responses(run_folder, here, capsys):
     copy(run_folder, here, ["warmup", "joint"])

@@ -28,7 +28,7 @@ from support.measure import LoadedRun, bootstrap, load_split, losses, one_hot_ga
 from support.records import SPLITS, read_records, write_records
 from support.tables import print_table
 from support.rows import Row
-from synth import template_records
+from synth import signatures, template_records
 from test_commands import RUN, copy, here, reduced, run_folder, undone  # noqa: F401 (fixtures)
 
 
@@ -469,7 +469,77 @@ def test_cues_compares_each_pair(run_folder):  # noqa: F811
                                                                  split.counts[part]), atol=1e-5)
 
 
+def test_conversations_are_of_one_domain_or_of_six_and_use_no_message_twice():
+    records = [{"domain": name} for name, n in zip("ABCDEFGH", (13, 12, 9, 6, 6, 5, 1, 20)) for _ in range(n)]
+    one, six = (experiments.conversations(records, across, 0) for across in (False, True))
+    for numbers, n_domains in ((one, 1), (six, 6)):
+        assert all(len({records[i]["domain"] for i in of}) == n_domains for of in numbers)
+        assert len({*numbers.flat}) == numbers.size and numbers.shape[1] == 6
+    assert len(one) == 2 + 2 + 1 + 1 + 1 + 3 and len(six) >= 6
+    assert not np.array_equal(six, experiments.conversations(records, True, 1))
+    assert experiments.conversations(records[:5], False, 0).shape == (0, 6) == experiments.conversations(
+        records[:5], True, 0).shape
+
+
+def test_turns_routes_on_all_turns_as_chat_does_on_the_last_and_on_a_decaying_mean(run_folder, capsys):  # noqa: F811
+    args = asked(run_folder, records=60)
+    run = LoadedRun(args)
+    records, numbers = run.records()[0], np.arange(12).reshape(2, 6)
+    found = {name: experiments.route_conversations(args, run, records, numbers, name, True)
+             for name in experiments.ROUTINGS}
+
+    def cosines(**record):
+        return train.score_queries(run.router, run.rows([{"id": 0, "traits": {}} | record]))[0]
+    for c, of in enumerate(numbers):
+        alone = torch.stack([cosines(query=records[i]["query"]) for i in of])
+        chat = evaluation.Conversation(run, evaluation.Talk(run=str(run_folder), max_new_tokens=80))
+        all_turns = found["all turns"]
+        for turn, i in enumerate(of):
+            chat.reply(records[i]["query"])
+            gate = torch.tensor(list(chat.turns[-1]["gate"].values()))
+            assert torch.allclose((all_turns[0][c, turn] / run.setup.tau).softmax(-1), gate, atol=1e-4)
+            assert all_turns[1][c, turn].tolist() == signatures(chat.turns[-1]["response"])
+        weights = torch.tensor([0.5 ** k for k in range(6)])
+        decaying = torch.stack([(weights[:t + 1].flip(0)[:, None] * alone[:t + 1]).sum(0) / weights[:t + 1].sum()
+                                for t in range(6)])
+        assert torch.allclose(found["last"][0][c], alone, atol=1e-4)
+        assert torch.allclose(found["decaying"][0][c], decaying, atol=1e-4)
+
+
+def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
+    """Replies show one pole; the routers know the poles of the last message, of the first, and of no other."""
+    args = asked(run_folder, records=60)
+    run = LoadedRun(args)
+    active = torch.stack([active_experts(r["traits"]) for r in run.records(limit=60)[0]])
+
+    def routed(args, run, records, numbers, routing, replies):
+        labels = active[numbers]
+        shown = torch.zeros_like(labels)
+        shown[..., 3] = 1
+        return (labels if routing == "last" else labels[:, :1].expand(-1, 6, -1)), shown
+    monkeypatch.setattr(experiments, "route_conversations", routed)
+    for table, across in zip(experiments.turns_tables(args, run), (False, True)):
+        numbers = experiments.conversations(run.records(limit=60)[0], across, 0)
+        labels = active[numbers]
+        rows = {tuple(row[:2]): row[2:] for row in table["rows"]}
+        assert len(rows) == 3 * 7 and f"{len(numbers)} conversations" in table["title"]
+        for turn in range(6):
+            ap, moved, called, other, gain = rows["last", str(turn + 1)]
+            assert ap == 1 and called == pytest.approx(labels[:, turn, 3].mean().item())
+            assert other == pytest.approx(1 - called)
+            gates = labels.softmax(-1)
+            assert turn == 0 and moved == "" or moved == pytest.approx(torch.cosine_similarity(
+                gates[:, turn], gates[:, turn - 1], dim=-1).mean().item())
+            assert rows["all turns", str(turn + 1)][4] == "" and not any(rows["decaying", str(turn + 1)][4])
+            assert turn == 0 or rows["all turns", str(turn + 1)][1] == pytest.approx(1)
+            missed = 1 - experiments.message_precision(labels[:, 0].numpy(), labels[:, turn].numpy())
+            assert np.allclose(gain, bootstrap(missed, np.ones(len(numbers))))
+        assert rows["last", "later"][2] == pytest.approx(labels[:, 1:, 3].mean().item())
+        assert rows["last", "later"][4][0] == pytest.approx(np.mean([rows["last", str(t)][4][0] for t in range(2, 7)]))
+
+
 @pytest.mark.parametrize("argv, why", [
+    ("experiment turns --run Z --records 4", "4 test records, expected 6 of one domain, or of 6 different ones"),
     ("experiment nonsense --run X", "no experiment 'nonsense', expected some of routing, temperature, rank, domain"),
     ("experiment routing --run X --stage joint", "leave out --stage, --experts and --router"),
     ("experiment routing --run X --experts E", "leave out --stage, --experts and --router"),
@@ -477,6 +547,8 @@ def test_cues_compares_each_pair(run_folder):  # noqa: F811
     ("experiment domain --run Y", "name 1 domains, expected three or more")])
 def test_experiments_that_cannot_be_done_are_refused_in_one_line(run_folder, here, argv, why):  # noqa: F811
     shutil.move(copy(run_folder, here, ["router", "joint"]), here / "X")
+    if "Z" in argv:
+        shutil.move(copy(run_folder, here), here / "Z")
     if "Y" in argv and "domain" in argv:
         shutil.move(copy(run_folder, here), here / "Y")
         for split in ("train", "test"):

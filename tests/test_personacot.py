@@ -74,3 +74,19 @@ def test_pairs_are_of_test_messages_and_lack_one_cue(records):
         assert all(source["cot"]["traits"][kept]["cue"] in pair["without"] for kept in pair["kept"]), pair["id"]
         removed[EXPERTS[2 * TRAITS.index(trait) + (value < 0)]] += 1
     assert removed == dict.fromkeys(EXPERTS, 12)
+
+
+def test_six_cultures_retell_twenty_situations_that_call_for_the_same(records):
+    """Each situation comes first as its source tells it, which names no culture."""
+    told, by_id, found = read_records(DATA / "cultures.jsonl", need_response=False), {r["id"]: r for r in records}, {}
+    for r in told:
+        source = by_id[r["of"]]
+        assert r["split"] == "test" and (r["traits"], r["domain"]) == (source["traits"], source["domain"]), r["id"]
+        assert r["cues"].keys() == r["traits"].keys() and 6 <= len(r["query"].split()) <= 115, r["id"]
+        assert all(cue in r["query"] and 1 <= len(cue.split()) <= 10 for cue in r["cues"].values()), r["id"]
+        assert not NAMES_A_TRAIT.search(r["query"]), r["id"]
+        assert "culture" in r or (r["id"], r["query"]) == (source["id"], source["query"])
+        found.setdefault(r["of"], []).append(r.get("culture"))
+    assert len(found) == 20 and all(told == [None, "Japanese", "Nigerian", "German", "Mexican", "Indian", "Egyptian"]
+                                    for told in found.values())
+    assert len({normalise_query(r["query"]) for r in told}) == 140
