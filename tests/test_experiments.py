@@ -1,5 +1,6 @@
 """Laws of experiments, plots and the inventory, on the small run of test_commands.py."""
 import csv
+import functools
 import json
 import re
 import shutil
@@ -481,7 +482,9 @@ def test_conversations_are_of_one_domain_or_of_six_and_use_no_message_twice():
         records[:5], True, 0).shape
 
 
-def test_turns_routes_on_all_turns_as_chat_does_on_the_last_and_on_a_decaying_mean(run_folder, capsys):  # noqa: F811
+def test_turns_routes_on_all_turns_as_chat_does_on_the_last_and_on_a_decaying_mean(
+        run_folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(experiments, "generate_replies", functools.partial(train.generate_replies, max_new_tokens=12))
     args = asked(run_folder, records=60)
     run = LoadedRun(args)
     records, numbers = run.records()[0], np.arange(12).reshape(2, 6)
@@ -492,7 +495,7 @@ def test_turns_routes_on_all_turns_as_chat_does_on_the_last_and_on_a_decaying_me
         return train.score_queries(run.router, run.rows([{"id": 0, "traits": {}} | record]))[0]
     for c, of in enumerate(numbers):
         alone = torch.stack([cosines(query=records[i]["query"]) for i in of])
-        chat = evaluation.Conversation(run, evaluation.Talk(run=str(run_folder), max_new_tokens=80))
+        chat = evaluation.Conversation(run, evaluation.Talk(run=str(run_folder), max_new_tokens=12))
         all_turns = found["all turns"]
         for turn, i in enumerate(of):
             chat.reply(records[i]["query"])
