@@ -464,7 +464,8 @@ class Conversation:
     def __init__(self, run, args):
         self.run = run
         self.args = args
-        self.turns = []  # {"query", "response", "gate", "chosen_by", perhaps "verdict"} of each
+        # {"query", "response", "gate", "similarity", perhaps "verdict"} of each; a gate by hand has similarity None
+        self.turns = []
         self.fixed_gate = gate_from_options(run, args)  # None: the router chooses
         self.generator = torch.Generator().manual_seed(args.seed)
         run.model  # load now, not at the first message
@@ -499,10 +500,11 @@ class Conversation:
         check_text(query)
         record = as_record(query, self.turns)
         try:
-            if self.fixed_gate is None:
-                gate, chosen_by = self.run.gates([record | {"id": "0"}]), "router"
-            else:
-                gate, chosen_by = self.fixed_gate, "by hand"
+            gate, chosen_by, cosines = self.fixed_gate, "by hand", None
+            if gate is None:
+                similarity = self.run.similarity([record | {"id": "0"}])  # (1, E)
+                gate, chosen_by = self.run.gate_of(similarity), "router"
+                cosines = dict(zip(EXPERTS, similarity[0].tolist()))
         except KeyboardInterrupt:
             print("[stopped]\n")
             return
@@ -512,7 +514,7 @@ class Conversation:
         text = self.stream(record, gate)
         if text.strip():  # a reply without a word, as after an early Ctrl-C, leaves no turn
             self.turns.append({"query": query, "response": text, "gate": dict(zip(EXPERTS, weights)),
-                               "chosen_by": chosen_by})
+                               "similarity": cosines})
 
     def command(self, line):
         """Obey a line that begins with /."""
@@ -541,16 +543,12 @@ class Conversation:
                             "before a message that begins with /")
 
     def judge(self, verdict):
-        """Append the last message, its similarities and gate, and the verdict on the reply to the feedback file. The
-        similarities are null if the gate was set by hand: it did not come from them."""
+        """Append the last message, its similarities and gate, and the verdict on the reply to the feedback file."""
         if not self.turns or "verdict" in self.turns[-1]:
             raise UserError(f"/{verdict} judges the last reply, and once: there is none without a verdict")
-        turn, similarity = self.turns[-1], None
-        if turn["chosen_by"] == "router":
-            cosines = self.run.similarity([as_record(turn["query"], self.turns[:-1]) | {"id": "0"}])[0]
-            similarity = dict(zip(EXPERTS, cosines.tolist()))
-        append_feedback(self.args.feedback, {"query": turn["query"], "similarity": similarity, "gate": turn["gate"],
-                                             "verdict": verdict})
+        turn = self.turns[-1]
+        append_feedback(self.args.feedback, {key: turn[key] for key in ("query", "similarity", "gate")}
+                        | {"verdict": verdict})
         turn["verdict"] = verdict
         print(f"{self.args.feedback}: {verdict}\n")
 

@@ -423,8 +423,7 @@ def cues_tables(args, run):
     pairs, neutral = without_cues(test.records)
 
     def cosines(queries):
-        return score_queries(run.router, run.rows([{"id": 0, "query": query, "traits": {}} for query in queries]),
-                             args.tokens)
+        return run.similarity([{"id": "0", "query": query} for query in queries])
 
     of_pairs = [cosines([pair[key] for pair in pairs]) for key in ("query", "without")]
     tables = [{"title": f"{len(pairs)} pairs of messages: a pole's {measure} with its cue, and how it changes (95 % "
@@ -473,27 +472,23 @@ def conversations(records, across, seed):
     return np.array(found, dtype=int).reshape(-1, TURNS)
 
 
-def route_conversations(args, run, records, numbers, routing, replies):
+def route_conversations(run, records, numbers, routing, replies):
     """Hold the conversations `numbers` (C, TURNS) with the router's gate of each turn. Returns the similarities that
     set the gates, (C, TURNS, E), and which signatures the replies show, (C, TURNS, E), or None without `replies`.
 
     routing: the router reads all turns, as chat does; the last message alone; or each message alone, and the gate is of
     the mean of their similarities, in which each turn counts DECAY times as much as the next.
     """
-    def cosines(asked):
-        rows = run.rows([record | {"id": i, "traits": {}} for i, record in enumerate(asked)])
-        return score_queries(run.router, rows, args.tokens)
-
     histories, alone, similarity, shown = [[] for _ in numbers], [], [], []
     for turn in range(TURNS):
-        asked = [{"query": records[i]["query"], "history": list(history)}
+        asked = [{"id": str(i), "query": records[i]["query"], "history": list(history)}
                  for i, history in zip(numbers[:, turn], histories)]
-        alone.append(cosines([{"query": record["query"]} for record in asked]))
+        alone.append(run.similarity([record | {"history": []} for record in asked]))
         if routing == "decaying":
             weights = torch.tensor([DECAY ** (turn - earlier) for earlier in range(turn + 1)])
             similarity.append(torch.tensordot(weights / weights.sum(), torch.stack(alone), 1))
         else:
-            similarity.append(alone[-1] if routing == "last" else cosines(asked))
+            similarity.append(alone[-1] if routing == "last" else run.similarity(asked))
         if replies:
             said = generate_replies(run.model, run.chat, asked, softmax_gate(similarity[-1], run.setup.tau))
             shown.append(torch.tensor([signatures(text) for text in said]))
@@ -512,7 +507,7 @@ def turns_tables(args, run):
         numbers, rows, precision = conversations(records, across, args.seed), [], {}
         for routing in ROUTINGS if len(numbers) else ():
             replies = styled or routing == "all turns"  # replies change the similarities only where all turns are read
-            similarity, shown = route_conversations(args, run, records, numbers, routing, replies)
+            similarity, shown = route_conversations(run, records, numbers, routing, replies)
             gates, labels = softmax_gate(similarity, run.setup.tau), active[numbers]              # (C, TURNS, E)
             moved = torch.cosine_similarity(gates[:, 1:], gates[:, :-1], dim=-1)                  # (C, TURNS - 1)
             precision[routing] = message_precision(

@@ -226,9 +226,13 @@ class LoadedRun:
         rows = self.rows([record | {"traits": {}} for record in records])
         return score_queries(self.router, rows, self.args.tokens)
 
+    def gate_of(self, similarity):
+        """Returns the gates (N, E) of cosines (N, E), shifted by what --user likes: softmax((s + b) / τ)."""
+        return softmax_gate(similarity + self.likes, self.setup.tau)
+
     def gates(self, records):
-        """Returns the router's gates (N, E) for records, shifted by what --user likes: softmax((s + b) / τ)."""
-        return softmax_gate(self.similarity(records) + self.likes, self.setup.tau)
+        """Returns the router's gates (N, E) for records, which need no traits."""
+        return self.gate_of(self.similarity(records))
 
 
 def load_run(args, folder, stage=None):
@@ -377,6 +381,11 @@ def message_precision(scores, active):
     return np.array([average_precision(s, a) for s, a in zip(scores, active)])
 
 
+def cultures_of(records):
+    """Returns the culture that each record names, (N,), or ""."""
+    return np.array([str(record.get("culture") or "") for record in records])
+
+
 def subsets(new_domain, records=()):
     """Returns [(name, record numbers)]: all records; if there are both, those of seen and of held-out domains; and if
     the records name two or more cultures, those of each, and those that name none."""
@@ -384,7 +393,7 @@ def subsets(new_domain, records=()):
     if new_domain.any() and not new_domain.all():
         parts += [("domains seen in training", np.flatnonzero(~new_domain)),
                   ("domains held out", np.flatnonzero(new_domain))]
-    cultures = np.array([str(record.get("culture") or "") for record in records])
+    cultures = cultures_of(records)
     if len({*cultures} - {""}) >= 2:
         parts += [(f"culture: {name or 'none named'}", np.flatnonzero(cultures == name))
                   for name in sorted({*cultures}, key=lambda name: (not name, name))]
@@ -398,7 +407,7 @@ def culture_gap(values, counts, records, what, seed=0, n=2000):
     The test permutes which record is of which culture, among records of the same situation (`of`, where records have
     it). It compares Σ_c counts_c (mean_c − mean)². counts (N,): the weights, as for bootstrap.
     """
-    cultures = np.array([str(record.get("culture") or "") for record in records])
+    cultures = cultures_of(records)
     names, labels = np.unique(cultures[cultures != ""], return_inverse=True)
     if len(names) < 2:
         return ""

@@ -488,7 +488,7 @@ def test_turns_routes_on_all_turns_as_chat_does_on_the_last_and_on_a_decaying_me
     args = asked(run_folder, records=60)
     run = LoadedRun(args)
     records, numbers = run.records()[0], np.arange(12).reshape(2, 6)
-    found = {name: experiments.route_conversations(args, run, records, numbers, name, True)
+    found = {name: experiments.route_conversations(run, records, numbers, name, True)
              for name in experiments.ROUTINGS}
 
     def cosines(**record):
@@ -515,7 +515,7 @@ def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
     run = LoadedRun(args)
     active = torch.stack([active_experts(r["traits"]) for r in run.records(limit=60)[0]])
 
-    def routed(args, run, records, numbers, routing, replies):
+    def routed(run, records, numbers, routing, replies):
         labels = active[numbers]
         shown = torch.zeros_like(labels)
         shown[..., 3] = 1
