@@ -13,8 +13,8 @@
 
 If some test records come from domains that training never saw, routing and ablate also report seen and held-out
 domains separately; and each culture, if the records name two or more. Intervals are 95 % confidence intervals from a
-paired bootstrap over records: both gates are measured on the same records. Records that retell one situation (`of`)
-are drawn together.
+paired bootstrap over records: both gates are measured on the same records. routing and ablate
+draw records that retell one situation (`of`) together.
 
 What is notable:
 - A command is a dataclass of options and a function of them. The table COMMANDS at the end lists all commands.
@@ -45,7 +45,7 @@ from support.command import Parser, add_fields, check_numbers, for_users, run_co
 from support.experiments import Experiment, experiment
 from support.export import write_merged
 from support.feedback import Feedback, append_feedback, feedback
-from support.files import UserError, atomic
+from support.files import UserError, atomic, shorten
 from support.inventory import Inventory, inventory
 from support.measure import (LoadedRun, RecordOptions, UserOptions, bootstrap, culture_gap, gate_from_options, load_run,
                              load_split, losses, message_precision, one_hot_gate, one_pole_only, pole_losses,
@@ -440,7 +440,7 @@ class ChatOptions(Talk):
 HELP = """/persona O+,E-:0.5  set the gate yourself
 /router             let the router set the gate again
 /base               answer the last message again without experts; not added to the conversation
-/good, /bad         say what you think of the last reply: a line in the file that --feedback names
+/good, /bad         judge PersonaFuse's last reply (not /base's): a line in the file that --feedback names
 /reset              forget the conversation
 /save FILE.jsonl    save the conversation as queries
 /help               show this list
@@ -545,12 +545,13 @@ class Conversation:
     def judge(self, verdict):
         """Append the last message, its similarities and gate, and the verdict on the reply to the feedback file."""
         if not self.turns or "verdict" in self.turns[-1]:
-            raise UserError(f"/{verdict} judges the last reply, and once: there is none without a verdict")
+            there_is = "it has a verdict already" if self.turns else "there is none yet"
+            raise UserError(f"/{verdict} judges PersonaFuse's last reply, and {there_is}")
         turn = self.turns[-1]
         append_feedback(self.args.feedback, {key: turn[key] for key in ("query", "similarity", "gate")}
                         | {"verdict": verdict})
         turn["verdict"] = verdict
-        print(f"{self.args.feedback}: {verdict}\n")
+        print(f"{self.args.feedback}: {verdict}, for {shorten(printable(turn['query']))}\n")
 
     def save(self, path):
         """Write the conversation to a new .jsonl file, one turn a line."""

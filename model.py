@@ -322,7 +322,7 @@ class Transformer(nn.Module):
                              optional=["lm_head.weight"] if config.tied or not head else [])
         layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)} if int8 else {}
         state = load_tensors(files, dtype, device, {f"{name}.weight" for name in layers})
-        for name, layer in layers.items():  # so that the model expects their scales
+        for name, layer in layers.items():  # so that load_state_dict finds int8 parameters with scales to replace
             layer.set_int8(state[f"{name}.weight"], state[f"{name}.weight_scale"])
         if config.tied:
             embedding = state["model.embed_tokens.weight"]
@@ -353,7 +353,7 @@ def to_device(values, device):
     """Numbers as a tensor on the device. A copy to a GPU is made from pinned memory, so that the CPU does not wait for
     it and prepares the next step while the GPU computes."""
     values = torch.as_tensor(values)
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora import EXPERTS, SHORT_NAMES, TRAITS
+from model import to_device
 from support.chat import encode
 from support.files import UserError, atomic, read_json, shorten
 from support.weights import read_tensors
@@ -124,7 +125,7 @@ def contrastive_loss(similarity, active, temperature=0.07):
     if not active.any(-1).all():
         raise ValueError("a row has no active expert: records whose traits are all zero are not trained on")
     c = similarity.float() / temperature
-    positive = active.to(c.device).bool()
+    positive = to_device(active, c.device).bool()
     negatives = c.masked_fill(positive, -torch.inf).logsumexp(-1, keepdim=True)  # (B, 1): log Σ_n e^{c_n}
     # −log( e^c / (e^c + e^n) ) = log(1 + e^{n − c}) = softplus(n − c), which does not overflow
     losses = F.softplus(negatives - c).masked_fill(~positive, 0)                 # (B, E)

@@ -472,7 +472,7 @@ class Args:
     """local: keep the weights of the model's linear layers in 8 bits: a little over half the memory of bfloat16."""
     compile: bool = False
     """local: compile the decoding step with torch.compile. It takes minutes at the start, so it pays for many queries.
-    Needs Triton on a GPU and a C++ compiler on a CPU."""
+    Needs Triton and a C compiler on a GPU, a C++ compiler on a CPU."""
     retry_rejected: bool = False
     """local, http: try the queries of FILE.rejected.jsonl again. Those that succeed move to FILE.jsonl."""
 

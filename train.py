@@ -123,8 +123,8 @@ class Args:
     """Gradient checkpointing: keep only each layer's input for the backward pass and compute the rest again. It takes
     less memory and more time."""
     compile: bool = False
-    """Let torch.compile fuse each layer's operations; compiling takes a minute or so at the start. Needs Triton on a
-    GPU and a C++ compiler on a CPU."""
+    """Let torch.compile fuse each layer's operations; compiling takes a minute or so at the start. Needs Triton
+    and a C compiler on a GPU, a C++ compiler on a CPU."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
@@ -369,9 +369,9 @@ def fit(stage, rows, s, run, stop=lambda: False):
             metrics = stage.step(batch, learning_rate_factor(step - 1, s.steps, s.lr_warmup))
         except torch.OutOfMemoryError as error:
             reason = " ".join(str(error).split())[:150]
-            raise UserError(f"{stage.name}, step {step}: the GPU's memory is full ({reason}). Lower --tokens (now "
-                            f"{s.tokens}) or --rank with --overwrite, or give --recompute, also with --resume") \
-                from None
+            raise UserError(f"{stage.name}, step {step}: the GPU's memory is full ({reason}). Give --recompute, "
+                            f"which --resume takes too; or --overwrite with a lower --tokens (now {s.tokens}), or "
+                            "with --int8") from None
         pending.append((step, batch, metrics))
         for row in batch:
             n_real += len(row.ids) if stage.model is not None else 0

@@ -457,18 +457,20 @@ ROUTINGS = "all turns", "last", "decaying"
 
 
 def conversations(records, across, seed):
-    """Returns conversations (C, TURNS), as numbers of records: each of one domain, or `across` six different ones.
+    """Returns conversations (C, TURNS), as numbers of records: each of one domain or, if `across`, of six different ones.
 
-    A record is in at most one. Across domains, each conversation takes from the domains with most records left.
+    A record is in at most one; one that names no domain is in none. Across domains, each conversation takes from the domains with most records left.
     """
     rng, of_domain, found = np.random.default_rng(seed), defaultdict(list), []
     for i in rng.permutation(len(records)):
-        of_domain[records[i].get("domain")].append(i)
-    if not across:
+        if records[i].get("domain"):
+            of_domain[records[i]["domain"]].append(i)
+    if across:
+        while sum(map(bool, of_domain.values())) >= TURNS:
+            most = sorted(of_domain.values(), key=len, reverse=True)[:TURNS]
+            found.append([most[i].pop() for i in rng.permutation(TURNS)])
+    else:
         found = [of[i:i + TURNS] for of in of_domain.values() for i in range(0, len(of) - TURNS + 1, TURNS)]
-    while across and sum(map(bool, of_domain.values())) >= TURNS:
-        most = sorted(of_domain.values(), key=len, reverse=True)[:TURNS]
-        found.append([most[i].pop() for i in rng.permutation(TURNS)])
     return np.array(found, dtype=int).reshape(-1, TURNS)
 
 
@@ -499,8 +501,7 @@ def route_conversations(run, records, numbers, routing, replies):
 
 def turns_tables(args, run):
     """Does the router find the poles of the current message when earlier turns speak of others, and how fast does the
-    gate move? It does so better the less it reads of those turns; but these messages change the subject and never
-    refer back, which a real conversation does."""
+    gate move? These messages change the subject and never refer back, as a real conversation does."""
     records, _ = run.records(limit=args.records)
     active, styled, tables = torch.stack([active_experts(r["traits"]) for r in records]), from_templates(records), []
     for kind, across in (("one domain", False), ("six domains", True)):
@@ -528,8 +529,8 @@ def turns_tables(args, run):
                        "head": ["routed on", "turn", "AP", "cosine", "called", "other", "against all turns"],
                        "rows": rows, "left": (0, 1)})
     if not any(table["rows"] for table in tables):
-        raise UserError(f"{run.setup.data}: {len(records)} test records, expected {TURNS} of one domain, or of "
-                        f"{TURNS} different ones")
+        raise UserError(f"{run.setup.data}: {len(records)} test records, expected {TURNS} of one domain, or one of "
+                        f"each of {TURNS} domains")
     return tables
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lora import EXPERTS
+from router import softmax_gate
 from support.files import UserError, read_lines
 from support.measure import LARGEST_LIKE, LoadedRun, RunOptions
 from support.records import FIELDS, check_record, is_for_each_expert, record_lines, refuse_to_replace, write_records
@@ -32,7 +34,8 @@ class Feedback(RunOptions):
 LINE = {  # field: (whether a value is valid, what is expected)
     "query": FIELDS["query"],
     "similarity": (lambda s: s is None or is_for_each_expert(s, -1.001, 1.001), "a cosine for each expert, or null"),
-    "gate": (lambda w: is_for_each_expert(w, 0, 1) and abs(sum(w.values()) - 1) < 1e-3, "ten weights, which sum to 1"),
+    "gate": (lambda w: is_for_each_expert(w, 0, 1) and abs(sum(w.values()) - 1) < 2e-3,  # as --gate takes, rounded
+             "ten weights, which sum to 1"),
     "verdict": (lambda value: value in ("good", "bad"), "good or bad")}
 
 
@@ -92,34 +95,36 @@ def leave_one_out(x, good, penalty):
 def learn_likes(gates, good):
     """Returns b (E,), its standard errors (E,) and the penalty, for gates (N, E) and verdicts good (N,) of 0 and 1.
 
-    From β to b is our choice: β_e = 1, where one standard deviation more weight multiplies the odds of a good verdict
-    by e, counts as half a cosine, and if some |β_e| is larger, all of b is scaled down, so that |b_e| ≤ 1/2. A persona
-    set by hand has 1. b is added to cosines, so the choice does not depend on τ; and a message still decides: an expert
-    whose cosine is higher by more than the difference of two b has the larger weight.
+    From β to b is our choice: a β of 1, where one standard deviation more weight multiplies the odds of a good verdict
+    by 2.72, counts as half a cosine, and if some |β| is larger, all of b is scaled down, so that no |b| is above 1/2. A
+    persona set by hand has 1. b is added to cosines, so the choice does not depend on τ; and a message still decides:
+    expert f has a larger weight than expert e where s_f − s_e > b_e − b_f.
     """
     x = design(gates)
     penalty = min(PENALTIES, key=lambda penalty: leave_one_out(x, good, penalty))
     (theta,), (covariance,) = fit(x, good, penalty, np.ones((1, len(good))))
-    centre = np.eye(len(EXPERTS)) - 1 / len(EXPERTS)  # the gates say nothing about the sum of β
-    beta, errors = centre @ theta[:-1], np.diag(centre @ covariance[:-1, :-1] @ centre) ** 0.5
+    # β sums to 0 already. The gates say nothing about its sum, so what the ridge says of that is taken out of the errors.
+    centre = np.eye(len(EXPERTS)) - 1 / len(EXPERTS)
+    beta, errors = theta[:-1], np.diag(centre @ covariance[:-1, :-1] @ centre) ** 0.5
     size = max(1, np.abs(beta).max())
     return LARGEST_LIKE * (beta / size), LARGEST_LIKE * (errors / size), penalty
 
 
 def feedback(args):
     """Learn from the verdicts of a chat which poles a person likes, and write it as the file that --user takes."""
-    out, tau = Path(args.out), LoadedRun(args).setup.tau
-    refuse_to_replace(out, args.overwrite)
+    out = Path(args.out)
     if out.suffix != ".json":  # so that it cannot replace a feedback file
         raise UserError(f"{out}: expected a file name that ends in .json")
+    refuse_to_replace(out, args.overwrite)
+    tau = LoadedRun(args).setup.tau
     lines = read_feedback(args.file)
     if not lines:
         raise UserError(f"{args.file}: no verdicts in it; /good and /bad in chat write some")
     gates = np.array([[line["gate"][expert] for expert in EXPERTS] for line in lines])
     good = np.array([float(line["verdict"] == "good") for line in lines])
     b, errors, penalty = learn_likes(gates, good)
-    stars, gate = np.where(np.abs(b) > 2 * errors, "*", " "), np.exp((b - b.max()) / tau)
-    rows = [[EXPERTS[e], f"{b[e]:+.3f} ± {errors[e]:.3f} {stars[e]}", f"{gate[e] / gate.sum():.3f}"]
+    stars, gate = np.where(np.abs(b) > 2 * errors, "*", " "), softmax_gate(torch.tensor(b), tau).tolist()
+    rows = [[EXPERTS[e], f"{b[e]:+.3f} ± {errors[e]:.3f} {stars[e]}", f"{gate[e]:.3f}"]
             for e in np.argsort(-b)]
     print_table(["pole", "b ± standard error  ", "gate where s = 0"], rows, f"What this person likes by {len(good)} "
                 f"verdicts, {good.sum():.0f} of them good; tau {tau:g}, penalty {penalty}; * is two standard errors")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 class FrozenHeadLoss(torch.autograd.Function):
     """The forward pass also computes the gradient, one chunk of positions at a time, so that logits are computed once.
 
-    All chunks use the same memory, and the softmax happens in it: on a CPU, touching new memory takes longer than the
+    In fp32 all chunks use the same memory, and the softmax happens in it: on a CPU, touching new memory takes longer than the
     arithmetic. With m the largest logit of a position and z = Σ exp(logit − m), the loss is ln z + m − logit[target].
     """
 
@@ -52,8 +52,8 @@ def frozen_head_loss(hidden, weight, targets, chunk=None):
     """hidden (N, D), weight (V, D), targets (N,) -> losses (N,), fp32 or wider.
 
     chunk: about how many positions have their logits in memory at once; up to half as many more, because chunks are
-    made about equal. The default needs about 64 MiB for fp32 logits on a CPU and 512 MiB on a GPU. Fewer positions at
-    a time would multiply with the head less efficiently.
+    made about equal. By default fp32 logits take 64 MiB on a CPU and 512 MiB on a GPU; from bf16, their copies as
+    much again. Fewer positions at a time would multiply with the head less efficiently.
     """
     chunk = chunk or max(1, (2**24 if hidden.device.type == "cpu" else 2**27) // len(weight))
     return FrozenHeadLoss.apply(hidden, weight, targets, chunk)

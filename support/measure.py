@@ -412,7 +412,7 @@ def culture_gap(values, counts, records, what, seed=0, n=2000):
     if len(names) < 2:
         return ""
     values, counts = values[cultures != ""], counts[cultures != ""]
-    situation = np.array([str(record.get("of", "")) for record in records])[cultures != ""]
+    situation = np.array([str(record.get("of") or "") for record in records])[cultures != ""]
     order, rng = np.argsort(situation, kind="stable"), np.random.default_rng(seed)
 
     def means_and_spread(labels):
@@ -450,4 +450,4 @@ def bootstrap(difference, counts, seed=0, n=2000, clusters=None):
 
 def situations(records):
     """Returns what `bootstrap` draws together, (N,): the record that a record retells (`of`), or else itself."""
-    return np.array([str(record.get("of", record["id"])) for record in records])
+    return np.array([str(record["id"] if record.get("of") is None else record["of"]) for record in records])

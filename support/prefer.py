@@ -51,6 +51,8 @@ def prefer(args):
     if bool(args.import_) == bool(args.file):
         raise UserError("give messages with --file or, with --import, the sheets that judges have filled in")
     if args.import_:
+        if given := [f"--{key}" for key in ("against", "persona", "gate", "out") if getattr(args, key)]:
+            raise UserError(f"--import reads from the key what was compared: leave {' and '.join(given)} out")
         return report(args)
     out = Path(args.out or Path(args.file).with_suffix(".prefer.csv"))
     key_file = out.with_suffix(".key.jsonl")
@@ -71,8 +73,8 @@ def prefer(args):
     rows = []
     for record, mine, other in zip(records, replies(gates), replies(against)):
         message = transcript(messages_of(record)) if record.get("history") else record["query"]
-        side, other_side = coin.choice(("AB", "BA"))
-        rows.append({"PersonaFuse": side, "message": message, f"reply {side}": mine, f"reply {other_side}": other,
+        side, other_side = coin.choice((("A", "B"), ("B", "A")))
+        rows.append({"side": side, "message": message, f"reply {side}": mine, f"reply {other_side}": other,
                      **{field: record.get(field) for field in ("id", "domain", "culture")}})
     write_records(key_file, [{"PersonaFuse": f"{run.origin('experts')}, gate: {args.persona or args.gate or 'router'}",
                               "other": args.against or "the base", "tau": run.setup.tau}, *rows])
@@ -90,9 +92,10 @@ def prefix(key_file):
 
 
 def read_key(key_file):
-    """Returns what was compared, and {id: row}, the rows of the sheet with whose the replies are."""
+    """Returns what was compared, and {id: row}, the rows of the sheet with the side of PersonaFuse's reply."""
     compared, *rows = (line for _, line in read_lines(key_file))
-    return compared, {f"{prefix(key_file)}{n}": row for n, row in enumerate(rows, 1)}
+    start = prefix(key_file)
+    return compared, {f"{start}{n}": row for n, row in enumerate(rows, 1)}
 
 
 def read_judgements(paths):
@@ -106,13 +109,13 @@ def read_judgements(paths):
                         "sheet; expected the key there, and key and ids as they were written")
     compared, rows = read_key(key_file)
     texts = {id: {column: row[column] for column in TEXTS} for id, row in rows.items()}
-    sheets, answers = read_sheets(paths, texts, COLUMNS, key_file), np.full((len(paths), len(rows), 4), np.nan)
+    sheets, answers = read_sheets(paths, texts, COLUMNS, key_file), np.full((len(paths), len(rows), 1 + len(QUALITIES)), np.nan)
     for j, (path, sheet) in enumerate(zip(paths, sheets)):
         if sheet.keys() != rows.keys() or not any(sheet.values()):
             raise UserError(f"{path}: {len(rows) - len(sheet)} of {len(rows)} rows are missing, and "
                             f"{sum(map(bool, sheet.values()))} are filled in; expected all rows, and some filled in")
         for n, (id, row) in enumerate(rows.items()):
-            sign, sides = (1, "AB") if row["PersonaFuse"] == "A" else (-1, "BA")
+            sign, sides = (1, "AB") if row["side"] == "A" else (-1, "BA")
             mine, other = ([sheet[id].get(f"{quality} {side}", np.nan) for quality in QUALITIES] for side in sides)
             answers[j, n] = [sign * sheet[id].get("better", np.nan), *np.subtract(mine, other)]
     return compared, list(rows.values()), answers
@@ -133,7 +136,8 @@ def compare(answers, seed=0):
     wins, losses = int((better > 0).sum()), int((better < 0).sum())
     rate = mean_and_interval(50 + 50 * better, lambda x: score_interval(x, seed), "{:.1f}")
     p = mcnemar_p(0 * better, better)  # which is the sign test of the wins, above 0, and the losses, below it
-    # each message in both orders: judges who agree that one side is always better agree fully
+    # Each message counts in both orders, A-B and B-A, since a coin decided which reply is A. Otherwise judges who always
+    # prefer PersonaFuse would have no variance, and no alpha.
     alphas = [krippendorff_alpha(np.hstack([x, -x])) for x in questions]
     return ([len(better), wins, len(better) - wins - losses, losses, rate, f"{p:.2g}"],
             [mean_and_interval(x, lambda x: bootstrap(x, np.ones(len(x)), seed), "{:+.2f}") for x in ratings],
@@ -149,10 +153,12 @@ def report(args):
     wins, ratings, alphas = zip(*(compare(answers[:, part], args.seed) for part in groups.values()))
     for title, head, rows in (
             (f"PersonaFuse ({compared['PersonaFuse']}) against {compared['other']}, tau {compared['tau']:g}; judges: "
-             f"{len(answers)}, averaged for each message. Win rate in %, where a tie counts half, with a 95 % "
-             "interval from ten messages on; p: exact sign test of wins and losses",
+             f"{len(answers)}, averaged for each message, which is a win, a tie or a loss by the sign. Win rate: the mean "
+             "of the averages, from 0 to 100 %, with a 95 % interval from ten messages on; p: exact sign test",
              ["messages", "wins", "ties", "losses", "win rate", "p"], wins),
             ("Ratings: PersonaFuse's minus the other's, with 95 % intervals (bootstrap)", QUALITIES, ratings),
             ("Krippendorff's alpha, ordinal, of the judges' preferences and differences of ratings: 1 is full "
-             "agreement, 0 chance", ["better", *QUALITIES], alphas))[:len(answers) + 1]:  # one judge has no alpha
-        print_table(["", *head], [[name, *row] for name, row in zip(groups, rows)], title)
+             "agreement, 0 that of coins tossed over A and B; a high win rate alone raises it", ["better", *QUALITIES],
+             alphas if len(answers) > 1 else ())):
+        if rows:
+            print_table(["", *head], [[name, *row] for name, row in zip(groups, rows)], title)

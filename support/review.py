@@ -291,12 +291,14 @@ def read_sheets(paths, rows, columns, source="the records"):
 
 
 def read_sheet(path, rows, columns, source):
+    """One table of `read_sheets`."""
     def plain(text):  # spreadsheet programs may drop the "'" and change how lines end
         return " ".join(text.split()).removeprefix("'")
 
     known, found = {cell(id): id for id in rows}, {}
     for number, row in read_table(path, ["id", *next(iter(rows.values())), *columns]):
-        id = known.get(row["id"].strip(), known.get(cell(row["id"].strip())))
+        written = row["id"].strip()
+        id = known.get(written) or known.get(cell(written))  # the program may have dropped the "'"
         if id is None or id in found:
             problem = "there twice" if id else f"not in {source}"
             raise UserError(f"{path}, row {number}: id {row['id']!r} is {problem}")

@@ -352,10 +352,12 @@ def open_run(setup, settings, args, locks):
     # before the first one asked for; without it, all stay. If no stage stays, the old settings count only while models
     # or data made with them are still used: --overwrite makes these again, too.
     config = read_run(run) if (run / "config.json").exists() else {}
-    if config and not {"warmup", "joint"} & {stage for stage in config["stages"] if has_begun(run, stage)}:
-        config["setup"]["int8"] = None  # no stage that loads the base has begun, so this may still change
+    begun_before = [stage for stage in config.get("stages", {}) if has_begun(run, stage)]
+    if config and not {"warmup", "joint"} & {*begun_before}:  # what belongs to the base may still change
+        config["setup"] |= dict.fromkeys(("base", "rank", "alpha", "int8"))
+        config["fingerprints"].pop("base", None)
     kept = STAGES[:STAGES.index(next(iter(settings)))] if args.overwrite else STAGES
-    stages = {stage: s for stage, s in config.get("stages", {}).items() if stage in kept and has_begun(run, stage)}
+    stages = {stage: s for stage, s in config.get("stages", {}).items() if stage in kept and stage in begun_before}
     started_before = bool(config)
     if not stages and (args.overwrite or not any((run / name).exists() for name in ("models", "data"))):
         config = {}

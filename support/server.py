@@ -72,7 +72,7 @@ class HttpTeacher:
     def run(self, queries, save):
         """Take every query (an iterator of Synthesis) to its outcome, and save([outcome]) each one in this thread.
 
-        After an error or Ctrl-C, workers stop waiting and ask nothing more, and all finished outcomes are saved.
+        After an error or Ctrl-C, workers stop waiting and ask nothing more, and finished outcomes are saved.
         """
         todo, unsaved = queue.SimpleQueue(), 0
 

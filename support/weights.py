@@ -203,14 +203,15 @@ def load_tensors(found, dtype=None, device="cpu", to_quantise=()):
                     tensors[name], checked = quantise(stored)
                     tensors[f"{name}_scale"] = checked
                 else:
-                    # Without a cast, `stored` is a view of the mapped file. It would keep the file mapped, and with it
-                    # all pages that were read for quantised tensors. Hence the copy.
-                    checked = tensors[name] = stored.to(dtype or stored.dtype, copy=bool(to_quantise))
+                    # On a CPU, without a cast, `stored` is a view of the mapped file. It would keep the file mapped,
+                    # and with it all pages that were read for quantised tensors. Hence the copy.
+                    copy = bool(to_quantise) and stored.device.type == "cpu"
+                    checked = tensors[name] = stored.to(dtype or stored.dtype, copy=copy)
                 size += stored.nbytes
                 # whichever has fewer bytes is faster to check: a cast to a wider dtype makes no infinite values
                 if not all_finite(min(checked, stored, key=lambda tensor: tensor.nbytes)):
                     raise UserError(f"{file}: {name} has values that are NaN or infinite as "
-                                    f"{str(tensors[name].dtype)[6:]}: the training diverged, or the file is damaged")
+                                    f"{str(checked.dtype)[6:]}: the training diverged, or the file is damaged")
     return tensors
 
 

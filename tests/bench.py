@@ -320,7 +320,7 @@ def router(args):
             task.optimizer.zero_grad()
 
     runs = {"transformers, padded batches": run_theirs, "PersonaFuse": run_ours}
-    work = step_flops(config, lengths, len(rows), experts=0, frozen=False, head=False)
+    work = step_flops(config, lengths, sum(lengths), experts=0, frozen=False, head=False)
     print_times(f"Router stage, {len(rows)} queries of {min(lengths)} to {max(lengths)} tokens, {batch} a step",
                 interleaved(runs, args.rounds, args.device), sum(lengths), dict.fromkeys(runs, work), args.flops)
 
@@ -547,7 +547,6 @@ def gpu(args):
         "1. Correctness: training": partial(on_device.stages, device),
         "1. Correctness: logits": partial(on_device.logits, device),
         "1. Correctness: experts": partial(on_device.experts, device),
-        "1. Correctness: CUDA graph": partial(on_device.cuda_graph, device),
         "2. Warm-up, recomputed": partial(train_stage, args, "warmup"),
         "2. Joint, recomputed": partial(train_stage, args, "joint"),
         "2. Router": partial(train_stage, in_full, "router"),
@@ -558,6 +557,7 @@ def gpu(args):
         "4. Decoding": partial(decode_random, args),
         "5. Profile of a warm-up step, recomputed": partial(profile_warmup, args),
         "2. Warm-up, recomputed and compiled": partial(train_stage, args, "warmup", compiled=True),
+        "1. Correctness: CUDA graph": partial(on_device.cuda_graph, device),
         "4. Decoding by CUDA graph": partial(decode_random, args, compiled=True),
     }, args.minutes)
 
@@ -567,9 +567,10 @@ def limits(args):
     print(f"  {args.flops / 1e12:,.2f} TFLOP/s in products, {args.bandwidth / 1e9:,.1f} GB/s from memory", flush=True)
 
 
-def stage_step(args, name, micro_batches, compiled=False):
-    """Returns (run, tokens, work): run() makes a step of a stage with the paper preset's settings and returns its loss;
-    the step's tokens, without padding, and its FLOPs, without recomputation."""
+def stage_step(args, name, n_micro_batches, compiled=False):
+    """Returns (run, tokens, work): run() makes a step of train.py's Stage and returns its loss; the step's tokens,
+    without padding, and its FLOPs, without recomputation. A step has this many micro-batches of --tokens in rows of
+    --length; that of the router has 128 queries, as in the preset, if --tokens is the preset's."""
     sizes = argparse.Namespace(weights=None, shape=None, layers=args.layers)
     config = encoder = shape(args)  # a rehearsal's encoder has the same shape
     if args.shape == "Llama-3.1-8B":
@@ -580,13 +581,13 @@ def stage_step(args, name, micro_batches, compiled=False):
     for model in models:
         model.recompute = args.recompute
         compile_blocks(model, compiled)
-    # the preset's router stage has 128 rows and 8,192 tokens
-    rows = max(1, args.tokens // 64) if name == "router" else micro_batches * args.tokens // args.length
+    rows = max(1, args.tokens // 64) if name == "router" else n_micro_batches * args.tokens // args.length
     rows = query_rows(encoder, args, rows)
     for row in rows if name == "joint" else ():  # results.md's memory table: the longest query
         row.query = np.resize(row.query, min(args.length // 4, MAX_QUERY_TOKENS))
     tokens = sum(len(row.query) for row in rows if name != "warmup")
-    work = step_flops(encoder, [len(row.query) for row in rows], len(rows), 0, frozen=False, head=False) * bool(tokens)
+    lengths = [len(row.query) for row in rows]
+    work = step_flops(encoder, lengths, sum(lengths), 0, frozen=False, head=False) if tokens else 0
     if name != "router":
         for i, (row, whole) in enumerate(zip(rows, rows_of(config, len(rows), args.length - 1, args.length // 3))):
             row.ids, row.n_prompt, row.expert = whole.ids, whole.n_prompt, i % 10 if name == "warmup" else None

@@ -1,4 +1,5 @@
-"""What the commands of bench.py share: turns, the machine's limits, peak memory, and the same weights in two models."""
+"""What bench.py, true_shape.py and tests share: runs that take turns, the machine's limits, a plan that ends in time,
+peak memory, and the same weights in two models."""
 import functools
 import gc
 import os
@@ -298,9 +299,9 @@ def shape(args, default="SmolLM2-135M", whole_head=False):
 def fresh(config, args, dtype=None, int8=None):
     """Returns the model in --weights, or one of this shape with random weights; with --layers always the latter.
 
-    int8: None for --int8. An encoder is never in 8 bits; it is the model whose dtype is given.
+    int8: None for --int8.
     """
-    int8 = args.int8 and dtype is None if int8 is None else int8
+    int8 = args.int8 if int8 is None else int8
     if args.weights and not args.layers:
         return Transformer.from_pretrained(args.weights[0], dtype or args.dtype, args.device, int8=int8)
     torch.manual_seed(0)
@@ -415,5 +416,5 @@ def stage(name, config, args, encoder=None, tokens=2048):
         with_experts(model)
     route = None
     if name != "warmup":
-        route = Router(fresh(config if name == "router" else encoder, args, torch.float32))
+        route = Router(fresh(config if name == "router" else encoder, args, torch.float32, int8=False))
     return Stage(name, model, route, s), [m for m in (model, route and route.encoder) if m is not None]

@@ -51,7 +51,7 @@ def stages(device):
             losses = train_tiny("run", device)
             check(f"losses of {len(losses)} steps in three stages, beside the CPU",
                   relative(losses, train_tiny("on-cpu", "cpu")), 1e-4)
-            for stage in STAGES:  # as if each had been stopped after its second step
+            for stage in STAGES:  # of four steps, every second saved: as if each had been stopped after its second
                 shutil.rmtree(f"run/{stage}")
                 os.remove(f"run/state/{stage}-0000004.safetensors")
             resumed = train_tiny("run", device, "--resume")
@@ -67,7 +67,7 @@ def check_graphs():
 
 @torch.no_grad()
 def logits(device):
-    """Logits beside `transformers`, in fp32, and how far each is from that in bf16."""
+    """Logits beside `transformers` in fp32; then in bf16 the errors of both, beside `transformers` in fp32."""
     for name in ("Llama-3.1", "Qwen2.5"):
         config, found = SMALL[name], {}
         ids = torch.randint(config.vocab_size, (2, 512), generator=torch.Generator().manual_seed(0)).to(device)

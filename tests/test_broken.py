@@ -307,7 +307,7 @@ BROKEN = {  # (program, arguments, file or folder): {how it is broken: (damage, 
     "other data to resume": (train, RESUME, DATA, {
         "a response": (records(SECOND, response="Never."), "data: not the data that run was started with")}),
     "weights to keep in 8 bits": (train, [*WARMUP, "--int8"], MODEL, {
-        "NaN": (tensor(Q, number(torch.nan)), f"{MODEL}: {Q} has values that are NaN"),
+        "NaN": (tensor(Q, number(torch.nan)), f"{MODEL}: {Q} has values that are NaN or infinite as float32"),
         "infinite": (tensor(Q, number(-torch.inf, 3)), f"{MODEL}: {Q} has values that are NaN")}),
     "run of before --int8": (train, [*RESUME, "--int8"], RUN, {
         "": (without_int8, "int8 was False and is now True")}),

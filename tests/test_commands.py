@@ -338,7 +338,7 @@ def test_the_stages_that_load_the_base_agree_on_8_bits_and_the_router_stage_may_
     train_tiny("--stage", "router", "--overwrite")
     with monkeypatch.context() as no_memory, pytest.raises(MemoryError):  # a warm-up that never began binds nobody
         no_memory.setattr(train, "train_stage", mock.Mock(side_effect=MemoryError))
-        train_tiny("--stage", "warmup", *["--int8"] * (not int8))
+        train_tiny("--stage", "warmup", "--rank", "4", *["--int8"] * (not int8))
     train_tiny("--stage", "warmup", *given)
     assert "int8 was" in message_of("--preset", "tiny", "--stage", "joint", *["--int8"] * (not int8))
     shutil.rmtree(run / "router")

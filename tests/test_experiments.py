@@ -542,7 +542,7 @@ def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("argv, why", [
-    ("experiment turns --run Z --records 4", "4 test records, expected 6 of one domain, or of 6 different ones"),
+    ("experiment turns --run Z --records 4", "4 test records, expected 6 of one domain, or one of each of 6 domains"),
     ("experiment nonsense --run X", "no experiment 'nonsense', expected some of routing, temperature, rank, domain"),
     ("experiment routing --run X --stage joint", "leave out --stage, --experts and --router"),
     ("experiment routing --run X --experts E", "leave out --stage, --experts and --router"),

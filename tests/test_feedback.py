@@ -15,7 +15,7 @@ from support import feedback
 from support.feedback import (INTERCEPT_PENALTY, PENALTIES, append_feedback, design, fit, learn_likes, leave_one_out,
                               read_feedback)
 from support.files import UserError
-from support.measure import LARGEST_LIKE, LoadedRun
+from support.measure import LARGEST_LIKE, LoadedRun, gate_from_options
 from test_commands import here, reduced, run_folder  # noqa: F401 (fixtures)
 
 LIKES = [.4, -.1, 0, .3, -.5, .05, -.15, .1, -.2, .1]
@@ -294,9 +294,9 @@ def test_good_and_bad_append_the_last_turn_to_the_feedback_file(run_folder, here
 
 
 @pytest.mark.parametrize("lines, why", [
-    (["/good"], "/good judges the last reply, and once: there is none without a verdict"),
-    (["Hi", "/reset", "/bad"], "/bad judges the last reply, and once: there is none"),
-    (["Hi", "/bad", "/good"], "/good judges the last reply, and once: there is none"),
+    (["/good"], "/good judges PersonaFuse's last reply, and there is none yet"),
+    (["Hi", "/reset", "/bad"], "/bad judges PersonaFuse's last reply, and there is none yet"),
+    (["Hi", "/bad", "/good"], "/good judges PersonaFuse's last reply, and it has a verdict already"),
     (["Hi", "/good yes"], "/good is not a command, or lacks")])
 def test_a_verdict_that_cannot_be_given_is_one_line_and_writes_nothing(run_folder, here, monkeypatch, lines, why):
     args = evaluation.ChatOptions(run=str(run_folder), persona="O+", feedback="f.jsonl")
@@ -321,6 +321,15 @@ def test_a_verdict_is_not_appended_to_a_file_that_holds_anything_else(here, cont
     with pytest.raises(UserError, match=f"f.jsonl.*{why}" if content else "f.jsonl"):
         append_feedback("f.jsonl", line)
     assert content is None or Path("f.jsonl").read_bytes() == content
+
+
+def test_a_line_may_have_more_fields_and_the_rounding_that_gate_takes(run_folder, here):
+    """What /good writes can be read again: --gate takes weights that sum to 1.001, and chat notes them rounded."""
+    args = evaluation.ChatOptions(run=str(run_folder), gate="high_openness:0.9002,low_neuroticism:0.1008")
+    gate = dict(zip(EXPERTS, gate_from_options(LoadedRun(args), args)[0].tolist()))
+    line = write_lines("f.jsonl", *verdicts(1))[0] | {"gate": gate, "traits": 5}
+    append_feedback("g.jsonl", line)
+    assert read_feedback("g.jsonl") == [line]
 
 
 @pytest.mark.parametrize("change, why", [

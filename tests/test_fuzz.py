@@ -102,7 +102,7 @@ def targets(tmp_path_factory):
     write_records(at / "user.json", [{"likes": ten}])
     texts = {"message": "What?", "reply A": "=1", "reply B": "No."}
     for folder in (at, at / "key"):
-        write_records(folder / "x.key.jsonl", [{"tau": 1.0}, *({"PersonaFuse": side, **texts} for side in "AB")])
+        write_records(folder / "x.key.jsonl", [{"tau": 1.0}, *({"side": side, **texts} for side in "AB")])
         review.write_sheet(folder / "sheet.csv", ["id", *prefer.TEXTS, *prefer.COLUMNS], [
             [id, *(row[text] for text in prefer.TEXTS), "a", *"1234 5"]
             for id, row in prefer.read_key(folder / "x.key.jsonl")[1].items()])

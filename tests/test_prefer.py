@@ -112,7 +112,7 @@ def test_a_sheet_has_both_replies_and_the_key_says_whose_they_are(
     compared, keyed = key_of(here / "m.prefer.key.jsonl")
     assert compared == {"PersonaFuse": f"experts after joint, gate: {mine}", "other": other, "tau": 1.0}
     for record, row, shown, *replies in zip(MESSAGES, keyed, rows(here / "m.prefer.csv"), *wanted, strict=False):
-        side = row["PersonaFuse"]
+        side = row["side"]
         assert [row[f"reply {side}"], row[f"reply {'BA'['AB'.index(side)]}"]] == replies
         assert {field: row[field] for field in ("id", "domain", "culture")} == {
             field: record.get(field) for field in ("id", "domain", "culture")}
@@ -139,13 +139,13 @@ def test_nothing_in_a_sheet_but_the_coin_depends_on_whose_a_reply_is(run_folder,
         for seed in "01":
             command(run_folder, "--file", "m.jsonl", "--out", f"{seed}.csv", "--seed", seed)
     texts = [re.sub(r"k[0-9a-f]{8}-", "", (here / f"{seed}.csv").read_text("utf-8-sig")) for seed in "01"]
-    coins = [[row["PersonaFuse"] for row in key_of(here / f"{seed}.key.jsonl")[1]] for seed in "01"]
+    coins = [[row["side"] for row in key_of(here / f"{seed}.key.jsonl")[1]] for seed in "01"]
     assert texts[0] == texts[1] and coins[0] != coins[1]
     for coin in coins:
         for counts in (Counter(coin), Counter(a == b for a, b in zip(coin, coin[1:]))):
             assert len(counts) == 2 and all(abs(n - 1000) < 100 for n in counts.values())  # 4.5 standard deviations
     command(run_folder, "--file", "m.jsonl", "--out", "mixed.csv")
-    assert [row["PersonaFuse"] for row in key_of(here / "mixed.key.jsonl")[1]] == coins[0]
+    assert [row["side"] for row in key_of(here / "mixed.key.jsonl")[1]] == coins[0]
     assert [("B", "A")[is_mixed(row, "A")] for row in rows(here / "mixed.csv")] == coins[0]
 
 
@@ -291,7 +291,7 @@ def test_every_cell_of_a_sheet_is_checked(sheet, run_folder, change, why):  # no
 
 @pytest.mark.parametrize("damage", [
     lambda key: key.unlink(), lambda key: key.write_bytes(key.read_bytes()[:-9]), lambda key: key.write_bytes(b""),
-    lambda key: key.write_text(key.read_text(encoding="utf-8").replace('"PersonaFuse": "A"', '"PersonaFuse": "B"', 1),
+    lambda key: key.write_text(key.read_text(encoding="utf-8").replace('"side": "A"', '"side": "B"', 1),
                                encoding="utf-8"),
     lambda key: key.rename(key.with_name("elsewhere"))], ids=["gone", "torn", "empty", "edited", "renamed"])
 def test_a_key_that_is_missing_or_edited_is_said_in_one_line(sheet, run_folder, damage):  # noqa: F811
@@ -314,6 +314,7 @@ def test_sheets_of_two_keys_are_not_put_together(sheet, run_folder, capsys):  # 
 @pytest.mark.parametrize("argv, why", [
     ("", "give messages with --file or, with --import, the sheets"),
     ("--file messages.jsonl --import sheet.csv", "give messages with --file or, with --import, the sheets"),
+    ("--import sheet.csv --out a.csv --against O+", "leave --against and --out out"),
     ("--file messages.jsonl --out sheet.txt", "--out is sheet.txt, expected a file named .csv"),
     ("--file none.jsonl", "none.jsonl: No such file"), ("--import none.csv", "none.csv: No such file"),
     ("--import sheet.csv ./sheet.csv", "a table is given twice"),

@@ -3,7 +3,7 @@
     python tests/true_shape.py FOLDER --tokenizer weights/Llama-3.1-8B-Instruct --encoder weights/Qwen2.5-0.5B
 
 For a person, on a machine with 24 GB of memory that does nothing else. Each part is a process of its own; its peak
-memory counts mapped files. FOLDER/base stays for the next run. A step has ten short rows, one for each expert. The
+memory counts mapped files. FOLDER/base may stay for the next run. A step has ten short rows, one for each expert. The
 encoder's layers are frozen, because the joint stage would not fit otherwise. --layers 2 takes a few minutes.
 """
 import argparse
@@ -83,7 +83,7 @@ def main():
         part(f"writing {size / 1e9:.2f} GB", write_base, base, config, args.tokenizer)
     if Config.from_dir(base) != config:
         raise UserError(f"{base} has another shape: remove it")
-    load = partial(Transformer.from_pretrained, **{"int8": True} if args.int8 else {})
+    load = partial(Transformer.from_pretrained, int8=args.int8)
     loaded = part("loading", load, base, torch.bfloat16, measure=bytes_of)
     promised = loaded + 2 * config.vocab_size * config.dim if args.int8 else 1.02 * loaded  # int8: one tensor more
     print(f"    the loaded model has {loaded / 1e9:.2f} GB; a peak of {promised / 1e9:.2f} is promised", flush=True)
