@@ -370,8 +370,8 @@ def fit(stage, rows, s, run, stop=lambda: False):
         except torch.OutOfMemoryError as error:
             reason = " ".join(str(error).split())[:150]
             raise UserError(f"{stage.name}, step {step}: the GPU's memory is full ({reason}). Give --recompute, "
-                            f"which --resume takes too; or --overwrite with a lower --tokens (now {s.tokens}), or "
-                            "with --int8") from None
+                            f"which --resume takes too; or --overwrite with a lower --tokens (now {s.tokens}) or "
+                            "--rank, or with --int8") from None
         pending.append((step, batch, metrics))
         for row in batch:
             n_real += len(row.ids) if stage.model is not None else 0

@@ -964,7 +964,7 @@ def test_a_conversation_in_a_terminal(strong, here):
         for line, answer in (
                 ("/save said.jsonl", "3 turns"), ("/save said.jsonl", "exists already"),
                 ("/save said.txt", "ends in .jsonl"), ("/save", "lacks its argument"), ("/help", "/persona"),
-                ("/good", "feedback.jsonl: good"), ("/bad", "none without a verdict"),
+                ("/good", "feedback.jsonl: good"), ("/bad", "has a verdict already"),
                 ("/nothing", "/nothing is not a command"), ("/persona X+", "expected a letter of OCEAN"),
                 ("/reset", ""), ("/router", "")):
             assert answer in talk.say(line)
@@ -1011,7 +1011,7 @@ def test_a_reply_is_streamed_and_can_be_stopped(run_folder, monkeypatch, capsys)
     assert sum(map(bool, pieces)) > 4 and capsys.readouterr().out == " [stopped]\n\n"
 
 
-@pytest.mark.parametrize("where", ["generate", "gates"])
+@pytest.mark.parametrize("where", ["generate", "similarity"])
 def test_a_reply_stopped_before_its_first_word_leaves_no_turn(run_folder, monkeypatch, capsys, where):
     """While the base reads the prompt, and while the router does. The conversation goes on."""
     def stop(*args):
@@ -1022,7 +1022,7 @@ def test_a_reply_stopped_before_its_first_word_leaves_no_turn(run_folder, monkey
     earlier = {"query": "Hello", "response": "Hi.", "gate": {}}
     talk.turns = [earlier]
     with monkeypatch.context() as patch:
-        patch.setattr(*((evaluation, "generate", stop) if where == "generate" else (talk.run, "gates", stop)))
+        patch.setattr(*((evaluation, "generate", stop) if where == "generate" else (talk.run, "similarity", stop)))
         talk.reply("And now?")
     assert talk.turns == [earlier] and capsys.readouterr().out.endswith("[stopped]\n\n")
     talk.reply("And then?")
