@@ -34,6 +34,7 @@ from support.weights import read_tensors
 
 
 MAX_QUERY_TOKENS = 512  # our choice: of a longer query, the router reads the end
+DECAY = 0.5  # our choice (docs/results.md, turns)
 
 
 def active_experts(traits):
@@ -75,6 +76,15 @@ def softmax_gate(similarity, temperature):
     Real cosines lie closer together, so that the gate is nearly uniform. One of 0.8 among nine of 0 has weight 0.198.
     """
     return (similarity / temperature).softmax(-1)
+
+
+def decaying_mean(similarity):
+    """Returns the similarities that set a chat's gate, (…, E), from those of its T messages, oldest first, (T, …, E).
+
+    Each message counts DECAY times as much as the next: a new subject takes the gate over, "And then?" leaves it.
+    """
+    weights = DECAY ** torch.arange(len(similarity) - 1.0, -1, -1)
+    return torch.tensordot(weights / weights.sum(), similarity, 1)
 
 
 class Router(nn.Module):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lora import EXPERTS, SHORT_NAMES, TRAITS, expert_layers, save_experts
-from router import active_experts, gate_statistics, persona_gate, save_router, softmax_gate
+from router import active_experts, decaying_mean, gate_statistics, persona_gate, save_router, softmax_gate
 from support.baselines import base_alone, warmup_experts
 from support.checkpoints import read_log
 from support.files import UserError, atomic, read_json, read_lines
@@ -451,9 +451,11 @@ def cues_tables(args, run):
     return tables
 
 
-TURNS = 6     # messages in a conversation
-DECAY = 0.5   # ours: a turn's weight in the decaying mean, divided by the next turn's
+TURNS = 6  # messages in a conversation, before the follow-up
 ROUTINGS = "all turns", "last", "decaying"
+FOLLOW_UPS = ("And then?", "Why?", "Can you say more about that?", "Okay. And after that?", "How do I start?",
+              "Could you give me an example?", "What if it does not work?", "Is there another way?", "Are you sure?",
+              "Which of these comes first?")  # they call for nothing of their own
 
 
 def conversations(records, across, seed):
@@ -475,22 +477,19 @@ def conversations(records, across, seed):
 
 
 def route_conversations(run, records, numbers, routing, replies):
-    """Hold the conversations `numbers` (C, TURNS) with the router's gate of each turn. Returns the similarities that
-    set the gates, (C, TURNS, E), and which signatures the replies show, (C, TURNS, E), or None without `replies`.
+    """Hold the conversations `numbers` (C, TURNS), and a follow-up in each, with the router's gate of each turn. Returns
+    the similarities that set the gates, and which signatures the replies show, or None without `replies`: both
+    (C, TURNS + 1, E).
 
-    routing: the router reads all turns, as chat does; the last message alone; or each message alone, and the gate is of
-    the mean of their similarities, in which each turn counts DECAY times as much as the next.
+    routing: the router reads all turns; the last message alone; or each message alone, for `decaying_mean`, as in chat.
     """
     histories, alone, similarity, shown = [[] for _ in numbers], [], [], []
-    for turn in range(TURNS):
-        asked = [{"id": str(i), "query": records[i]["query"], "history": list(history)}
-                 for i, history in zip(numbers[:, turn], histories)]
+    for turn in range(TURNS + 1):
+        asked = [{"id": str(c), "query": records[numbers[c, turn]]["query"] if turn < TURNS else
+                  FOLLOW_UPS[c % len(FOLLOW_UPS)], "history": list(history)} for c, history in enumerate(histories)]
         alone.append(run.similarity([record | {"history": []} for record in asked]))
-        if routing == "decaying":
-            weights = torch.tensor([DECAY ** (turn - earlier) for earlier in range(turn + 1)])
-            similarity.append(torch.tensordot(weights / weights.sum(), torch.stack(alone), 1))
-        else:
-            similarity.append(alone[-1] if routing == "last" else run.similarity(asked))
+        similarity.append(decaying_mean(torch.stack(alone)) if routing == "decaying" else
+                          alone[-1] if routing == "last" else run.similarity(asked))
         if replies:
             said = generate_replies(run.model, run.chat, asked, softmax_gate(similarity[-1], run.setup.tau))
             shown.append(torch.tensor([signatures(text) for text in said]))
@@ -500,8 +499,8 @@ def route_conversations(run, records, numbers, routing, replies):
 
 
 def turns_tables(args, run):
-    """Does the router find the poles of the current message when earlier turns speak of others, and how fast does the
-    gate move? These messages change the subject and never refer back, as a real conversation does."""
+    """Does the router find the poles of the current message when earlier turns speak of others, does it keep those of
+    the message before a follow-up that has no cue, and how fast does the gate move?"""
     records, _ = run.records(limit=args.records)
     active, styled, tables = torch.stack([active_experts(r["traits"]) for r in records]), from_templates(records), []
     for kind, across in (("one domain", False), ("six domains", True)):
@@ -509,11 +508,13 @@ def turns_tables(args, run):
         for routing in ROUTINGS if len(numbers) else ():
             replies = styled or routing == "all turns"  # replies change the similarities only where all turns are read
             similarity, shown = route_conversations(run, records, numbers, routing, replies)
-            gates, labels = softmax_gate(similarity, run.setup.tau), active[numbers]              # (C, TURNS, E)
-            moved = torch.cosine_similarity(gates[:, 1:], gates[:, :-1], dim=-1)                  # (C, TURNS - 1)
+            gates = softmax_gate(similarity, run.setup.tau)                                       # (C, TURNS + 1, E)
+            labels = active[np.column_stack([numbers, numbers[:, -1]])]  # a follow-up has those of the message before
+            moved = torch.cosine_similarity(gates[:, 1:], gates[:, :-1], dim=-1)                  # (C, TURNS)
             precision[routing] = message_precision(
-                similarity.flatten(0, 1).numpy(), labels.flatten(0, 1).numpy()).reshape(-1, TURNS)
-            for name, part in [*((str(t + 1), slice(t, t + 1)) for t in range(TURNS)), ("later", slice(1, TURNS))]:
+                similarity.flatten(0, 1).numpy(), labels.flatten(0, 1).numpy()).reshape(-1, TURNS + 1)
+            for name, part in [*((str(t + 1), slice(t, t + 1)) for t in range(TURNS)), ("2 to 6", slice(1, TURNS)),
+                               ("follow-up", slice(TURNS, TURNS + 1))]:
                 scores, poles = (x[:, part].flatten(0, 1) for x in (similarity, labels))
                 shares = [(shown[:, part].flatten(0, 1) * p).any(1).float().mean().item() if styled else ""
                           for p in (poles, 1 - poles)]
@@ -526,7 +527,7 @@ def turns_tables(args, run):
                                 "of the turn before; share of replies with the signature of a pole that the message "
                                 "calls for, and of another (template records only); average precision of a message's "
                                 "poles against routing on all turns, with a 95 % interval over conversations",
-                       "head": ["routed on", "turn", "AP", "cosine", "called", "other", "against all turns"],
+                       "head": ["router reads", "turn", "AP", "cosine", "called", "other", "against all turns"],
                        "rows": rows, "left": (0, 1)})
     if not any(table["rows"] for table in tables):
         raise UserError(f"{run.setup.data}: {len(records)} test records, expected {TURNS} of one domain, or one of "

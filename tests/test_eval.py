@@ -934,15 +934,17 @@ class Terminal:
 
 
 def test_a_conversation_in_a_terminal(strong, here):
-    """The router reads the whole conversation at every turn. The gate stands in one line of at most 80 columns before
-    the reply, and the reply is what generate gives for the conversation under that gate."""
+    """The router reads each message alone, and each counts twice as much as the one before. The gate stands in one line
+    of at most 80 columns before the reply, and the reply is what generate gives for the conversation under that gate."""
     run, turns = opened(strong), []
     talk = Terminal(ROOT / "eval.py", "chat", "--run", strong, "--max-new-tokens", 12)
 
     def expected(query, gate=None, base=False):
         messages = [{"role": role, "content": text}
                     for turn in turns for role, text in zip(("user", "assistant"), turn)]
-        gate = run.gates([{"id": "0", "query": query, "history": messages}]) if gate is None else gate
+        said = [{"id": "0", "query": text} for text in (*(turn[0] for turn in turns), query)]
+        counts = torch.tensor([2.0 ** i for i in range(len(said))])[:, None]  # the last message counts most
+        gate = run.gate_of((run.similarity(said) * counts).sum(0) / counts.sum())[None] if gate is None else gate
         prompt = run.chat.prompt([*messages, {"role": "user", "content": query}])
         found = generate(run.model, [prompt], None if base else gate, 12, stops=run.chat.stops)[0]
         line = " ".join(f"{name}{w:.2f}".replace("0.", ".") for name, w in zip(SHORT_NAMES, gate[0].tolist()))

@@ -20,7 +20,7 @@ from support import experiments
 from support import inventory
 from lora import SHORT_NAMES, TRAITS, add_experts, expert_layers, merged_tensors
 from model import Config, Transformer
-from router import active_experts, persona_gate
+from router import active_experts, persona_gate, softmax_gate
 from support.baselines import reply_states, steered
 from support.experiments import compared, variant, without_cues
 from support.files import UserError
@@ -482,8 +482,9 @@ def test_conversations_are_of_one_domain_or_of_six_and_use_no_message_twice():
         records[:5], True, 0).shape
 
 
-def test_turns_routes_on_all_turns_as_chat_does_on_the_last_and_on_a_decaying_mean(
+def test_turns_routes_on_all_turns_on_the_last_and_on_a_decaying_mean_as_chat_does(
         run_folder, monkeypatch):  # noqa: F811
+    """Each conversation ends with a follow-up."""
     monkeypatch.setattr(experiments, "generate_replies", functools.partial(train.generate_replies, max_new_tokens=12))
     args = asked(run_folder, records=60)
     run = LoadedRun(args)
@@ -494,17 +495,25 @@ def test_turns_routes_on_all_turns_as_chat_does_on_the_last_and_on_a_decaying_me
     def cosines(**record):
         return train.score_queries(run.router, run.rows([{"id": 0, "traits": {}} | record]))[0]
     for c, of in enumerate(numbers):
-        alone = torch.stack([cosines(query=records[i]["query"]) for i in of])
+        queries = [*(records[i]["query"] for i in of), experiments.FOLLOW_UPS[c]]
+        alone = torch.stack([cosines(query=query) for query in queries])
         chat = evaluation.Conversation(run, evaluation.Talk(run=str(run_folder), max_new_tokens=12))
-        all_turns = found["all turns"]
-        for turn, i in enumerate(of):
-            chat.reply(records[i]["query"])
+        similarity, shown = found["decaying"]
+        for turn, query in enumerate(queries):
+            chat.reply(query)
             gate = torch.tensor(list(chat.turns[-1]["gate"].values()))
-            assert torch.allclose((all_turns[0][c, turn] / run.setup.tau).softmax(-1), gate, atol=1e-4)
-            assert all_turns[1][c, turn].tolist() == signatures(chat.turns[-1]["response"])
-        weights = torch.tensor([0.5 ** k for k in range(6)])
+            assert torch.allclose((similarity[c, turn] / run.setup.tau).softmax(-1), gate, atol=1e-4)
+            assert shown[c, turn].tolist() == signatures(chat.turns[-1]["response"])
+        history = []
+        for turn, query in enumerate(queries):
+            assert torch.allclose(found["all turns"][0][c, turn], cosines(query=query, history=history), atol=1e-4)
+            gate = softmax_gate(found["all turns"][0][c, turn], run.setup.tau)[None]
+            said = train.generate_replies(run.model, run.chat, [{"query": query, "history": history}], gate, 12)[0]
+            assert found["all turns"][1][c, turn].tolist() == signatures(said)
+            history += [{"role": "user", "content": query}, {"role": "assistant", "content": said}]
+        weights = torch.tensor([0.5 ** k for k in range(7)])
         decaying = torch.stack([(weights[:t + 1].flip(0)[:, None] * alone[:t + 1]).sum(0) / weights[:t + 1].sum()
-                                for t in range(6)])
+                                for t in range(7)])
         assert torch.allclose(found["last"][0][c], alone, atol=1e-4)
         assert torch.allclose(found["decaying"][0][c], decaying, atol=1e-4)
 
@@ -517,15 +526,16 @@ def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
 
     def routed(run, records, numbers, routing, replies):
         labels = active[numbers]
-        shown = torch.zeros_like(labels)
+        shown = torch.zeros(len(numbers), 7, 10)
         shown[..., 3] = 1
-        return (labels if routing == "last" else labels[:, :1].expand(-1, 6, -1)), shown
+        last = torch.cat([labels, torch.zeros(len(numbers), 1, 10)], 1)  # nothing at the follow-up
+        return (last if routing == "last" else labels[:, :1].expand(-1, 7, -1)), shown
     monkeypatch.setattr(experiments, "route_conversations", routed)
     for table, across in zip(experiments.turns_tables(args, run), (False, True)):
         numbers = experiments.conversations(run.records(limit=60)[0], across, 0)
         labels = active[numbers]
         rows = {tuple(row[:2]): row[2:] for row in table["rows"]}
-        assert len(rows) == 3 * 7 and f"{len(numbers)} conversations" in table["title"]
+        assert len(rows) == 3 * 8 and f"{len(numbers)} conversations" in table["title"]
         for turn in range(6):
             ap, moved, called, other, gain = rows["last", str(turn + 1)]
             assert ap == 1 and called == pytest.approx(labels[:, turn, 3].mean().item())
@@ -537,8 +547,11 @@ def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
             assert turn == 0 or rows["all turns", str(turn + 1)][1] == pytest.approx(1)
             missed = 1 - experiments.message_precision(labels[:, 0].numpy(), labels[:, turn].numpy())
             assert np.allclose(gain, bootstrap(missed, np.ones(len(numbers))))
-        assert rows["last", "later"][2] == pytest.approx(labels[:, 1:, 3].mean().item())
-        assert rows["last", "later"][4][0] == pytest.approx(np.mean([rows["last", str(t)][4][0] for t in range(2, 7)]))
+        assert rows["last", "2 to 6"][2] == pytest.approx(labels[:, 1:, 3].mean().item())
+        assert rows["last", "2 to 6"][4][0] == pytest.approx(np.mean([rows["last", str(t)][4][0] for t in range(2, 7)]))
+        # the poles of the message before are called for at the follow-up, where `last` finds none of them
+        assert rows["last", "follow-up"][2] == pytest.approx(labels[:, 5, 3].mean().item())
+        assert rows["last", "follow-up"][0] < rows["last", "6"][0] == 1
 
 
 @pytest.mark.parametrize("argv, why", [

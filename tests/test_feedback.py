@@ -266,8 +266,8 @@ def test_a_user_json_with_anything_but_ten_bounded_numbers_is_refused(run_folder
 # The commands
 
 def test_good_and_bad_append_the_last_turn_to_the_feedback_file(run_folder, here, capsys, monkeypatch):
-    """With the router's own similarities, also under --user; null where the gate was set by hand. A line that was
-    there stays, and a turn is judged once."""
+    """With the similarities that set the gate, before --user shifts them; null where it was set by hand. A line that
+    was there stays, and a turn is judged once."""
     args = evaluation.ChatOptions(run=str(run_folder), max_new_tokens=2, user=write_user("b.json", LIKES))
     talk = evaluation.Conversation(LoadedRun(args), args)
     monkeypatch.setattr(talk, "stream", lambda record, gate: "Yes.")
@@ -283,11 +283,9 @@ def test_good_and_bad_append_the_last_turn_to_the_feedback_file(run_folder, here
     assert first == earlier and len(written) == 3
     assert [(line["query"], line["verdict"]) for line in found] == [
         (QUERY, "good"), ("And now?", "bad"), ("Why?", "good")]
-    history = [{"role": "user", "content": QUERY}, {"role": "assistant", "content": "Yes."}]
-    for line, earlier_turns in zip(found, ([], history)):
-        record = {"id": "0", "query": line["query"], "history": earlier_turns}
-        similarity = talk.run.similarity([record])[0]
-        assert torch.equal(torch.tensor([line["similarity"][expert] for expert in EXPERTS]), similarity)
+    alone = talk.run.similarity([{"id": query, "query": query} for query in (QUERY, "And now?")])
+    for line, similarity in zip(found, (alone[0], (alone[0] + 2 * alone[1]) / 3)):
+        assert torch.allclose(torch.tensor([line["similarity"][expert] for expert in EXPERTS]), similarity)
         gate = softmax_gate(similarity + torch.tensor(LIKES), 1.0)
         assert torch.allclose(torch.tensor([line["gate"][expert] for expert in EXPERTS]), gate)
     assert found[2]["similarity"] is None and found[2]["gate"]["high_openness"] > .2
