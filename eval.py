@@ -38,8 +38,7 @@ import torch
 
 from lora import EXPERTS, SHORT_NAMES, export_mixture, save_experts
 from model import generate
-from router import (GATE_RULES, decaying_mean, gate_statistics, gates_for_rule, persona_gate, query_ids,
-                    softmax_gate)
+from router import GATE_RULES, gate_statistics, gates_for_rule, persona_gate, query_ids, softmax_gate
 from support.bench import Bench, bench
 from support.chat import encode
 from support.command import Parser, add_fields, check_numbers, for_users, run_command
@@ -456,8 +455,7 @@ def as_record(query, turns):
 
 
 class Conversation:
-    """A chat in the terminal. At every turn, the router reads each of the user's messages alone, and the gate is that of
-    the decaying mean of their similarities (ours).
+    """A chat in the terminal. At every turn, the router reads each of the user's messages alone and chooses a new gate.
 
     Cached keys and values are valid only under the gate that they were computed with. So no cache is kept from turn to
     turn, and the base reads the whole conversation again.
@@ -504,11 +502,9 @@ class Conversation:
         try:
             gate, chosen_by, cosines = self.fixed_gate, "by hand", None
             if gate is None:
-                messages = [*(turn["query"] for turn in self.turns), query]
-                alone = self.run.similarity([{"id": str(i), "query": text} for i, text in enumerate(messages)])
-                similarity = decaying_mean(alone)  # (E,)
-                gate, chosen_by = self.run.gate_of(similarity)[None], "router"
-                cosines = dict(zip(EXPERTS, similarity.tolist()))
+                similarity = self.run.chat_similarity([record])  # (1, E)
+                gate, chosen_by = self.run.gate_of(similarity), "router"
+                cosines = dict(zip(EXPERTS, similarity[0].tolist()))
         except KeyboardInterrupt:
             print("[stopped]\n")
             return

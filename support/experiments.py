@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lora import EXPERTS, SHORT_NAMES, TRAITS, expert_layers, save_experts
-from router import active_experts, decaying_mean, gate_statistics, persona_gate, save_router, softmax_gate
+from router import active_experts, gate_statistics, persona_gate, save_router, softmax_gate
 from support.baselines import base_alone, warmup_experts
 from support.checkpoints import read_log
 from support.files import UserError, atomic, read_json, read_lines
@@ -483,13 +483,12 @@ def route_conversations(run, records, numbers, routing, replies):
 
     routing: the router reads all turns; the last message alone; or each message alone, for `decaying_mean`, as in chat.
     """
-    histories, alone, similarity, shown = [[] for _ in numbers], [], [], []
+    histories, similarity, shown = [[] for _ in numbers], [], []
     for turn in range(TURNS + 1):
         asked = [{"id": str(c), "query": records[numbers[c, turn]]["query"] if turn < TURNS else
                   FOLLOW_UPS[c % len(FOLLOW_UPS)], "history": list(history)} for c, history in enumerate(histories)]
-        alone.append(run.similarity([record | {"history": []} for record in asked]))
-        similarity.append(decaying_mean(torch.stack(alone)) if routing == "decaying" else
-                          alone[-1] if routing == "last" else run.similarity(asked))
+        similarity.append(run.chat_similarity(asked) if routing == "decaying" else run.similarity(asked)
+                          if routing == "all turns" else run.similarity([r | {"history": []} for r in asked]))
         if replies:
             said = generate_replies(run.model, run.chat, asked, softmax_gate(similarity[-1], run.setup.tau))
             shown.append(torch.tensor([signatures(text) for text in said]))
@@ -581,7 +580,7 @@ def experiment(args):
             results = {"settings": settings, "tables": tables, "seconds": time.perf_counter() - began}
             with atomic(file) as part:
                 part.write_text(json.dumps(results | {"sha256": checksum(results)}, indent=1) + "\n")
-        print("\n" + textwrap.fill(f"{name}: {EXPERIMENTS[name].__doc__}", 80))
+        print("\n" + textwrap.fill(" ".join([f"{name}:", *EXPERIMENTS[name].__doc__.split()]), 80))
         for table in results["tables"]:
             print_table(**table)
         print(f"\n{file}: took {results['seconds']:.0f} s")

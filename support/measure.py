@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from lora import EXPERTS, adapter_shape, expert_layers
-from router import active_experts, gates_for_rule, persona_gate, raw_gate, softmax_gate
+from router import active_experts, decaying_mean, gates_for_rule, persona_gate, raw_gate, softmax_gate
 from support.chat import Chat, load_tokenizer
 from support.command import pick_device, pick_dtype
 from support.files import UserError, read_json
-from support.records import check_record, is_for_each_expert, load_data
+from support.records import check_record, is_for_each_expert, load_data, messages_of
 from support.rows import make_rows
 from support.runs import Setup, fingerprint, read_run
 from train import evaluation_loss, score_queries
@@ -222,7 +222,7 @@ class LoadedRun:
         return make_rows(records, tokenizer=self.tokenizer)[0]
 
     def similarity(self, records):
-        """Returns the router's cosines (N, E) for records, which need no traits."""
+        """Returns the router's cosines (N, E) for records, which need no traits. A history is read as in training."""
         rows = self.rows([record | {"traits": {}} for record in records])
         return score_queries(self.router, rows, self.args.tokens)
 
@@ -230,9 +230,16 @@ class LoadedRun:
         """Returns the gates (N, E) of cosines (N, E), shifted by what --user likes: softmax((s + b) / τ)."""
         return softmax_gate(similarity + self.likes, self.setup.tau)
 
+    def chat_similarity(self, records):
+        """Returns the similarities (N, E) that set the gates of replies: the decaying mean of the cosines of each
+        record's messages by the user, the query last."""
+        messages = [[turn["content"] for turn in messages_of(record) if turn["role"] == "user"] for record in records]
+        alone = self.similarity([{"id": "", "query": text} for texts in messages for text in texts])
+        return torch.stack([decaying_mean(part) for part in alone.split([len(texts) for texts in messages])])
+
     def gates(self, records):
-        """Returns the router's gates (N, E) for records, which need no traits."""
-        return self.gate_of(self.similarity(records))
+        """Returns the router's gates (N, E) for replies to records, which need no traits."""
+        return self.gate_of(self.chat_similarity(records))
 
 
 def load_run(args, folder, stage=None):
