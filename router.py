@@ -59,7 +59,7 @@ def active_experts(traits):
 # The router
 
 def query_ids(tokenizer, query, history=()):
-    """Returns the ids that the router reads, in training and in evaluation: at most the last MAX_QUERY_TOKENS.
+    """Returns the ids of one text that the router reads, in training and evaluation: at most the last MAX_QUERY_TOKENS.
 
     A query alone is read as it is. With a history, each turn is a line "User: …" or "Assistant: …", the query last.
     """
@@ -81,7 +81,7 @@ def softmax_gate(similarity, temperature):
 def decaying_mean(similarity):
     """Returns the similarities that set a chat's gate, (…, E), from those of its T messages, oldest first, (T, …, E).
 
-    Each message counts DECAY times as much as the next: a new subject takes the gate over, "And then?" leaves it.
+    Each message counts DECAY times as much as the next: a new subject moves the gate, "And then?" leaves it.
     """
     weights = DECAY ** torch.arange(len(similarity) - 1.0, -1, -1)
     return torch.tensordot(weights / weights.sum(), similarity, 1)

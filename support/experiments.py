@@ -452,7 +452,7 @@ def cues_tables(args, run):
 
 
 TURNS = 6  # messages in a conversation, before the follow-up
-ROUTINGS = "all turns", "last", "decaying"
+ROUTINGS = "one text", "last message", "decaying mean"  # what the router reads
 FOLLOW_UPS = ("And then?", "Why?", "Can you say more about that?", "Okay. And after that?", "How do I start?",
               "Could you give me an example?", "What if it does not work?", "Is there another way?", "Are you sure?",
               "Which of these comes first?")  # they call for nothing of their own
@@ -481,14 +481,18 @@ def route_conversations(run, records, numbers, routing, replies):
     the similarities that set the gates, and which signatures the replies show, or None without `replies`: both
     (C, TURNS + 1, E).
 
-    routing: the router reads all turns; the last message alone; or each message alone, for `decaying_mean`, as in chat.
+    routing: the router reads the conversation as one text; its last message alone; or each of the user's messages
+    alone, for `decaying_mean`, as in chat.
     """
     histories, similarity, shown = [[] for _ in numbers], [], []
     for turn in range(TURNS + 1):
         asked = [{"id": str(c), "query": records[numbers[c, turn]]["query"] if turn < TURNS else
                   FOLLOW_UPS[c % len(FOLLOW_UPS)], "history": list(history)} for c, history in enumerate(histories)]
-        similarity.append(run.chat_similarity(asked) if routing == "decaying" else run.similarity(asked)
-                          if routing == "all turns" else run.similarity([r | {"history": []} for r in asked]))
+        if routing == "decaying mean":
+            similarity.append(run.chat_similarity(asked))
+        else:
+            known = {} if routing == "one text" else {"history": []}
+            similarity.append(run.similarity([record | known for record in asked]))
         if replies:
             said = generate_replies(run.model, run.chat, asked, softmax_gate(similarity[-1], run.setup.tau))
             shown.append(torch.tensor([signatures(text) for text in said]))
@@ -505,7 +509,7 @@ def turns_tables(args, run):
     for kind, across in (("one domain", False), ("six domains", True)):
         numbers, rows, precision = conversations(records, across, args.seed), [], {}
         for routing in ROUTINGS if len(numbers) else ():
-            replies = styled or routing == "all turns"  # replies change the similarities only where all turns are read
+            replies = styled or routing == "one text"  # only there do replies change the similarities
             similarity, shown = route_conversations(run, records, numbers, routing, replies)
             gates = softmax_gate(similarity, run.setup.tau)                                       # (C, TURNS + 1, E)
             labels = active[np.column_stack([numbers, numbers[:, -1]])]  # a follow-up has those of the message before
@@ -517,16 +521,16 @@ def turns_tables(args, run):
                 scores, poles = (x[:, part].flatten(0, 1) for x in (similarity, labels))
                 shares = [(shown[:, part].flatten(0, 1) * p).any(1).float().mean().item() if styled else ""
                           for p in (poles, 1 - poles)]
-                gain = (precision[routing] - precision["all turns"])[:, part].mean(1)
+                gain = (precision[routing] - precision["one text"])[:, part].mean(1)
                 rows.append([routing, name, float(np.nanmean(pole_precision(scores.numpy(), poles.numpy()))),
                              "" if name == "1" else moved[:, max(part.start - 1, 0):part.stop - 1].mean().item(),
-                             *shares, "" if routing == "all turns" else bootstrap(gain, np.ones(len(gain)), args.seed)])
+                             *shares, "" if routing == "one text" else bootstrap(gain, np.ones(len(gain)), args.seed)])
         tables.append({"title": f"{len(numbers)} conversations of {TURNS} messages of {kind}, tau {run.setup.tau:g}, "
                                 "by what the router reads: mean average precision over poles; cosine of the gate to that "
                                 "of the turn before; share of replies with the signature of a pole that the message "
                                 "calls for, and of another (template records only); average precision of a message's "
-                                "poles against routing on all turns, with a 95 % interval over conversations",
-                       "head": ["router reads", "turn", "AP", "cosine", "called", "other", "against all turns"],
+                                "poles against routing on one text, with a 95 % interval over conversations",
+                       "head": ["router reads", "turn", "AP", "cosine", "called", "other", "against one text"],
                        "rows": rows, "left": (0, 1)})
     if not any(table["rows"] for table in tables):
         raise UserError(f"{run.setup.data}: {len(records)} test records, expected {TURNS} of one domain, or one of "

@@ -117,9 +117,10 @@ def feedback(args):
         raise UserError(f"{out}: expected a file name that ends in .json")
     refuse_to_replace(out, args.overwrite)
     tau = LoadedRun(args).setup.tau
-    lines = read_feedback(args.file)
+    lines = read_feedback(args.file) if Path(args.file).exists() else None
     if not lines:
-        raise UserError(f"{args.file}: no verdicts in it; /good and /bad in chat write some")
+        found = "No such file" if lines is None else "no verdicts in it"
+        raise UserError(f"{args.file}: {found}; /good and /bad in chat write some")
     gates = np.array([[line["gate"][expert] for expert in EXPERTS] for line in lines])
     good = np.array([float(line["verdict"] == "good") for line in lines])
     b, errors, penalty = learn_likes(gates, good)
@@ -131,4 +132,6 @@ def feedback(args):
     why = ("they are fewer than ten" if len(good) < 10 else  # verdicts that are all the same give b = 0
            "no pole is two standard errors from 0" if "*" not in stars else "")
     write_records(out, [{"likes": dict(zip(EXPERTS, b.tolist())), "verdicts": len(lines)}])
-    print(f"\n{f'Too few verdicts to tell: {why}. ' * bool(why)}{out} is for --user of ask, chat and export")
+    if why:
+        print(f"\nToo few verdicts to tell: {why}.")
+    print(f"\n{out} is for --user of ask, chat and export")

@@ -233,7 +233,8 @@ class LoadedRun:
     def chat_similarity(self, records):
         """Returns the similarities (N, E) that set the gates of replies: the decaying mean of the cosines of each
         record's messages by the user, the query last."""
-        messages = [[turn["content"] for turn in messages_of(record) if turn["role"] == "user"] for record in records]
+        messages = [[turn["content"] for turn in messages_of(record)
+                     if turn["role"] == "user" and turn["content"].strip()] for record in records]
         alone = self.similarity([{"id": "", "query": text} for texts in messages for text in texts])
         return torch.stack([decaying_mean(part) for part in alone.split([len(texts) for texts in messages])])
 

@@ -836,8 +836,9 @@ def test_ask_reads_files_and_prints_json_with_the_same_replies(strong, capsys, h
     found = [json.loads(line) for line in output_of(capsys, f"{common} --json --file asked.jsonl").splitlines()]
     assert [(row["id"], row["query"]) for row in found] == [(q["id"], q["query"]) for q in queries]
     run = opened(strong)
-    for row, query in zip(found, queries):
-        gate = run.gates([query])
+    said = run.similarity([{"id": i, "query": text} for i, text in enumerate(("He left.", "And now?"))])
+    history = ((said[0] + 2 * said[1]) / 3).softmax(-1)[None]  # as in chat: the replies are not read
+    for row, query, gate in zip(found, queries, (run.gates(queries[:1]), history)):
         assert list(row["gate"]) == list(EXPERTS) and torch.allclose(torch.tensor([*row["gate"].values()]), gate[0])
         prompt = run.chat.prompt([*query.get("history", []), {"role": "user", "content": query["query"]}])
         assert [row["base"], row["reply"]] == [
@@ -981,6 +982,8 @@ def test_a_conversation_in_a_terminal(strong, here):
     items, _ = read_queries(here / "said.jsonl")
     saved = [json.loads(line) for line in (here / "said.jsonl").read_text().splitlines()]
     assert all(list(turn["gate"]) == list(EXPERTS) for turn in saved)
+    gates = torch.tensor([[*turn["gate"].values()] for turn in saved])
+    assert torch.allclose(run.gates(items)[:2], gates[:2], atol=1e-6)  # which ask chooses, too; the third was by hand
     assert [item["query"] for item in items] == ["My boss is furious.", "And my sister too.", "Why?"]
     assert [len(item.get("history", [])) for item in items] == [0, 2, 4]
     assert saved[1]["response"] == items[2]["history"][3]["content"]

@@ -482,7 +482,7 @@ def test_conversations_are_of_one_domain_or_of_six_and_use_no_message_twice():
         records[:5], True, 0).shape
 
 
-def test_turns_routes_on_all_turns_on_the_last_and_on_a_decaying_mean_as_chat_does(
+def test_turns_routes_on_one_text_on_the_last_message_and_on_a_decaying_mean_as_chat_does(
         run_folder, monkeypatch):  # noqa: F811
     """Each conversation ends with a follow-up."""
     monkeypatch.setattr(experiments, "generate_replies", functools.partial(train.generate_replies, max_new_tokens=12))
@@ -498,7 +498,7 @@ def test_turns_routes_on_all_turns_on_the_last_and_on_a_decaying_mean_as_chat_do
         queries = [*(records[i]["query"] for i in of), experiments.FOLLOW_UPS[c]]
         alone = torch.stack([cosines(query=query) for query in queries])
         chat = evaluation.Conversation(run, evaluation.Talk(run=str(run_folder), max_new_tokens=12))
-        similarity, shown = found["decaying"]
+        similarity, shown = found["decaying mean"]
         for turn, query in enumerate(queries):
             chat.reply(query)
             gate = torch.tensor(list(chat.turns[-1]["gate"].values()))
@@ -506,16 +506,16 @@ def test_turns_routes_on_all_turns_on_the_last_and_on_a_decaying_mean_as_chat_do
             assert shown[c, turn].tolist() == signatures(chat.turns[-1]["response"])
         history = []
         for turn, query in enumerate(queries):
-            assert torch.allclose(found["all turns"][0][c, turn], cosines(query=query, history=history), atol=1e-4)
-            gate = softmax_gate(found["all turns"][0][c, turn], run.setup.tau)[None]
+            assert torch.allclose(found["one text"][0][c, turn], cosines(query=query, history=history), atol=1e-4)
+            gate = softmax_gate(found["one text"][0][c, turn], run.setup.tau)[None]
             said = train.generate_replies(run.model, run.chat, [{"query": query, "history": history}], gate, 12)[0]
-            assert found["all turns"][1][c, turn].tolist() == signatures(said)
+            assert found["one text"][1][c, turn].tolist() == signatures(said)
             history += [{"role": "user", "content": query}, {"role": "assistant", "content": said}]
         weights = torch.tensor([0.5 ** k for k in range(7)])
         decaying = torch.stack([(weights[:t + 1].flip(0)[:, None] * alone[:t + 1]).sum(0) / weights[:t + 1].sum()
                                 for t in range(7)])
-        assert torch.allclose(found["last"][0][c], alone, atol=1e-4)
-        assert torch.allclose(found["decaying"][0][c], decaying, atol=1e-4)
+        assert torch.allclose(found["last message"][0][c], alone, atol=1e-4)
+        assert torch.allclose(found["decaying mean"][0][c], decaying, atol=1e-4)
 
 
 def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
@@ -529,7 +529,7 @@ def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
         shown = torch.zeros(len(numbers), 7, 10)
         shown[..., 3] = 1
         last = torch.cat([labels, torch.zeros(len(numbers), 1, 10)], 1)  # nothing at the follow-up
-        return (last if routing == "last" else labels[:, :1].expand(-1, 7, -1)), shown
+        return (last if routing == "last message" else labels[:, :1].expand(-1, 7, -1)), shown
     monkeypatch.setattr(experiments, "route_conversations", routed)
     for table, across in zip(experiments.turns_tables(args, run), (False, True)):
         numbers = experiments.conversations(run.records(limit=60)[0], across, 0)
@@ -537,21 +537,21 @@ def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
         rows = {tuple(row[:2]): row[2:] for row in table["rows"]}
         assert len(rows) == 3 * 8 and f"{len(numbers)} conversations" in table["title"]
         for turn in range(6):
-            ap, moved, called, other, gain = rows["last", str(turn + 1)]
+            ap, moved, called, other, gain = rows["last message", str(turn + 1)]
             assert ap == 1 and called == pytest.approx(labels[:, turn, 3].mean().item())
             assert other == pytest.approx(1 - called)
             gates = labels.softmax(-1)
             assert turn == 0 and moved == "" or moved == pytest.approx(torch.cosine_similarity(
                 gates[:, turn], gates[:, turn - 1], dim=-1).mean().item())
-            assert rows["all turns", str(turn + 1)][4] == "" and not any(rows["decaying", str(turn + 1)][4])
-            assert turn == 0 or rows["all turns", str(turn + 1)][1] == pytest.approx(1)
+            assert rows["one text", str(turn + 1)][4] == "" and not any(rows["decaying mean", str(turn + 1)][4])
+            assert turn == 0 or rows["one text", str(turn + 1)][1] == pytest.approx(1)
             missed = 1 - experiments.message_precision(labels[:, 0].numpy(), labels[:, turn].numpy())
             assert np.allclose(gain, bootstrap(missed, np.ones(len(numbers))))
-        assert rows["last", "2 to 6"][2] == pytest.approx(labels[:, 1:, 3].mean().item())
-        assert rows["last", "2 to 6"][4][0] == pytest.approx(np.mean([rows["last", str(t)][4][0] for t in range(2, 7)]))
+        assert rows["last message", "2 to 6"][2] == pytest.approx(labels[:, 1:, 3].mean().item())
+        assert rows["last message", "2 to 6"][4][0] == pytest.approx(np.mean([rows["last message", str(t)][4][0] for t in range(2, 7)]))
         # the poles of the message before are called for at the follow-up, where `last` finds none of them
-        assert rows["last", "follow-up"][2] == pytest.approx(labels[:, 5, 3].mean().item())
-        assert rows["last", "follow-up"][0] < rows["last", "6"][0] == 1
+        assert rows["last message", "follow-up"][2] == pytest.approx(labels[:, 5, 3].mean().item())
+        assert rows["last message", "follow-up"][0] < rows["last message", "6"][0] == 1
 
 
 @pytest.mark.parametrize("argv, why", [

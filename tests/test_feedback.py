@@ -368,7 +368,7 @@ def test_too_few_verdicts_are_said_to_be_too_few(run_folder, here, capsys, n, go
     gates, judged = verdicts(n, strength=strength)
     write_lines("f.jsonl", gates, judged if good is None else np.full(n, good))
     out = said_by(capsys, f"feedback --run {run_folder} --file f.jsonl")
-    assert f"Too few verdicts to tell: {why}. user.json is for" in out
+    assert f"Too few verdicts to tell: {why}.\n\nuser.json is for" in out and max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("argv, why", [
