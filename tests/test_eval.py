@@ -838,6 +838,8 @@ def test_ask_reads_files_and_prints_json_with_the_same_replies(strong, capsys, h
     run = opened(strong)
     said = run.similarity([{"id": i, "query": text} for i, text in enumerate(("He left.", "And now?"))])
     history = ((said[0] + 2 * said[1]) / 3).softmax(-1)[None]  # as in chat: the replies are not read
+    unread = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " "}]
+    assert torch.allclose(run.gates([queries[1] | {"history": unread + queries[1]["history"]}]), history)
     for row, query, gate in zip(found, queries, (run.gates(queries[:1]), history)):
         assert list(row["gate"]) == list(EXPERTS) and torch.allclose(torch.tensor([*row["gate"].values()]), gate[0])
         prompt = run.chat.prompt([*query.get("history", []), {"role": "user", "content": query["query"]}])

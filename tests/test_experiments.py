@@ -548,8 +548,9 @@ def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
             missed = 1 - experiments.message_precision(labels[:, 0].numpy(), labels[:, turn].numpy())
             assert np.allclose(gain, bootstrap(missed, np.ones(len(numbers))))
         assert rows["last message", "2 to 6"][2] == pytest.approx(labels[:, 1:, 3].mean().item())
-        assert rows["last message", "2 to 6"][4][0] == pytest.approx(np.mean([rows["last message", str(t)][4][0] for t in range(2, 7)]))
-        # the poles of the message before are called for at the follow-up, where `last` finds none of them
+        assert rows["last message", "2 to 6"][4][0] == pytest.approx(np.mean(
+            [rows["last message", str(turn)][4][0] for turn in range(2, 7)]))
+        # the poles of the message before are called for at the follow-up, whose own text has none of them
         assert rows["last message", "follow-up"][2] == pytest.approx(labels[:, 5, 3].mean().item())
         assert rows["last message", "follow-up"][0] < rows["last message", "6"][0] == 1
 
