@@ -248,7 +248,7 @@ ANNOUNCED = r"""(?i:(?:answer|choose|pick|select|go\ with|答案|选择?|\\boxed
     |(?:option|choice|选项)(?=[\s*"']*(?:[:=是为应]|(?:is|would)\b)))
     [\s*"'_]{0,9}+(?:(?:is|would\ be|should\ be|must\ be)\b|[应该]*[是为])?
     (?:\W{0,9}(?:option|therefore|clearly|likely|probably|选项))?)"""
-MARKS = r"(?:\\[a-zA-Z]*|</?[a-zA-Z]{1,9}>|[^\w.,;!?。、∅\\]|_){0,40}+"
+MARKS = r"(?>(?:\\[a-zA-Z]*|</?[a-zA-Z]{1,9}>|[^\w.,;!?。、∅\\]|_){0,40})"
 CHOSEN = rf"""{ANNOUNCED}{MARKS}{LETTER_OR_LIST}
     |{CAPITAL}[\])}}"'*.]*\s*(?:(?i:(?:is|seems|would\ be)\s+{RIGHT})|是?(?:正确|最佳|最合适))"""
 # Step 4: the letters alone in their lines; if there are none, those in brackets, after "option", or first in a line

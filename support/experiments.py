@@ -584,7 +584,7 @@ def experiment(args):
             results = {"settings": settings, "tables": tables, "seconds": time.perf_counter() - began}
             with atomic(file) as part:
                 part.write_text(json.dumps(results | {"sha256": checksum(results)}, indent=1) + "\n")
-        print("\n" + textwrap.fill(" ".join([f"{name}:", *EXPERIMENTS[name].__doc__.split()]), 80))
+        print("\n" + textwrap.fill(" ".join(f"{name}: {EXPERIMENTS[name].__doc__}".split()), 80))
         for table in results["tables"]:
             print_table(**table)
         print(f"\n{file}: took {results['seconds']:.0f} s")

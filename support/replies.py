@@ -87,11 +87,11 @@ class Reply:
 # JSON
 
 # One token: punctuation, a string in double quotes, a string in single quotes, or a bare word. A quote ends a string
-# only if punctuation comes next, so 'it's fine' is one string. The quantifiers are possessive (*+): they never
-# backtrack, so a long string takes linear time.
+# only if punctuation comes next, so 'it's fine' is one string. Nothing here backtracks, so a long string takes linear
+# time. Groups are atomic, (?>(?:…)*), not possessive, a + after the *: Python before 3.11.5 matches those wrongly.
 TOKEN = re.compile(r"""\s*+(?: ([{}\[\]:,])
-                             | "((?: [^"\\] | \\. | "(?!\s*+[,:}\]]) )*+)"
-                             | '((?: [^'\\] | \\. | '(?!\s*+[,:}\]]) )*+)'
+                             | "((?>(?: [^"\\] | \\. | "(?!\s*+[,:}\]]) )*))"
+                             | '((?>(?: [^'\\] | \\. | '(?!\s*+[,:}\]]) )*))'
                              | ([^\s{}\[\]:,"']++) )""", re.S | re.X)
 ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.S)
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
@@ -183,7 +183,7 @@ def check_text(value, key):
 
 
 # A text in one fence, perhaps with its language
-FENCED = re.compile(r"```(?:\w*[^\S\n]*\n|(?i:text|txt|plain|plaintext|markdown|md|json)\s)?((?:(?!```).)*+)```", re.S)
+FENCED = re.compile(r"```(?:\w*[^\S\n]*\n|(?i:text|txt|plain|plaintext|markdown|md|json)\s)?((?>(?:(?!```).)*))```", re.S)
 # An object from its first key on. It ends with its last brace or, if it was cut off, has none
 OBJECT = re.compile(r"""\W*\{\s*["'“„‘]?\w[^{}:]*+: (?: [^}]*+ | .*\}[^\w}]*+ )""", re.S | re.X)
 

@@ -1,5 +1,6 @@
 """How the modules stand on each other: imports go one way, at the top of files, and no module knows its own name."""
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,9 @@ def test_imports_stand_at_the_top(name):
               for _, found in imports(part) if found.split(".")[0] != "matplotlib"]  # optional, and slow to import
     assert not inside
     assert name not in {found for _, found in imports(tree)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_group_is_repeated_possessively(name):
+    """(?:…)*+ matches wrongly before Python 3.11.5 (python/cpython, issues 100061 and 106052); (?>(?:…)*) does not."""
+    assert not re.search(r"[^\\]\)(?:[*+?]|\{\d*,?\d*\})\+", FILES[name].read_text(encoding="utf-8"))
