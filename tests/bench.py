@@ -311,7 +311,7 @@ def router(args):
             mask = torch.arange(ids.shape[1], device=args.device) < sizes[:, None]
             with task.autocast:
                 hidden = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-                similarity = ours.similarity(hidden[torch.arange(len(part), device=args.device), sizes - 1])
+                similarity = ours.similarity((hidden * mask[..., None]).sum(1) / sizes[:, None])
                 active = torch.stack([rows[i].active for i in part])
                 loss = contrastive_loss(similarity, active, task.settings.contrastive_tau)
             loss.backward()
