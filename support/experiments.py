@@ -452,7 +452,7 @@ def cues_tables(args, run):
 
 
 TURNS = 6  # messages in a conversation, before the follow-up
-ROUTINGS = "one text", "last message", "decaying mean"  # what the router reads
+ROUTINGS = "one text", "last", "decaying"  # what the router reads
 FOLLOW_UPS = ("And then?", "Why?", "Can you say more about that?", "Okay. And after that?", "How do I start?",
               "Could you give me an example?", "What if it does not work?", "Is there another way?", "Are you sure?",
               "Which of these comes first?")  # they call for nothing of their own
@@ -488,7 +488,7 @@ def route_conversations(run, records, numbers, routing, replies):
     for turn in range(TURNS + 1):
         asked = [{"id": str(c), "query": records[numbers[c, turn]]["query"] if turn < TURNS else
                   FOLLOW_UPS[c % len(FOLLOW_UPS)], "history": list(history)} for c, history in enumerate(histories)]
-        if routing == "decaying mean":
+        if routing == "decaying":
             similarity.append(run.chat_similarity(asked))
         else:
             known = {} if routing == "one text" else {"history": []}
@@ -530,7 +530,7 @@ def turns_tables(args, run):
                                 "of the turn before; share of replies with the signature of a pole that the message "
                                 "calls for, and of another (template records only); average precision of a message's "
                                 "poles against routing on one text, with a 95 % interval over conversations",
-                       "head": ["router reads", "turn", "AP", "cosine", "called", "other", "against one text"],
+                       "head": ["reads", "turn", "AP", "cosine", "called", "other", "against one text"],
                        "rows": rows, "left": (0, 1)})
     if not any(table["rows"] for table in tables):
         raise UserError(f"{run.setup.data}: {len(records)} test records, expected {TURNS} of one domain, or one of "

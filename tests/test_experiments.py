@@ -498,7 +498,7 @@ def test_turns_routes_on_one_text_on_the_last_message_and_on_a_decaying_mean_as_
         queries = [*(records[i]["query"] for i in of), experiments.FOLLOW_UPS[c]]
         alone = torch.stack([cosines(query=query) for query in queries])
         chat = evaluation.Conversation(run, evaluation.Talk(run=str(run_folder), max_new_tokens=12))
-        similarity, shown = found["decaying mean"]
+        similarity, shown = found["decaying"]
         for turn, query in enumerate(queries):
             chat.reply(query)
             gate = torch.tensor(list(chat.turns[-1]["gate"].values()))
@@ -514,8 +514,8 @@ def test_turns_routes_on_one_text_on_the_last_message_and_on_a_decaying_mean_as_
         weights = torch.tensor([0.5 ** k for k in range(7)])
         decaying = torch.stack([(weights[:t + 1].flip(0)[:, None] * alone[:t + 1]).sum(0) / weights[:t + 1].sum()
                                 for t in range(7)])
-        assert torch.allclose(found["last message"][0][c], alone, atol=1e-4)
-        assert torch.allclose(found["decaying mean"][0][c], decaying, atol=1e-4)
+        assert torch.allclose(found["last"][0][c], alone, atol=1e-4)
+        assert torch.allclose(found["decaying"][0][c], decaying, atol=1e-4)
 
 
 def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
@@ -529,7 +529,7 @@ def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
         shown = torch.zeros(len(numbers), 7, 10)
         shown[..., 3] = 1
         last = torch.cat([labels, torch.zeros(len(numbers), 1, 10)], 1)  # nothing at the follow-up
-        return (last if routing == "last message" else labels[:, :1].expand(-1, 7, -1)), shown
+        return (last if routing == "last" else labels[:, :1].expand(-1, 7, -1)), shown
     monkeypatch.setattr(experiments, "route_conversations", routed)
     for table, across in zip(experiments.turns_tables(args, run), (False, True)):
         numbers = experiments.conversations(run.records(limit=60)[0], across, 0)
@@ -537,22 +537,22 @@ def test_turns_measures_what_it_says(run_folder, monkeypatch):  # noqa: F811
         rows = {tuple(row[:2]): row[2:] for row in table["rows"]}
         assert len(rows) == 3 * 8 and f"{len(numbers)} conversations" in table["title"]
         for turn in range(6):
-            ap, moved, called, other, gain = rows["last message", str(turn + 1)]
+            ap, moved, called, other, gain = rows["last", str(turn + 1)]
             assert ap == 1 and called == pytest.approx(labels[:, turn, 3].mean().item())
             assert other == pytest.approx(1 - called)
             gates = labels.softmax(-1)
             assert turn == 0 and moved == "" or moved == pytest.approx(torch.cosine_similarity(
                 gates[:, turn], gates[:, turn - 1], dim=-1).mean().item())
-            assert rows["one text", str(turn + 1)][4] == "" and not any(rows["decaying mean", str(turn + 1)][4])
+            assert rows["one text", str(turn + 1)][4] == "" and not any(rows["decaying", str(turn + 1)][4])
             assert turn == 0 or rows["one text", str(turn + 1)][1] == pytest.approx(1)
             missed = 1 - experiments.message_precision(labels[:, 0].numpy(), labels[:, turn].numpy())
             assert np.allclose(gain, bootstrap(missed, np.ones(len(numbers))))
-        assert rows["last message", "2 to 6"][2] == pytest.approx(labels[:, 1:, 3].mean().item())
-        assert rows["last message", "2 to 6"][4][0] == pytest.approx(np.mean(
-            [rows["last message", str(turn)][4][0] for turn in range(2, 7)]))
+        assert rows["last", "2 to 6"][2] == pytest.approx(labels[:, 1:, 3].mean().item())
+        assert rows["last", "2 to 6"][4][0] == pytest.approx(np.mean(
+            [rows["last", str(turn)][4][0] for turn in range(2, 7)]))
         # the poles of the message before are called for at the follow-up, whose own text has none of them
-        assert rows["last message", "follow-up"][2] == pytest.approx(labels[:, 5, 3].mean().item())
-        assert rows["last message", "follow-up"][0] < rows["last message", "6"][0] == 1
+        assert rows["last", "follow-up"][2] == pytest.approx(labels[:, 5, 3].mean().item())
+        assert rows["last", "follow-up"][0] < rows["last", "6"][0] == 1
 
 
 @pytest.mark.parametrize("argv, why", [
