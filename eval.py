@@ -13,8 +13,8 @@
 
 If some test records come from domains that training never saw, routing and ablate also report seen and held-out
 domains separately; and each culture, if the records name two or more. Intervals are 95 % confidence intervals from a
-paired bootstrap over records: both gates are measured on the same records. routing and ablate
-draw records that retell one situation (`of`) together.
+paired bootstrap over records: both gates are measured on the same records. routing and ablate draw records that retell
+one situation (`of`) together.
 
 What is notable:
 - A command is a dataclass of options and a function of them. The table COMMANDS at the end lists all commands.
@@ -543,7 +543,7 @@ class Conversation:
                             "before a message that begins with /")
 
     def judge(self, verdict):
-        """Append the last message, its similarities and gate, and the verdict on the reply to the feedback file."""
+        """Append the last message, the similarities and gate of its reply, and the verdict on it to the feedback file."""
         if not self.turns or "verdict" in self.turns[-1]:
             there_is = "it has a verdict already" if self.turns else "there is none yet"
             raise UserError(f"/{verdict} judges PersonaFuse's last reply, and {there_is}")

@@ -461,7 +461,8 @@ FOLLOW_UPS = ("And then?", "Why?", "Can you say more about that?", "Okay. And af
 def conversations(records, across, seed):
     """Returns conversations (C, TURNS), as numbers of records: each of one domain or, if `across`, of six different ones.
 
-    A record is in at most one; one that names no domain is in none. Across domains, each conversation takes from the domains with most records left.
+    A record is in at most one; one that names no domain is in none. Across domains, each conversation takes from the
+    domains with most records left.
     """
     rng, of_domain, found = np.random.default_rng(seed), defaultdict(list), []
     for i in rng.permutation(len(records)):
@@ -481,8 +482,8 @@ def route_conversations(run, records, numbers, routing, replies):
     the similarities that set the gates, and which signatures the replies show, or None without `replies`: both
     (C, TURNS + 1, E).
 
-    routing: the router reads the conversation as one text; its last message alone; or each of the user's messages
-    alone, for `decaying_mean`, as in chat.
+    routing: the router reads the conversation as "one text"; its "last" message alone; or each of the user's messages
+    alone, for `decaying_mean`, as in chat ("decaying").
     """
     histories, similarity, shown = [[] for _ in numbers], [], []
     for turn in range(TURNS + 1):
