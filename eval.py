@@ -11,8 +11,8 @@
     python eval.py bench emobench --data DIR --run runs/tiny
     python eval.py experiment routing --run runs/tiny   # also: plot, inventory
 
-If some test records come from domains that training never saw, routing and ablate also report seen and held-out
-domains separately; and each culture, if the records name two or more. Intervals are 95 % confidence intervals from a
+If some test records come from domains that training never saw, routing and ablate also report seen and held-out domains
+separately. If the records name two or more cultures, they report each. Intervals are 95 % confidence intervals from a
 paired bootstrap over records: both gates are measured on the same records. routing and ablate draw records that retell
 one situation (`of`) together.
 
@@ -402,7 +402,9 @@ def ask(args):
     if bool(args.queries) == bool(args.file):
         raise UserError("give the queries either as arguments or with --file")
     if args.file:
-        records, _ = read_queries(args.file)
+        records, n_repeated = read_queries(args.file)
+        if n_repeated:
+            print(f"{args.file}: {n_repeated} duplicates dropped", file=sys.stderr)
     else:
         records = [{"id": str(i), "query": query} for i, query in enumerate(args.queries)]
     for query in args.queries:
@@ -539,11 +541,11 @@ class Conversation:
         elif name == "/help":
             print(HELP + "\n")
         else:
-            raise UserError(f"{name} is not a command, or lacks its argument; /help lists the commands. Put a space "
-                            "before a message that begins with /")
+            raise UserError(f"{name} is not a command, or its argument is missing or too much; /help lists the "
+                            "commands. Put a space before a message that begins with /")
 
     def judge(self, verdict):
-        """Append the last message, the similarities and gate of its reply, and the verdict on it to the feedback file."""
+        """Append the last message, its reply's similarities and gate, and the verdict on it to the feedback file."""
         if not self.turns or "verdict" in self.turns[-1]:
             there_is = "it has a verdict already" if self.turns else "there is none yet"
             raise UserError(f"/{verdict} judges PersonaFuse's last reply, and {there_is}")
@@ -557,12 +559,15 @@ class Conversation:
         """Write the conversation to a new .jsonl file, one turn a line."""
         if not self.turns:
             raise UserError("the conversation is empty: there is nothing to save")
-        if path.exists():
-            raise UserError(f"{path} exists already: give another name")
         if path.suffix != ".jsonl":
             raise UserError(f"{path}: expected a file name that ends in .jsonl")
-        write_records(path, [{"id": str(i)} | as_record(turn["query"], self.turns[:i]) | turn
-                             for i, turn in enumerate(self.turns)])
+        try:
+            if path.exists():
+                raise UserError(f"{path} exists already: give another name")
+            write_records(path, [{"id": str(i)} | as_record(turn["query"], self.turns[:i]) | turn
+                                 for i, turn in enumerate(self.turns)])
+        except OSError as error:  # a name that the file system refuses, a full disk: the chat goes on
+            raise UserError(f"{path}: {error.strerror}") from None
         print(f"{path}: {len(self.turns)} turns\n")
 
 

@@ -34,7 +34,7 @@ from support.weights import read_tensors
 
 
 MAX_QUERY_TOKENS = 512  # our choice: of a longer query, the router reads the end
-DECAY = 0.5  # our choice (docs/results.md, turns)
+DECAY = 0.5  # our choice: how much a message counts beside the next one (docs/results.md, turns)
 
 
 def active_experts(traits):

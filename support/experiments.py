@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from lora import EXPERTS, SHORT_NAMES, TRAITS, expert_layers, save_experts
+from model import Config
 from router import active_experts, gate_statistics, persona_gate, save_router, softmax_gate
 from support.baselines import base_alone, warmup_experts
 from support.checkpoints import read_log
@@ -340,14 +341,15 @@ def one_lora(args, run, splits):
 
     Ten experts under a fixed uniform gate are one LoRA of ten times the rank: with ten times the α, their sum
     Σ_e 1/10 · 10α/r · B_e A_e is α/r · B A, and gradient clipping and AdamW treat both alike. So the LoRA is trained as
-    a variant and needs no extra code.
+    a variant and needs no extra code. The gate does not use the router, so its layers are frozen, which saves time.
     """
     stages, nats = read_run(args.run)["stages"], {}
+    n_layers = Config.from_dir(run.model_folder("router")).n_layers
     rows = sum(stages[stage]["steps"] * stages[stage]["batch"] for stage in ("warmup", "joint"))
     for lr in sorted({stages["warmup"]["lr"], stages["joint"]["lr"]}):
-        folder = variant(args, Path(args.run), f"baselines/lora-lr-{lr:g}", ["joint"], untrained=["warmup"],
+        folder = variant(args, Path(args.run), f"baselines/one-lora-lr-{lr:g}", ["joint"], untrained=["warmup"],
                          alpha=run.setup.alpha * len(EXPERTS), joint_gate="uniform", rehearse=0.0,
-                         steps=rows // stages["joint"]["batch"], lr=lr)
+                         frozen_layers=n_layers, steps=rows // stages["joint"]["batch"], lr=lr)
         nats[lr] = {split: loss_of(args, folder, "joint", splits[split], "uniform") for split in ("validation", "test")}
     best = min(nats, key=lambda lr: nats[lr]["validation"].sum())
     return {f"one LoRA, rank {run.setup.rank * len(EXPERTS)} (lr {best:g})": nats[best]["test"]}
@@ -459,7 +461,7 @@ FOLLOW_UPS = ("And then?", "Why?", "Can you say more about that?", "Okay. And af
 
 
 def conversations(records, across, seed):
-    """Returns conversations (C, TURNS), as numbers of records: each of one domain or, if `across`, of six different ones.
+    """Returns conversations (C, TURNS), as numbers of records: each of one domain or, if `across`, of six.
 
     A record is in at most one; one that names no domain is in none. Across domains, each conversation takes from the
     domains with most records left.
@@ -494,17 +496,18 @@ def route_conversations(run, records, numbers, routing, replies):
         else:
             known = {} if routing == "one text" else {"history": []}
             similarity.append(run.similarity([record | known for record in asked]))
+        said = [""] * len(asked)  # where no reply is needed, the router reads none
         if replies:
             said = generate_replies(run.model, run.chat, asked, softmax_gate(similarity[-1], run.setup.tau))
             shown.append(torch.tensor([signatures(text) for text in said]))
-            for history, record, reply in zip(histories, asked, said):
-                history += [{"role": "user", "content": record["query"]}, {"role": "assistant", "content": reply}]
+        for history, record, reply in zip(histories, asked, said):
+            history += [{"role": "user", "content": record["query"]}, {"role": "assistant", "content": reply}]
     return torch.stack(similarity, 1), torch.stack(shown, 1) if replies else None
 
 
 def turns_tables(args, run):
-    """Does the router find the poles of the current message when earlier turns speak of others, does it keep those of
-    the message before a follow-up that has no cue, and how fast does the gate move?"""
+    """Does the router find the poles of the current message when earlier turns speak of others, does it keep the
+    previous message's poles at a follow-up without a cue, and how fast does the gate move?"""
     records, _ = run.records(limit=args.records)
     active, styled, tables = torch.stack([active_experts(r["traits"]) for r in records]), from_templates(records), []
     for kind, across in (("one domain", False), ("six domains", True)):
@@ -527,8 +530,8 @@ def turns_tables(args, run):
                              "" if name == "1" else moved[:, max(part.start - 1, 0):part.stop - 1].mean().item(),
                              *shares, "" if routing == "one text" else bootstrap(gain, np.ones(len(gain)), args.seed)])
         tables.append({"title": f"{len(numbers)} conversations of {TURNS} messages of {kind}, tau {run.setup.tau:g}, "
-                                "by what the router reads: mean average precision over poles; cosine of the gate to that "
-                                "of the turn before; share of replies with the signature of a pole that the message "
+                                "by what the router reads: mean average precision over poles; cosine of the gate to "
+                                "that of the turn before; share of replies with the signature of a pole that the message "
                                 "calls for, and of another (template records only); average precision of a message's "
                                 "poles against routing on one text, with a 95 % interval over conversations",
                        "head": ["reads", "turn", "AP", "cosine", "called", "other", "against one text"],
@@ -577,6 +580,8 @@ def experiment(args):
                 **{key: getattr(args, key) for key in ("seed", "seeds", "records")}}
     if run.setup.int8:
         settings["int8"] = True
+    if args.dtype:
+        settings["dtype"] = args.dtype
     for name in args.names:
         file, began = Path(args.run) / "experiments" / name / "results.json", time.perf_counter()
         results = read_results(file) if file.exists() and not args.again else {}

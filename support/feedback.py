@@ -34,8 +34,8 @@ class Feedback(RunOptions):
 LINE = {  # field: (whether a value is valid, what is expected)
     "query": FIELDS["query"],
     "similarity": (lambda s: s is None or is_for_each_expert(s, -1.001, 1.001), "a cosine for each expert, or null"),
-    "gate": (lambda w: is_for_each_expert(w, 0, 1) and abs(sum(w.values()) - 1) < 2e-3,  # as --gate takes, rounded
-             "ten weights, which sum to 1"),
+    # the sum: --gate allows 1e-3, and rounding adds to it
+    "gate": (lambda w: is_for_each_expert(w, 0, 1) and abs(sum(w.values()) - 1) < 2e-3, "ten weights, which sum to 1"),
     "verdict": (lambda value: value in ("good", "bad"), "good or bad")}
 
 
@@ -113,8 +113,8 @@ def learn_likes(gates, good):
 def feedback(args):
     """Learn from the verdicts of a chat which poles a person likes, and write it as the file that --user takes."""
     out = Path(args.out)
-    if out.suffix != ".json":  # so that it cannot replace a feedback file
-        raise UserError(f"{out}: expected a file name that ends in .json")
+    if out.suffix != ".json" or out.resolve() == Path(args.file).resolve():
+        raise UserError(f"{out}: expected another file than {args.file}, with a name that ends in .json")
     refuse_to_replace(out, args.overwrite)
     tau = LoadedRun(args).setup.tau
     lines = read_feedback(args.file) if Path(args.file).exists() else None
@@ -133,5 +133,5 @@ def feedback(args):
            "no pole is two standard errors from 0" if "*" not in stars else "")
     write_records(out, [{"likes": dict(zip(EXPERTS, b.tolist())), "verdicts": len(lines)}])
     if why:
-        print(f"\nToo few verdicts to tell: {why}.")
+        print(f"\nThese verdicts do not tell yet: {why}.")
     print(f"\n{out} is for --user of ask, chat and export")

@@ -232,7 +232,7 @@ class LoadedRun:
 
     def chat_similarity(self, records):
         """Returns the similarities (N, E) that set the gates of replies: the decaying mean of the cosines of each
-        record's messages by the user, the query last."""
+        record's messages by the user, the query last. Empty messages are left out."""
         messages = [[turn["content"] for turn in messages_of(record)
                      if turn["role"] == "user" and turn["content"].strip()] for record in records]
         alone = self.similarity([{"id": "", "query": text} for texts in messages for text in texts])
@@ -409,7 +409,7 @@ def subsets(new_domain, records=()):
 
 
 def culture_gap(values, counts, records, what, seed=0, n=2000):
-    """Returns a sentence on `what`, the weighted mean of values (N,), of the lowest and the highest culture, and on
+    """Returns a sentence: which cultures have the lowest and the highest weighted mean of values (N,), called `what`, and
     whether cultures differ by more than chance. "" if the records name fewer than two.
 
     The test permutes which record is of which culture, among records of the same situation (`of`, where records have

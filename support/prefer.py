@@ -8,6 +8,7 @@ Shapes: J judges, N messages, Q = 4 questions: which is better, and the three qu
 import hashlib
 import random
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +55,17 @@ def prefer(args):
         if given := [f"--{key}" for key in ("against", "persona", "gate", "out") if getattr(args, key)]:
             raise UserError(f"--import reads from the key what was compared: leave {' and '.join(given)} out")
         return report(args)
+    records, n_repeated = read_queries(args.file)
     out = Path(args.out or Path(args.file).with_suffix(".prefer.csv"))
-    key_file = out.with_suffix(".key.jsonl")
     if out.suffix != ".csv":
         raise UserError(f"--out is {out}, expected a file named .csv")
+    key_file = out.with_suffix(".key.jsonl")
     for path in (out, key_file):
         if path.exists():  # a sheet may have been filled in, and is worth nothing without its key
             raise UserError(f"{path} exists already: give another name with --out")
-    run, (records, _), coin = LoadedRun(args), read_queries(args.file), random.Random(args.seed)
+    if n_repeated:
+        print(f"{args.file}: {n_repeated} duplicates dropped", file=sys.stderr)
+    run, coin = LoadedRun(args), random.Random(args.seed)
     against = persona_gate(args.against, run.setup.tau).expand(len(records), -1) if args.against else None
     by_hand = gate_from_options(run, args)
     gates = run.gates(records) if by_hand is None else by_hand.expand(len(records), -1)
@@ -109,7 +113,8 @@ def read_judgements(paths):
                         "sheet; expected the key there, and key and ids as they were written")
     compared, rows = read_key(key_file)
     texts = {id: {column: row[column] for column in TEXTS} for id, row in rows.items()}
-    sheets, answers = read_sheets(paths, texts, COLUMNS, key_file), np.full((len(paths), len(rows), 1 + len(QUALITIES)), np.nan)
+    sheets = read_sheets(paths, texts, COLUMNS, key_file)
+    answers = np.full((len(paths), len(rows), 1 + len(QUALITIES)), np.nan)
     for j, (path, sheet) in enumerate(zip(paths, sheets)):
         if sheet.keys() != rows.keys() or not any(sheet.values()):
             raise UserError(f"{path}: {len(rows) - len(sheet)} of {len(rows)} rows are missing, and "
@@ -122,7 +127,8 @@ def read_judgements(paths):
 
 
 def mean_and_interval(x, interval, form):
-    """Returns "mean [low, high]" of x (M,). Below ten messages (ours) only the mean: a bootstrap of few is too sure."""
+    """Returns "mean [low, high]" of x (M,). 
+    With fewer than ten messages (ours), only the mean: a bootstrap's interval would be too narrow."""
     if len(x) < 10:
         return form.format(x.mean()) if len(x) else "–"
     return "{} [{}, {}]".format(*map(form.format, interval(x)))
@@ -135,7 +141,7 @@ def compare(answers, seed=0):
     better, *ratings = (np.nanmean(x[:, ~np.isnan(x).all(0)], 0) for x in questions)
     wins, losses = int((better > 0).sum()), int((better < 0).sum())
     rate = mean_and_interval(50 + 50 * better, lambda x: score_interval(x, seed), "{:.1f}")
-    p = mcnemar_p(0 * better, better)  # which is the sign test of the wins, above 0, and the losses, below it
+    p = mcnemar_p(0 * better, better)  # against zeros, McNemar's test is the sign test of wins and losses
     # Each message counts in both orders, A-B and B-A, since a coin decided which reply is A. Otherwise judges who always
     # prefer PersonaFuse would have no variance, and no alpha.
     alphas = [krippendorff_alpha(np.hstack([x, -x])) for x in questions]
@@ -149,12 +155,13 @@ def report(args):
     compared, keyed, answers = read_judgements(args.import_)
     groups = {"all": np.full(answers.shape[1], True)} | {
         f"{field} {name}": np.array([row[field] == name for row in keyed]) for field in ("domain", "culture")
-        for name in sorted({row[field] for row in keyed if isinstance(row[field], str)})}
+        for name in sorted({row[field] for row in keyed if row[field] and isinstance(row[field], str)})}
     wins, ratings, alphas = zip(*(compare(answers[:, part], args.seed) for part in groups.values()))
     for title, head, rows in (
             (f"PersonaFuse ({compared['PersonaFuse']}) against {compared['other']}, tau {compared['tau']:g}; judges: "
-             f"{len(answers)}, averaged for each message, which is a win, a tie or a loss by the sign. Win rate: the mean "
-             "of the averages, from 0 to 100 %, with a 95 % interval from ten messages on; p: exact sign test",
+             f"{len(answers)}, whose answers are averaged for each message; the sign of the mean makes it a win, a tie "
+             "or a loss. Win rate: the mean of these means, from 0 to 100 %, with a 95 % interval from ten messages on; "
+             "p: exact sign test",
              ["messages", "wins", "ties", "losses", "win rate", "p"], wins),
             ("Ratings: PersonaFuse's minus the other's, with 95 % intervals (bootstrap)", QUALITIES, ratings),
             ("Krippendorff's alpha, ordinal, of the judges' preferences and differences of ratings: 1 is full "

@@ -45,7 +45,7 @@ FIELDS = {  # field: (whether a value is valid, what is expected)
 
 
 def check_record(record, required=REQUIRED_FIELDS, fields=FIELDS):
-    """Returns what is wrong with a record, in words, or None if it is valid. fields: a table as FIELDS."""
+    """Returns what is wrong with a record, in words, or None if it is valid. fields: a table like FIELDS."""
     if not isinstance(record, dict):
         return f"found a {type(record).__name__}, expected a JSON object"
     for key in required:

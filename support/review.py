@@ -295,12 +295,12 @@ def read_sheet(path, rows, columns, source):
     def plain(text):  # spreadsheet programs may drop the "'" and change how lines end
         return " ".join(text.split()).removeprefix("'")
 
-    known, found = {cell(id): id for id in rows}, {}
+    known, found = {cell(id).strip(): id for id in rows}, {}
     for number, row in read_table(path, ["id", *next(iter(rows.values())), *columns]):
         written = row["id"].strip()
-        id = known.get(written) or known.get(cell(written))  # the program may have dropped the "'"
+        id = known.get(written, known.get(cell(written)))  # the program may have dropped the "'"
         if id is None or id in found:
-            problem = "there twice" if id else f"not in {source}"
+            problem = "there twice" if id is not None else f"not in {source}"
             raise UserError(f"{path}, row {number}: id {row['id']!r} is {problem}")
         for column, text in rows[id].items():
             if plain(row[column]) != plain(cell(text)):

@@ -968,7 +968,8 @@ def test_a_conversation_in_a_terminal(strong, here):
         assert f"base\n\n{evaluation.printable(text)}\n" in talk.say("/base")
         for line, answer in (
                 ("/save said.jsonl", "3 turns"), ("/save said.jsonl", "exists already"),
-                ("/save said.txt", "ends in .jsonl"), ("/save", "lacks its argument"), ("/help", "/persona"),
+                ("/save said.txt", "ends in .jsonl"), ("/save", "its argument is missing"), ("/help", "/persona"),
+                (f"/save {'x' * 300}.jsonl", "File name too long"),
                 ("/good", "feedback.jsonl: good"), ("/bad", "has a verdict already"),
                 ("/nothing", "/nothing is not a command"), ("/persona X+", "expected a letter of OCEAN"),
                 ("/reset", ""), ("/router", "")):

@@ -322,7 +322,7 @@ def test_routing_compares_every_gate_before_and_after_joint(run_folder, here, ca
         assert np.allclose(rows["oracle"][2], bootstrap(nats["oracle"] - nats["learned"], tests.counts), atol=1e-6)
     monkeypatch.setattr(experiments, "losses", None)
     assert shown(capsys, command)[1] in out  # what was measured is printed again; anything else is measured
-    for more in ("--records 11", "--again", "--seed 3"):
+    for more in ("--records 11", "--again", "--seed 3", "--dtype bfloat16"):
         with pytest.raises(TypeError):
             shown(capsys, f"{command} {more}")
 
@@ -491,6 +491,8 @@ def test_turns_routes_on_one_text_on_the_last_message_and_on_a_decaying_mean_as_
     records, numbers = run.records()[0], np.arange(12).reshape(2, 6)
     found = {name: experiments.route_conversations(run, records, numbers, name, True)
              for name in experiments.ROUTINGS}
+    unsaid, nothing = experiments.route_conversations(run, records, numbers, "decaying", False)
+    assert torch.allclose(unsaid, found["decaying"][0], atol=1e-4) and nothing is None  # it reads no replies
 
     def cosines(**record):
         return train.score_queries(run.router, run.rows([{"id": 0, "traits": {}} | record]))[0]

@@ -295,7 +295,7 @@ def test_good_and_bad_append_the_last_turn_to_the_feedback_file(run_folder, here
     (["/good"], "/good judges PersonaFuse's last reply, and there is none yet"),
     (["Hi", "/reset", "/bad"], "/bad judges PersonaFuse's last reply, and there is none yet"),
     (["Hi", "/bad", "/good"], "/good judges PersonaFuse's last reply, and it has a verdict already"),
-    (["Hi", "/good yes"], "/good is not a command, or lacks")])
+    (["Hi", "/good yes"], "/good is not a command, or its argument is missing or too much")])
 def test_a_verdict_that_cannot_be_given_is_one_line_and_writes_nothing(run_folder, here, monkeypatch, lines, why):
     args = evaluation.ChatOptions(run=str(run_folder), persona="O+", feedback="f.jsonl")
     talk = evaluation.Conversation(LoadedRun(args), args)
@@ -354,7 +354,7 @@ def test_feedback_writes_the_likes_that_user_reads_and_prints_them_with_standard
         star = " *" if abs(b[e]) > 2 * errors[e] else ""
         weight = softmax_gate(torch.tensor(b), 1.0)[e]
         assert f"{expert} " in out and f"{b[e]:+.3f} ± {errors[e]:.3f}{star}" in out and f" {weight:.3f}" in out
-    assert f"penalty {penalty};" in out and "100 verdicts" in out and "Too few" not in out
+    assert f"penalty {penalty};" in out and "100 verdicts" in out and "do not tell" not in out
     read = LoadedRun(evaluation.Talk(run=str(run_folder), user="user.json")).likes
     assert torch.equal(read, torch.tensor(b).float()) and set(EXPERTS[e] for e in np.argsort(-b)[:2]) == {
         EXPERTS[2], EXPERTS[7]}
@@ -364,19 +364,22 @@ def test_feedback_writes_the_likes_that_user_reads_and_prints_them_with_standard
     (1, 1, 0, "they are fewer than ten"), (40, 1, 0, "no pole is two standard errors from 0"),
     (40, 0, 0, "no pole is two standard errors from 0"),
     (9, None, 50, "they are fewer than ten"), (40, None, 0, "no pole is two standard errors from 0")])
-def test_too_few_verdicts_are_said_to_be_too_few(run_folder, here, capsys, n, good, strength, why):
+def test_verdicts_that_do_not_tell_are_said_not_to(run_folder, here, capsys, n, good, strength, why):
     gates, judged = verdicts(n, strength=strength)
     write_lines("f.jsonl", gates, judged if good is None else np.full(n, good))
     out = said_by(capsys, f"feedback --run {run_folder} --file f.jsonl")
-    assert f"Too few verdicts to tell: {why}.\n\nuser.json is for" in out and max(map(len, out.splitlines())) <= 80
+    assert f"These verdicts do not tell yet: {why}.\n\nuser.json is for" in out and max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("argv, why", [
     ("--file none.jsonl", "none.jsonl: No such file"), ("--file empty.jsonl", "empty.jsonl: no verdicts in it"),
     ("--file f.jsonl --out old.json", "old.json exists already; --overwrite"),
-    ("--file f.jsonl --out f.jsonl --overwrite", "f.jsonl: expected a file name that ends in .json")])
+    ("--file f.jsonl --out other --overwrite", "other: expected another file than f.jsonl, with a name that ends in"),
+    ("--file f.jsonl --out f.jsonl --overwrite", "f.jsonl: expected another file than f.jsonl, with a name that ends"),
+    ("--file f.json --out ./f.json --overwrite", "f.json: expected another file than f.json, with a name that ends")])
 def test_a_fit_that_cannot_be_is_refused_and_loses_nothing(run_folder, here, argv, why):
-    write_lines("f.jsonl", *verdicts(3))
+    for name in ("f.jsonl", "f.json"):
+        write_lines(name, *verdicts(3))
     Path("empty.jsonl").write_text("\n"), Path("old.json").write_text("mine")
     before = {path: path.read_bytes() for path in here.iterdir()}
     with pytest.raises(UserError, match=why):

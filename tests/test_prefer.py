@@ -23,6 +23,7 @@ from train import generate_replies
 MESSAGES = [{"id": i, "query": f"What now, {i}?", "domain": ("work", "family")[i % 2],
              **({"culture": "日本"} if i % 3 == 0 else {})} for i in range(24)]
 MESSAGES[1] |= {"query": "=HYPERLINK(1)"}
+MESSAGES[4] |= {"domain": ""}  # as good as none
 MESSAGES[2] |= {"history": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho\nho"}]}
 
 
@@ -149,6 +150,13 @@ def test_nothing_in_a_sheet_but_the_coin_depends_on_whose_a_reply_is(run_folder,
     assert [("B", "A")[is_mixed(row, "A")] for row in rows(here / "mixed.csv")] == coins[0]
 
 
+@pytest.mark.parametrize("asking", ["prefer", "ask --max-new-tokens 1"])
+def test_messages_that_are_there_twice_are_counted(run_folder, here, said, capsys, asking):  # noqa: F811
+    (here / "m.txt").write_text("Hi there\nhi  THERE\nHo\n")
+    assert not evaluation.main([*asking.split(), "--run", str(run_folder), "--file", "m.txt"])
+    assert capsys.readouterr().err.startswith("m.txt: 1 duplicates dropped\n")
+
+
 @pytest.mark.parametrize("name", ["sheet.csv", "sheet.key.jsonl"])
 def test_a_sheet_or_key_that_exists_is_never_overwritten(sheet, run_folder, name):  # noqa: F811
     for other in {"sheet.csv", "sheet.key.jsonl"} - {name}:
@@ -203,6 +211,7 @@ def test_every_number_of_a_report_by_hand(sheet, run_folder, capsys):  # noqa: F
     assert re.search(rf"^  all +20 +8 +8 +4 +60\.0 \[4\d\.\d, 7\d\.\d\] +{p:.2g}$", out, re.M)
     assert re.search(r"^  domain family +10 +4 +4 +2 +60\.0 \[.+\] +0\.69$", out, re.M)  # 2 (1 + 6 + 15) / 64
     assert re.search(r"^  culture 日本 +7 +3 +3 +1 +64\.3 +0\.62$", out, re.M)  # 0 3 9 | 6 12 15 | 18; of few no interval
+    assert re.findall(r"^  (?:domain|culture) *(\S*) +\d", out, re.M)[:3] == ["family", "work", "日本"]
     table = out.split("Ratings")[1]
     assert re.search(r"^  all +\+2\.50 \[\+2\.\d\d, \+2\.\d\d\] +– +–$", table, re.M)
     assert re.search(r"^  domain family +\+2\.00 \[\+2\.00, \+2\.00\] +– +–$", table, re.M)
@@ -316,6 +325,8 @@ def test_sheets_of_two_keys_are_not_put_together(sheet, run_folder, capsys):  # 
     ("--file messages.jsonl --import sheet.csv", "give messages with --file or, with --import, the sheets"),
     ("--import sheet.csv --out a.csv --against O+", "leave --against and --out out"),
     ("--file messages.jsonl --out sheet.txt", "--out is sheet.txt, expected a file named .csv"),
+    ("--file messages.jsonl --out .", "--out is ., expected a file named .csv"),
+    ("--file .", "expected queries in a .txt"),
     ("--file none.jsonl", "none.jsonl: No such file"), ("--import none.csv", "none.csv: No such file"),
     ("--import sheet.csv ./sheet.csv", "a table is given twice"),
     ("--file messages.jsonl --against X+", "persona 'X+': expected a letter of OCEAN"),

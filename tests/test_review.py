@@ -267,6 +267,14 @@ def test_agreement_and_a_corrected_file_that_keeps_the_originals(drawn, capsys):
     assert re.search(r"a\.csv with teacher( +1\.000){5}\n", capsys.readouterr().out)  # against the teacher's own labels
 
 
+def test_a_sheet_is_read_back_whatever_its_ids_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_records("o.jsonl", [record(i, id=id) for i, id in enumerate((" a ", "", "=1", "'x"))])
+    assert not synth.main("review o.jsonl --sample 4 --out o.csv".split())
+    assert not synth.main(["review", "o.jsonl", "--import", fill(tmp_path / "o.csv", "a.csv", lambda row, trait: "1")])
+    assert all(set(r["traits"].values()) == {1} for r in read_records("o.corrected.jsonl"))
+
+
 def test_without_a_majority_the_teachers_label_stays(drawn):
     folder, records = drawn
     tables = [fill(folder / "review.csv", folder / f"{n}.csv", lambda row, trait: n) for n in ("1", "-1", "0")]
