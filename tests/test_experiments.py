@@ -322,9 +322,11 @@ def test_routing_compares_every_gate_before_and_after_joint(run_folder, here, ca
         assert np.allclose(rows["oracle"][2], bootstrap(nats["oracle"] - nats["learned"], tests.counts), atol=1e-6)
     monkeypatch.setattr(experiments, "losses", None)
     assert shown(capsys, command)[1] in out  # what was measured is printed again; anything else is measured
-    for more in ("--records 11", "--again", "--seed 3", "--dtype bfloat16"):
+    for more in ("--records 11", "--again", "--seed 3"):
         with pytest.raises(TypeError):
             shown(capsys, f"{command} {more}")
+    with pytest.raises(UserError, match="dtype was 'float32' and is now 'bfloat16'"):
+        shown(capsys, f"{command} --dtype bfloat16")
 
 
 @pytest.mark.slow
