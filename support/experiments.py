@@ -461,7 +461,7 @@ FOLLOW_UPS = ("And then?", "Why?", "Can you say more about that?", "Okay. And af
 
 
 def conversations(records, across, seed):
-    """Returns conversations (C, TURNS), as numbers of records: each of one domain or, if `across`, of six.
+    """Returns conversations (C, TURNS), as numbers of records: all of one domain or, if `across`, of six.
 
     A record is in at most one; one that names no domain is in none. Across domains, each conversation takes from the
     domains with most records left.
@@ -531,8 +531,8 @@ def turns_tables(args, run):
                              *shares, "" if routing == "one text" else bootstrap(gain, np.ones(len(gain)), args.seed)])
         tables.append({"title": f"{len(numbers)} conversations of {TURNS} messages of {kind}, tau {run.setup.tau:g}, "
                                 "by what the router reads: mean average precision over poles; cosine of the gate to "
-                                "that of the turn before; share of replies with the signature of a pole that the message "
-                                "calls for, and of another (template records only); average precision of a message's "
+                                "that of the turn before; share of replies with the signature of a pole that the "
+                                "message calls for, and of another (template records only); average precision of a message's "
                                 "poles against routing on one text, with a 95 % interval over conversations",
                        "head": ["reads", "turn", "AP", "cosine", "called", "other", "against one text"],
                        "rows": rows, "left": (0, 1)})

@@ -16,7 +16,8 @@ class FrozenHeadLoss(torch.autograd.Function):
     """The forward pass also computes the gradient, one chunk of positions at a time, so that logits are computed once.
 
     In fp32 all chunks use the same memory, and the softmax happens in it: on a CPU, touching new memory takes longer
-    than the arithmetic. With m the largest logit of a position and z = Σ exp(logit − m), the loss is ln z + m − logit[target].
+    than the arithmetic. With m the largest logit of a position and z = Σ exp(logit − m), the loss is
+    ln z + m − logit[target].
     """
 
     @staticmethod

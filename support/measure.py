@@ -409,8 +409,8 @@ def subsets(new_domain, records=()):
 
 
 def culture_gap(values, counts, records, what, seed=0, n=2000):
-    """Returns a sentence: which cultures have the lowest and the highest weighted mean of values (N,), called `what`, and
-    whether cultures differ by more than chance. "" if the records name fewer than two.
+    """Returns a sentence: which cultures have the lowest and the highest weighted mean of values (N,), called `what`,
+    and whether cultures differ by more than chance. "" if the records name fewer than two.
 
     The test permutes which record is of which culture, among records of the same situation (`of`, where records have
     it). It compares Σ_c counts_c (mean_c − mean)². counts (N,): the weights, as for bootstrap.

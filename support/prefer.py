@@ -127,8 +127,8 @@ def read_judgements(paths):
 
 
 def mean_and_interval(x, interval, form):
-    """Returns "mean [low, high]" of x (M,). 
-    With fewer than ten messages (ours), only the mean: a bootstrap's interval would be too narrow."""
+    """Returns "mean [low, high]" of x (M,), or of fewer than ten messages (our choice) only the mean: a bootstrap's
+    interval would be too narrow."""
     if len(x) < 10:
         return form.format(x.mean()) if len(x) else "–"
     return "{} [{}, {}]".format(*map(form.format, interval(x)))
