@@ -52,7 +52,7 @@ from support.measure import (LoadedRun, RecordOptions, UserOptions, bootstrap, c
                              pole_precision, situations, subsets, update_gram)
 from support.plots import Plot, plot
 from support.prefer import Prefer, prefer
-from support.records import load_data, messages_of, read_queries, write_records
+from support.records import load_data, messages_of, queries_to_answer, write_records
 from support.rows import Row
 from support.tables import format_gate, print_table, printable
 from synth import from_templates, signatures
@@ -402,9 +402,7 @@ def ask(args):
     if bool(args.queries) == bool(args.file):
         raise UserError("give the queries either as arguments or with --file")
     if args.file:
-        records, n_repeated = read_queries(args.file)
-        if n_repeated:
-            print(f"{args.file}: {n_repeated} duplicates dropped", file=sys.stderr)
+        records = queries_to_answer(args.file)
     else:
         records = [{"id": str(i), "query": query} for i, query in enumerate(args.queries)]
     for query in args.queries:
@@ -566,7 +564,7 @@ class Conversation:
                 raise UserError(f"{path} exists already: give another name")
             write_records(path, [{"id": str(i)} | as_record(turn["query"], self.turns[:i]) | turn
                                  for i, turn in enumerate(self.turns)])
-        except OSError as error:  # a name that the file system refuses, a full disk: the chat goes on
+        except OSError as error:  # a name that the file system refuses: the chat goes on
             raise UserError(f"{path}: {error.strerror}") from None
         print(f"{path}: {len(self.turns)} turns\n")
 

@@ -34,7 +34,7 @@ from support.weights import read_tensors
 
 
 MAX_QUERY_TOKENS = 512  # our choice: of a longer query, the router reads the end
-DECAY = 0.5  # our choice: how much a message counts beside the next one (docs/results.md, turns)
+DECAY = 0.5  # our choice (docs/results.md, turns); see decaying_mean
 
 
 def active_experts(traits):
@@ -61,7 +61,8 @@ def active_experts(traits):
 def query_ids(tokenizer, query, history=()):
     """Returns the ids of one text that the router reads, in training and evaluation: at most the last MAX_QUERY_TOKENS.
 
-    A query alone is read as it is. With a history, each turn is a line "User: …" or "Assistant: …", the query last.
+    A query alone is read as it is. With a history, each turn is a line "User: …" or "Assistant: …", the query last. So
+    records with labels are read; for a reply, each message is read alone (`LoadedRun.chat_similarity`).
     """
     if history:
         turns = [*history, {"role": "user", "content": query}]

@@ -341,7 +341,8 @@ def one_lora(args, run, splits):
 
     Ten experts under a fixed uniform gate are one LoRA of ten times the rank: with ten times the α, their sum
     Σ_e 1/10 · 10α/r · B_e A_e is α/r · B A, and gradient clipping and AdamW treat both alike. So the LoRA is trained as
-    a variant and needs no extra code. The gate does not use the router, so its layers are frozen, which saves time.
+    a variant and needs no extra code. A uniform gate does not use the router, so the encoder's layers are frozen, which
+    saves time.
     """
     stages, nats = read_run(args.run)["stages"], {}
     n_layers = Config.from_dir(run.model_folder("router")).n_layers
@@ -461,7 +462,7 @@ FOLLOW_UPS = ("And then?", "Why?", "Can you say more about that?", "Okay. And af
 
 
 def conversations(records, across, seed):
-    """Returns conversations (C, TURNS), as numbers of records: all of one domain or, if `across`, of six.
+    """Returns conversations (C, TURNS), as numbers of records: each of one domain or, if `across`, of TURNS domains.
 
     A record is in at most one; one that names no domain is in none. Across domains, each conversation takes from the
     domains with most records left.
@@ -496,7 +497,7 @@ def route_conversations(run, records, numbers, routing, replies):
         else:
             known = {} if routing == "one text" else {"history": []}
             similarity.append(run.similarity([record | known for record in asked]))
-        said = [""] * len(asked)  # where no reply is needed, the router reads none
+        said = [""] * len(asked)  # without replies: "last" and "decaying" do not read them
         if replies:
             said = generate_replies(run.model, run.chat, asked, softmax_gate(similarity[-1], run.setup.tau))
             shown.append(torch.tensor([signatures(text) for text in said]))
@@ -513,7 +514,7 @@ def turns_tables(args, run):
     for kind, across in (("one domain", False), ("six domains", True)):
         numbers, rows, precision = conversations(records, across, args.seed), [], {}
         for routing in ROUTINGS if len(numbers) else ():
-            replies = styled or routing == "one text"  # only there do replies change the similarities
+            replies = styled or routing == "one text"  # template replies are counted below; "one text" reads them
             similarity, shown = route_conversations(run, records, numbers, routing, replies)
             gates = softmax_gate(similarity, run.setup.tau)                                       # (C, TURNS + 1, E)
             labels = active[np.column_stack([numbers, numbers[:, -1]])]  # a follow-up has those of the message before
@@ -532,8 +533,8 @@ def turns_tables(args, run):
         tables.append({"title": f"{len(numbers)} conversations of {TURNS} messages of {kind}, tau {run.setup.tau:g}, "
                                 "by what the router reads: mean average precision over poles; cosine of the gate to "
                                 "that of the turn before; share of replies with the signature of a pole that the "
-                                "message calls for, and of another (template records only); average precision of a message's "
-                                "poles against routing on one text, with a 95 % interval over conversations",
+                                "message calls for, and of another (template records only); average precision of a "
+                                "message's poles against routing on one text, with a 95 % interval over conversations",
                        "head": ["reads", "turn", "AP", "cosine", "called", "other", "against one text"],
                        "rows": rows, "left": (0, 1)})
     if not any(table["rows"] for table in tables):
@@ -578,7 +579,7 @@ def experiment(args):
                         f"--stage {stage} --run {args.run}")
     settings = {"tau": run.setup.tau, "stages": read_run(args.run)["stages"],
                 **{key: getattr(args, key) for key in ("seed", "seeds", "records")}}
-    if run.setup.int8:
+    if run.setup.int8:  # only where given, so that older results stay valid
         settings["int8"] = True
     if args.dtype:
         settings["dtype"] = args.dtype

@@ -10,7 +10,7 @@ def quantise(weight):
     q = torch.empty_like(weight, dtype=torch.int8)
     s = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     # Some rows at a time: fp32 copies of a whole weight would be the peak of memory while a model is loaded. On a CPU
-    # they are few: large copies, freed between weights that stay, fragment memory; with 256, the 8B took 1.2 GB more.
+    # few rows: large copies, freed between weights that stay, fragment memory. With 256 rows, the 8B took 1.2 GB more.
     n = max(1, (2**16 if weight.device.type == "cpu" else 2**22) // weight.shape[1])
     for w_rows, q_rows, s_rows in zip(weight.split(n), q.split(n), s.split(n)):
         s_rows.copy_(w_rows.abs().amax(1).float() / 127)

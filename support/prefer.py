@@ -8,7 +8,6 @@ Shapes: J judges, N messages, Q = 4 questions: which is better, and the three qu
 import hashlib
 import random
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from router import persona_gate
 from support.bench import mcnemar_p, score_interval
 from support.files import UserError, read_bytes, read_lines, read_table
 from support.measure import GateOptions, LoadedRun, bootstrap, gate_from_options
-from support.records import messages_of, read_queries, write_records
+from support.records import messages_of, queries_to_answer, write_records
 from support.review import krippendorff_alpha, read_sheets, transcript, write_sheet
 from support.tables import print_table
 from train import generate_replies
@@ -55,7 +54,7 @@ def prefer(args):
         if given := [f"--{key}" for key in ("against", "persona", "gate", "out") if getattr(args, key)]:
             raise UserError(f"--import reads from the key what was compared: leave {' and '.join(given)} out")
         return report(args)
-    records, n_repeated = read_queries(args.file)
+    records = queries_to_answer(args.file)
     out = Path(args.out or Path(args.file).with_suffix(".prefer.csv"))
     if out.suffix != ".csv":
         raise UserError(f"--out is {out}, expected a file named .csv")
@@ -63,8 +62,6 @@ def prefer(args):
     for path in (out, key_file):
         if path.exists():  # a sheet may have been filled in, and is worth nothing without its key
             raise UserError(f"{path} exists already: give another name with --out")
-    if n_repeated:
-        print(f"{args.file}: {n_repeated} duplicates dropped", file=sys.stderr)
     run, coin = LoadedRun(args), random.Random(args.seed)
     against = persona_gate(args.against, run.setup.tau).expand(len(records), -1) if args.against else None
     by_hand = gate_from_options(run, args)

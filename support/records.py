@@ -4,6 +4,7 @@ The top of synth.py describes a record.
 """
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 from lora import EXPERTS
@@ -138,6 +139,14 @@ def load_data(path, seed=0, need_response=True, needed=SPLITS):
             raise UserError(f"{path}: no records with an active trait for {name}; expected at least one for "
                             f"{', '.join(needed)}")
     return active, sum(map(len, splits.values())) - sum(map(len, active.values()))
+
+
+def queries_to_answer(path):
+    """Returns the queries of `read_queries`, and says on stderr how many duplicates it dropped."""
+    queries, duplicates = read_queries(path)
+    if duplicates:
+        print(f"{path}: duplicates dropped: {duplicates}", file=sys.stderr)
+    return queries
 
 
 def read_queries(path):

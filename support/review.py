@@ -1,6 +1,6 @@
 """Looking at records: what a file holds, how it is split, and how people check the labels that a teacher gave.
 
-    python synth.py report data/mine.jsonl                               # tables and warnings
+    python synth.py report data/mine.jsonl                               # tables; warns of all-zero vectors
     python synth.py split data/mine.jsonl --hold-out travel              # train.jsonl, validation.jsonl, test.jsonl
     python synth.py review data/mine.jsonl --sample 200                  # a table to fill in with a spreadsheet program
     python synth.py review data/mine.jsonl --import a.csv b.csv          # agreement, and corrected records

@@ -154,7 +154,7 @@ def test_nothing_in_a_sheet_but_the_coin_depends_on_whose_a_reply_is(run_folder,
 def test_messages_that_are_there_twice_are_counted(run_folder, here, said, capsys, asking):  # noqa: F811
     (here / "m.txt").write_text("Hi there\nhi  THERE\nHo\n")
     assert not evaluation.main([*asking.split(), "--run", str(run_folder), "--file", "m.txt"])
-    assert capsys.readouterr().err.startswith("m.txt: 1 duplicates dropped\n")
+    assert capsys.readouterr().err.startswith("m.txt: duplicates dropped: 1\n")
 
 
 @pytest.mark.parametrize("name", ["sheet.csv", "sheet.key.jsonl"])
